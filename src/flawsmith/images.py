@@ -1,0 +1,132 @@
+"""The one door for pixels from outside: decoding, EXIF rotation, bit depth, size limits, resizing, lossless writing.
+
+A float image is RGB, `(3, H, W)`, float32 in [0, 1]; a mask is `(H, W)` bool. No torch here: inference imports this.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from flawsmith.errors import UserError
+from flawsmith.files import atomic_file
+
+FloatImage = NDArray[np.float32]  # (3, H, W) in [0, 1]
+Mask = NDArray[np.bool_]  # (H, W)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 100_000_000  # a decompression bomb is refused before its pixels are decoded
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> FloatImage:
+    """Decode one image file to RGB `(3, H, W)` float32 in [0, 1].
+
+    Gray is repeated to three channels, alpha is dropped, EXIF rotation is applied, 16-bit values are divided by 65535
+    and float TIFFs must already lie in [0, 1]. Of an animation the first frame counts.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, no image, larger than `max_pixels`, or holds NaN.
+    """
+    with _named(path), Image.open(path) as image:
+        if image.width * image.height > max_pixels:
+            raise UserError(
+                f"{path} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "
+                "crop or tile it first."
+            )
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith(("I", "F")):  # one channel of more than 8 bits: convert("RGB") would clip it
+            pixels = np.repeat(_scale_deep(np.asarray(upright), path)[..., None], 3, axis=2)
+        else:
+            pixels = np.asarray(upright.convert("RGB"), np.float32) / np.float32(255)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> Mask:
+    """Decode a ground-truth mask to `(H, W)` bool: a pixel belongs to the defect if it is above half of full scale.
+
+    MVTec AD masks are {0, 255}; resampled ones have soft edges, hence the half. A mask whose largest value is 1 is
+    taken as {0, 1}.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    gray = read_image(path, max_pixels).max(axis=0)  # a colour mask marks a defect in any channel
+    if 0 < gray.max() <= 1.5 / 255:
+        return gray > 0
+    return gray > 0.5
+
+
+def resize_image(image: FloatImage, size: int) -> FloatImage:
+    """Stretch `(3, H, W)` to `(3, size, size)` with an antialiased bilinear filter; the one resize of the product."""
+    if image.shape[1:] == (size, size):
+        return image
+    channels = [
+        np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR)) for channel in image
+    ]
+    return np.clip(np.stack(channels), 0, 1)
+
+
+def resize_mask(mask: Mask, size: int) -> Mask:
+    """Stretch a mask `(H, W)` to `(size, size)`: a pixel is set if at least half of its area was.
+
+    If that would lose a non-empty mask altogether, any coverage counts: a faint scratch stays a labelled defect.
+    """
+    if mask.shape == (size, size):
+        return mask
+    coverage = np.asarray(
+        Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX), np.float32
+    )
+    half = coverage >= 0.5
+    return half if half.any() or not mask.any() else coverage > 0
+
+
+def to_uint8(image: FloatImage) -> NDArray[np.uint8]:
+    """`(3, H, W)` in [0, 1] to `(H, W, 3)` uint8, rounded: the exact inverse of reading an 8-bit file."""
+    return np.ascontiguousarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def write_png(path: Path, pixels: NDArray[np.uint8] | FloatImage | Mask) -> None:
+    """Write a lossless 8-bit PNG from a float image, an `(H, W[, 3])` uint8 array or a mask (as {0, 255})."""
+    if pixels.dtype == np.bool_:
+        encoded = pixels.astype(np.uint8) * np.uint8(255)
+    elif pixels.dtype == np.uint8:
+        encoded = np.asarray(pixels, np.uint8)
+    else:
+        encoded = to_uint8(np.asarray(pixels, np.float32))
+    with atomic_file(path) as temporary:
+        Image.fromarray(encoded).save(temporary, format="PNG", compress_level=6)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn whatever a decoder raises into one sentence that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
+            yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path} is too large to decode safely ({error}); crop or tile it first.") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
+        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
+
+
+def _scale_deep(pixels: NDArray[np.generic], path: Path) -> FloatImage:
+    """16-bit integers and floats to [0, 1]."""
+    values = np.asarray(pixels, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinite pixels; export it again.")
+    if np.issubdtype(pixels.dtype, np.integer):
+        values = values / np.float32(65535)
+    if values.min() < 0 or values.max() > 1:
+        raise UserError(f"{path} has values outside its range; export it as 8 or 16 bit, or as floats in [0, 1].")
+    return values

