@@ -6,6 +6,7 @@ the bounds and the meaning of each key.
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,9 @@ class DdpmTrainSettings:
     patch: int = setting("pixel-unshuffle factor in front of the UNet (1 = none)", 1, 8)
     channels: tuple[int, ...] = setting("UNet channels a level", 8, 2048)
     layers_per_block: int = setting("residual blocks a level", 1, 4)
+    fine_channels: int = setting("channels of the full-resolution refiner behind the UNet", 4, 512)
     train_timesteps: int = setting("T of the diffusion", 10, 4000)
+    prediction: str = setting("what the UNet predicts", choices=("epsilon", "v_prediction"))
     beta_schedule: str = setting("noise schedule", choices=("linear", "squaredcos_cap_v2", "scaled_linear"))
     steps: int = setting("optimiser steps", 1, 10_000_000)
     batch: int = setting("crops a step", 1, 4096)
@@ -87,9 +90,11 @@ class SynthesizeSettings:
     seed: int = setting("seed of all triplets", 0)
     triplets: int = setting("triplets to make", 1, 1_000_000)
     rule: str = setting("how the disturbance enters the variance", choices=("constant", "realnet"))
-    strength: tuple[float, float] = setting("range of s; 0 is the plain DDPM", 0.0, 10.0)
+    strength: tuple[float, float] = setting(
+        "range of s, the disturbance's standard deviation per T/20; 0 is the plain DDPM", 0.0, 10.0
+    )
     start: tuple[float, float] = setting("range of the starting time t0 as a share of T", 0.01, 1.0)
-    steps: int = setting("reverse steps from t = T to 0 (fewer are run from t0)", 2, 1000)
+    steps: int = setting("reverse steps from t0 to 0", 2, 1000)
     disturb_until: float = setting("disturb only while t/t0 is above this share", 0.0, 1.0)
     octaves: int = setting("1 = white disturbance; more add coarser octaves of equal total variance", 1, 6)
     windows: tuple[int, ...] = setting("sides of the square windows in which defects are sampled, pixels", 16, 1024)
@@ -100,6 +105,7 @@ class SynthesizeSettings:
     perlin_threshold: tuple[float, float] = setting("range of the threshold on Perlin noise in [-1, 1]", -1.0, 1.0)
     ridge_share: float = setting("share of masks from ridges of the noise (thin, crack-like)", 0.0, 1.0)
     area: tuple[float, float] = setting("range of a mask's share of the image area", 0.0, 1.0)
+    min_changed: float = setting("share of the mask that must have changed, else the triplet is dropped", 0.0, 1.0)
     visibility: float = setting("a pixel has changed if any channel moved by more than this (of 1)", 0.0, 1.0)
     validation_fraction: float = setting("share of triplets that only choose the checkpoint", 0.0, 0.5)
 
@@ -108,15 +114,22 @@ class SynthesizeSettings:
 class ValidateSettings:
     """`validate`: bounds of the quality gate; each names the severity of what breaks it."""
 
-    min_triplets: int = setting("fewer triplets are critical", 1)
-    mask_area: tuple[float, float] = setting("critical bounds of a mask's share of the image", 0.0, 1.0)
+    min_triplets: int = setting("critical: fewest triplets", 1)
+    mask_area: tuple[float, float] = setting("critical: bounds of a mask's share of the image", 0.0, 1.0)
+    visible_change: float = setting(
+        "a pixel has visibly changed if any channel moved by more than this (of 1)", 0.0, 1.0
+    )
     min_change_inside: float = setting("critical: mean absolute change inside the mask (of 1)", 0.0, 1.0)
-    max_change_outside: float = setting("critical: largest change of a pixel far outside the mask (of 1)", 0.0, 1.0)
-    min_foreground_overlap: float = setting("warning: share of the mask on the object", 0.0, 1.0)
-    ssim: tuple[float, float] = setting("warning bounds of SSIM between normal and defect", -1.0, 1.0)
-    max_components: int = setting("warning: connected parts of a mask", 1)
+    min_visible_share: float = setting(
+        "critical for `mostly` of the triplets: visibly changed share of a mask", 0.0, 1.0
+    )
+    outside_margin: int = setting("a pixel lies outside if it is further than this from the mask, pixels", 0, 64)
+    max_change_outside: float = setting("critical: largest change of a pixel outside the mask (of 1)", 0.0, 1.0)
     max_duplicate_share: float = setting("critical: share of triplets whose defect image is not unique", 0.0, 1.0)
-    mostly: float = setting("share of triplets that must satisfy a warning expectation", 0.0, 1.0)
+    min_foreground_overlap: float = setting("warning: share of the mask on the object", 0.0, 1.0)
+    ssim: tuple[float, float] = setting("warning: bounds of SSIM between normal and defect", -1.0, 1.0)
+    max_components: int = setting("warning: most connected parts of a mask", 1)
+    mostly: float = setting("share of triplets that must keep the bounds of looks; integrity binds all", 0.0, 1.0)
     worst: int = setting("triplets on the contact sheet of the worst", 1, 256)
 
 
@@ -140,6 +153,7 @@ class DistillSettings:
     map_weights: tuple[float, ...] = setting("weight of each normalised map: one a scale, then the head", 0.0, 100.0)
     smoothing: float = setting("sigma of the Gaussian on the anomaly map in pixels", 0.0, 64.0)
     top_share: float = setting("share of the highest pixels whose mean is the image score", 0.0, 1.0)
+    cache_gigabytes: float = setting("memory for teacher features kept between steps", 0.0, 1024.0)
     validate_every: int = setting("steps between looks at the synthetic validation part", 1, 1_000_000)
     patience: int = setting("looks without improvement before stopping early", 1, 1_000)
     checkpoint_every: int = setting("steps between resumable checkpoints", 1, 1_000_000)
@@ -300,11 +314,16 @@ def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], sour
         if rest != [...] and converted[0] > converted[1]:
             raise UserError(f"{source}: `{name}` runs from {value[0]} down to {value[1]}; write the lower bound first.")
         return converted
+    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    # DVC reads YAML 1.2, PyYAML 1.1: there `1e-3` is text and a bare `on` is true
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
+    if choices == ("on", "off") and isinstance(value, bool):
+        value = "on" if value else "off"
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{source}: `{name}` must be {_KINDS[kind]}, not {value!r}.")
-    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
     if choices and value not in choices:
         raise UserError(f"{source}: `{name}` is {value!r}; it must be one of {', '.join(choices)}.")
     # `not (low <= value)` rather than `value < low`, so that NaN is refused too
@@ -314,6 +333,7 @@ def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], sour
     return value
 
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 

@@ -1,0 +1,58 @@
+# The front door: `make repro` and `make test` set everything up themselves, on any machine with Python 3.11 or newer.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+# The first Python that really runs and is new enough (a pyenv shim may exist and yet not run). Override: make PYTHON=...
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+ARGS ?=
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help install repro test lint types fmt ui clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+repro: install ## run the pipeline (what is up to date is skipped); ARGS='distill@brushed_metal' for a part of it
+	dvc repro $(ARGS)
+
+test: lint types ## lint, types and every test; ARGS='-k settings' for some
+	pytest $(ARGS)
+
+lint: install ## ruff: rules and formatting
+	ruff check .
+	ruff format --check .
+
+types: install ## mypy, strict
+	mypy
+
+fmt: install ## let ruff fix and format
+	ruff check --fix .
+	ruff format .
+
+ui: install ## MLflow's pages on http://127.0.0.1:5000, over the local store
+	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
+
+clean: ## remove the environment and the tools' caches (data, artifacts and runs stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info dvc_plots
+
+# The stamp holds what was installed (place, pyproject.toml, constraints.txt) and is written last. No stamp: an install
+# never finished, and what a killed pip leaves cannot be trusted, so the environment is made anew.
+install: ## set up .venv with the pinned versions (the other targets do it by themselves)
+	@set -e; python="$(PYTHON)"; \
+	wanted() { echo $(CURDIR); cat pyproject.toml constraints.txt; }; \
+	if [ -x $(VENV)/bin/python ] && wanted | cmp -s - $(STAMP); then exit 0; fi; \
+	if ! { [ -f $(STAMP) ] && [ "$$(head -n 1 $(STAMP))" = "$(CURDIR)" ] && $(VENV)/bin/python -m pip --version; } >/dev/null 2>&1; then \
+		[ -n "$$python" ] && $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+			echo "flawsmith needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }; \
+		rm -rf $(VENV); \
+		$$python -m venv $(VENV) || { \
+			echo "$$python cannot make a virtual environment; install its venv module (Debian: python3-venv)." >&2; exit 2; }; \
+	fi; \
+	rm -f $(STAMP); \
+	echo "Installing the pinned versions into $(VENV): some 6 GB, a few minutes the first time."; \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'; \
+	wanted > $(STAMP).tmp; mv $(STAMP).tmp $(STAMP)

@@ -1,0 +1,358 @@
+"""The front door: `flawsmith --help`. A command a stage, and a few for what lies around them.
+
+Nothing heavy is imported before a command needs it: help answers at once, and `predict` runs where torch is missing.
+Exit status: 0 done, 1 failed (or a quality gate said no), 2 the input cannot be used as it is, 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from flawsmith import __version__
+from flawsmith.errors import FlawsmithError, UserError
+
+if TYPE_CHECKING:
+    from flawsmith.settings import Settings
+    from flawsmith.stages.layout import Layout
+
+DEBUG = "FLAWSMITH_DEBUG"
+INTERRUPTED = 130  # 128 + SIGINT, as shells do
+LONGEST_REASON = 400  # characters of an unexpected error that are shown; torch writes pages
+
+STAGES: dict[str, str] = {
+    "ddpm-train": "Learn how the normal surface looks: a diffusion model of train/good.",
+    "synthesize": "Make triplets (normal, defect, mask) with the disturbed reverse process.",
+    "validate": "The quality gate: measure every triplet, write Data Docs, stop if a critical bound is broken.",
+    "distill": "Train the student against the frozen teacher, then the segmentation head.",
+    "evaluate": "Score the labelled test set, set the threshold, write metrics, figures and report.html.",
+    "export": "Write model.onnx and prove that it decides as the trained detector does.",
+}
+STAGE_PANEL = "Pipeline stages, in order (`dvc repro` runs what has changed)"
+USE_PANEL = "Use and understand a model"
+HOUSE_PANEL = "Around it"
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Learn to find surface defects from good parts alone.\n\n"
+    "[bold]Whole pipeline[/bold], from the project's folder: [cyan]make repro[/cyan] (or [cyan]dvc repro[/cyan])\n\n"
+    "[bold]Your own parts[/bold]: put defect-free images into data/CATEGORY/train/good, "
+    "[cyan]dvc add data/CATEGORY[/cyan], name CATEGORY under `categories` in params.yaml, [cyan]dvc repro[/cyan]\n\n"
+    "[bold]Use the model[/bold]: "
+    "[cyan]flawsmith predict artifacts/CATEGORY/export/model.onnx FOLDER --out results[/cyan]",
+)
+
+ParamsOption = Annotated[
+    Path, typer.Option("--params", metavar="PATH", help="The parameters; paths are relative to where this file lies.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Replace a value for this call alone (DVC does not see it), e.g. distill.batch=4. Repeatable.",
+    ),
+]
+CategoryOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--category", "-c", metavar="NAME", help="Folder under data.root. Repeatable. Default: all of params."
+    ),
+]
+OneCategoryOption = Annotated[
+    str | None,
+    typer.Option("--category", "-c", metavar="NAME", help="Folder under data.root. Default: the only one in params."),
+]
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+def main() -> None:
+    """Run the command line; whatever goes wrong ends in one sentence on stderr and an exit status."""
+    try:
+        app(prog_name="flawsmith")
+    except FlawsmithError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted.", INTERRUPTED)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        shown = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
+        _fail(
+            f"unexpected {type(error).__name__}{f': {shown}' if shown else ''} "
+            f"(set {DEBUG}=1 to see where it happened).",
+            FlawsmithError.exit_code,
+        )
+
+
+def _fail(sentence: str, exit_code: int) -> NoReturn:
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    print("flawsmith: " + " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(exit_code)
+
+
+@app.callback()
+def _front(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    logger = logging.getLogger("flawsmith")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+
+
+@app.command("demo-data", rich_help_panel=STAGE_PANEL)
+def demo_data(
+    surface: Annotated[
+        list[str] | None,
+        typer.Option("--surface", metavar="NAME", help="brushed_metal or woven_fabric. Default: demo-data.surfaces."),
+    ] = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Render the embedded surfaces into data/SURFACE: normal images and a labelled test set."""
+    replaced = parse_overrides(overrides or [])
+    if surface:
+        replaced["demo-data.surfaces"] = surface
+    settings = _settings(params, replaced)
+    run = import_module("flawsmith.stages.demo_data").run
+    for name in dict.fromkeys(settings.demo_data.surfaces):
+        run(settings, params.parent, name)
+
+
+def _add_stage(name: str, meaning: str) -> None:
+    def stage(
+        category: CategoryOption = None, params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None
+    ) -> None:
+        layouts = _layouts(params, category, overrides)
+        run = import_module(f"flawsmith.stages.{name.replace('-', '_')}").run
+        for layout in layouts:
+            run(layout)
+
+    app.command(name, help=meaning, rich_help_panel=STAGE_PANEL)(stage)
+
+
+for _name, _meaning in STAGES.items():
+    _add_stage(_name, _meaning)
+
+
+@app.command(rich_help_panel=USE_PANEL)
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx of the export stage.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, or folders searched recursively.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the results; replaced as a whole.")
+    ],
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Flag an image whose score lies above this. Default: the model's own."),
+    ] = None,
+    overlays: Annotated[bool, typer.Option(help="Draw heat maps over the images.")] = True,
+    batch: Annotated[int, typer.Option(metavar="N", help="Images scored together.", min=1)] = 8,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads. Default: one a physical core.", min=1)
+    ] = None,
+    max_megapixels: Annotated[float, typer.Option(metavar="X", help="Larger images are refused.", min=0.01)] = 100.0,
+    fail_on_defect: Annotated[bool, typer.Option("--fail-on-defect", help="Exit 3 if any image is defective.")] = False,
+) -> None:
+    """Score images: results.csv, results.json and heat-map overlays. Needs onnxruntime, not torch.
+
+    Files that cannot be read are named, counted and skipped; the exit status is then 2.
+
+    Example: flawsmith predict artifacts/brushed_metal/export/model.onnx parts/ --out results
+    """
+    from flawsmith.inference.folder import predict_folder
+    from flawsmith.inference.predictor import Predictor
+
+    report = predict_folder(
+        Predictor(model, threads=threads, threshold=threshold),
+        inputs,
+        out,
+        batch=batch,
+        overlays=overlays,
+        max_pixels=int(max_megapixels * 1e6),
+    )
+    for item in report.unreadable:
+        print(f"skipped {item.file}: {item.reason}", file=sys.stderr)
+    print(
+        f"{report.total} files: {report.good} good, {report.defective} defective, {len(report.unreadable)} unreadable. "
+        f"Results: {report.out}"
+    )
+    raise typer.Exit(report.exit_code(fail_on_defect))
+
+
+@app.command(rich_help_panel=USE_PANEL)
+def explain(
+    triplet_id: Annotated[str, typer.Argument(metavar="TRIPLET_ID", help="As in manifest.parquet, e.g. fit-00012.")],
+    category: OneCategoryOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PNG", help="The drawing. Default: TRIPLET_ID.png.")
+    ] = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Make one triplet again from its manifest row, compare it bit for bit, and draw how it came about."""
+    from flawsmith.stages.explain import explain as draw
+
+    target = out or Path(f"{triplet_id}.png")
+    matched = draw(_one_layout(params, category, overrides), triplet_id, target)
+    print(f"{triplet_id}: drawn in {target}; {'identical to' if matched else 'DIFFERS from'} the stored triplet.")
+    if not matched:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=USE_PANEL)
+def lineage(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a folder, or 6 or more digits of a digest.")],
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Walk back by content from a model (or any output) to the data it came from. Exit 1 if a link is missing.
+
+    Example: flawsmith lineage artifacts/brushed_metal/export/model.onnx
+    """
+    from flawsmith.tracking import read_lineage, render_lineage
+
+    found = read_lineage(params.parent, _settings(params, parse_overrides(overrides or [])), target)
+    print(render_lineage(found))
+    if not found.complete:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=HOUSE_PANEL)
+def doctor(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None) -> None:
+    """Check what breaks silently: versions, stores, teacher weights, device. Exit 1 if something is wrong."""
+    from flawsmith.doctor import run_checks
+
+    settings = _settings(params, parse_overrides(overrides or []))
+    failed = 0
+    for check in run_checks(params.parent, settings):
+        print(f"{check.status.upper():5} {check.name}: {check.message}")
+        failed += check.status == "fail"
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=HOUSE_PANEL)
+def fetch(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="mvtec-ad")],
+    category: Annotated[str, typer.Option("--category", "-c", metavar="NAME", help="E.g. bottle.")],
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Download one category of a public dataset into data/CATEGORY, with checksum and resume.
+
+    Example: flawsmith fetch mvtec-ad --category bottle
+    """
+    from flawsmith.fetch import fetch_mvtec_ad
+
+    if dataset != "mvtec-ad":
+        raise UserError(f"`{dataset}` is no dataset that can be fetched; use mvtec-ad.")
+    settings = _settings(params, parse_overrides(overrides or []))
+    folder = fetch_mvtec_ad(category, params.parent / settings.data.root)
+    print(f"{folder} is ready: run `dvc add {folder}`, add `{category}` to `categories` in {params}, then `dvc repro`.")
+
+
+@app.command("params", rich_help_panel=HOUSE_PANEL)
+def show_params(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="Only this section, e.g. distill.")] = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Print every key of params.yaml: its value, meaning and bounds."""
+    from flawsmith.settings import SECTIONS
+
+    settings = _settings(params, parse_overrides(overrides or []))
+    if section is not None and section not in SECTIONS:
+        raise UserError(f"`{section}` is no section of params.yaml; known are {', '.join(SECTIONS)}.")
+    print("\n\n".join(describe_section(settings, name) for name in SECTIONS if section in (None, name)))
+
+
+def describe_section(settings: "Settings", name: str) -> str:
+    """A section of params.yaml as aligned lines: key, value, meaning and bounds."""
+    import dataclasses
+
+    from flawsmith.settings import SECTIONS, section_values
+
+    values = section_values(getattr(settings, name.replace("-", "_")))
+    meanings = {
+        item.name: f"{item.metadata['meaning']}{_bounds(item.metadata)}" for item in dataclasses.fields(SECTIONS[name])
+    }
+    key_width, value_width = max(map(len, values)), max(len(_plain(value)) for value in values.values())
+    title = " ".join((SECTIONS[name].__doc__ or name).split()).replace("`", "")
+    lines = [f"  {key:{key_width}}  {_plain(value):{value_width}}  {meanings[key]}" for key, value in values.items()]
+    return "\n".join([title, *lines])
+
+
+def _plain(value: Any) -> str:
+    """As it is written in params.yaml."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _bounds(metadata: Mapping[str, Any]) -> str:
+    if metadata["choices"]:
+        return f" ({' | '.join(metadata['choices'])})"
+    low, high = metadata["low"], metadata["high"]
+    if low is None:
+        return ""
+    return f" ({low:g} or more)" if high is None else f" ({low:g} to {high:g})"
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`section.key=value` texts to a mapping; values are YAML, so `[1, 2]`, `true` and `1e-3` mean what they say.
+
+    Raises:
+        UserError: a text has no `=`, or its value is not valid YAML.
+    """
+    import yaml
+
+    replaced: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (equals and key.strip()):
+            raise UserError(f"--set {pair}: write it as section.key=value, e.g. --set distill.batch=4.")
+        try:
+            replaced[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {pair}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
+    return replaced
+
+
+def _settings(params: Path, replaced: Mapping[str, Any]) -> "Settings":
+    from flawsmith.settings import load_settings
+
+    return load_settings(params, replaced)
+
+
+def _layouts(params: Path, categories: list[str] | None, overrides: list[str] | None) -> list["Layout"]:
+    """A layout for each wanted category; a category named on the command line need not stand in params.yaml."""
+    from flawsmith.stages.layout import Layout
+
+    replaced = parse_overrides(overrides or [])
+    if categories:
+        replaced["categories"] = list(dict.fromkeys(categories))
+    settings = _settings(params, replaced)
+    return [Layout(settings, name, params.parent) for name in settings.categories]
+
+
+def _one_layout(params: Path, category: str | None, overrides: list[str] | None) -> "Layout":
+    layouts = _layouts(params, [category] if category else None, overrides)
+    if len(layouts) > 1:
+        names = ", ".join(layout.category for layout in layouts)
+        raise UserError(f"{params} names several categories ({names}); choose one with --category.")
+    return layouts[0]

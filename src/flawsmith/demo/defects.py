@@ -1,0 +1,290 @@
+"""Defects of the demo surfaces, each a change of what the surface is made of: its relief, its yarns, what lies on it.
+
+A defect takes a surface and returns a copy with other fields, and the footprint `(H, W)` outside which it changes
+nothing. Nothing here shares anything with the training synthesis: no Perlin mask, no blending, no diffusion.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from flawsmith.demo.fabric import OVERSAMPLING, PITCH, Fabric
+from flawsmith.demo.metal import Metal
+from flawsmith.demo.optics import Field, Overlay, pixel_grid
+from flawsmith.images import Mask
+
+Piece = TypeVar("Piece", Metal, Fabric)
+Generator = np.random.Generator
+Path = NDArray[np.float64]  # (N, 2) rows and columns, a quarter of a pixel apart
+
+LINT = np.array(  # reflectance of foreign fibres: dark wool, cotton, blue, red, brown hair
+    [[0.03, 0.03, 0.035], [0.62, 0.61, 0.58], [0.05, 0.08, 0.22], [0.28, 0.05, 0.05], [0.09, 0.06, 0.04]]
+)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def somewhere(generator: Generator, size: int) -> NDArray[np.float64]:
+    """A place (row, column) not too near the border."""
+    return generator.uniform(0.13, 0.87, 2) * size
+
+
+def draw_path(
+    generator: Generator, size: int, length: float, bend: float, heading: float | None = None
+) -> Path:
+    """A curve through a random place: `bend` is how far its direction wanders, in radians over 30 pixels."""
+    count = max(8, round(length * 4))
+    start = generator.uniform(0, 2 * np.pi) if heading is None else heading
+    knots = np.cumsum(generator.standard_normal(max(2, count // 120 + 2)) * bend)
+    turn = np.interp(np.linspace(0, len(knots) - 1, count), np.arange(len(knots)), knots - knots.mean())
+    turn = start + ndimage.gaussian_filter1d(turn, 20, mode="nearest")
+    path = np.cumsum(np.stack([np.sin(turn), np.cos(turn)], axis=1) * 0.25, axis=0)
+    return path - path[count // 2] + somewhere(generator, size)
+
+
+def near_path(path: Path, size: int, reach: float) -> tuple[Field, Field, Field]:
+    """Distance to a path (`reach` or more is inf), signed distance (positive on one side), and share of its length."""
+    rows, columns = pixel_grid(size)
+    points = np.stack(np.broadcast_arrays(rows, columns), axis=-1).reshape(-1, 2)
+    distance, nearest = cKDTree(path).query(points, distance_upper_bound=reach)
+    known = np.isfinite(distance)
+    nearest = np.where(known, nearest, 0)
+    direction = np.gradient(path, axis=0)[nearest]
+    step = points - path[nearest]
+    side = np.sign(direction[:, 1] * step[:, 0] - direction[:, 0] * step[:, 1])
+    signed = np.where(known, side * np.where(known, distance, 0), reach)
+    share = nearest / (len(path) - 1)
+    shape = (size, size)
+    return (
+        distance.reshape(shape).astype(np.float32),
+        signed.reshape(shape).astype(np.float32),
+        share.reshape(shape).astype(np.float32),
+    )
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A closed irregular shape: `inside` (H, W) is the signed distance to its rim in pixels, positive inside."""
+
+    inside: Field
+    centre: NDArray[np.float64]
+    radius: float
+
+
+def draw_blob(generator: Generator, size: int, radius: float, roughness: float, scale: int = 1) -> Blob:
+    """A disc, stretched, whose radius wanders with the direction; the field has `scale` samples a pixel."""
+    centre = somewhere(generator, size)
+    rows, columns = pixel_grid(size * scale)
+    down, right = rows / scale - centre[0], columns / scale - centre[1]
+    turn, stretch = generator.uniform(0, np.pi), generator.uniform(1, 1.5)
+    long = (right * np.cos(turn) + down * np.sin(turn)) / stretch
+    short = (down * np.cos(turn) - right * np.sin(turn)) * stretch**0.5
+    angle = np.arctan2(short, long)
+    rim = np.ones_like(angle)
+    for order in range(2, 9):
+        weight = roughness * generator.standard_normal() / order
+        rim = rim + weight * np.cos(order * angle + generator.uniform(0, 2 * np.pi))
+    inside = radius * np.maximum(rim, 0.3) - np.hypot(long, short)
+    return Blob(np.asarray(inside, np.float32), centre, radius)
+
+
+def smooth_step(value: Field) -> Field:
+    """0 below 0, 1 above 1, smooth in between."""
+    clipped = np.clip(value, 0, 1)
+    return np.asarray(clipped * clipped * (3 - 2 * clipped), np.float32)
+
+
+def wobble(generator: Generator, share: Field, knots: int, low: float, high: float) -> Field:
+    """Random values along a path, between `low` and `high`."""
+    values = generator.uniform(low, high, knots)
+    return np.interp(share, np.linspace(0, 1, knots), values).astype(np.float32)
+
+
+# --- on both surfaces -------------------------------------------------------------------------------------------------
+
+
+def fibre(piece: Piece, generator: Generator) -> tuple[Piece, Mask]:
+    """A foreign fibre lies on top and casts a soft shadow."""
+    path = draw_path(generator, piece.size, generator.uniform(25, 100), generator.uniform(0.3, 1.0))
+    half = generator.uniform(0.45, 0.95)
+    colour = LINT[generator.integers(len(LINT))] * generator.uniform(0.8, 1.2)
+    opacity = generator.uniform(0.55, 0.95)
+    return _lay(piece, path, half, colour, opacity, lift=generator.uniform(0.6, 2.2), dark=generator.uniform(0.15, 0.4))
+
+
+def _lay(
+    piece: Piece, path: Path, half: float, colour: NDArray[np.float64], opacity: float, lift: float, dark: float
+) -> tuple[Piece, Mask]:
+    """Put a thread of half width `half` along a path, `lift` pixels above the surface."""
+    distance, signed, share = near_path(path, piece.size, 8)
+    pointed = np.minimum(1, np.minimum(share, 1 - share) * len(path) / 4 / 3)  # thins out over the last 3 pixels
+    cover = opacity * np.clip(half * pointed + 0.5 - distance, 0, 1)
+    direction = path[-1] - path[0]
+    normal = np.array([direction[1], -direction[0]]) / (np.hypot(*direction) + 1e-9)
+    lit = 1 + 0.35 * np.clip(signed / half, -1, 1) * float(normal @ np.array(piece.lamp))
+    fallen = near_path(path - lift * np.array(piece.lamp), piece.size, 8)[0]
+    shadow = dark * np.exp(-((np.maximum(fallen - half * 0.5, 0) / 1.3) ** 2))
+    overlay = Overlay(
+        opacity=cover.astype(np.float32),
+        colour=np.asarray(colour * lit[..., None], np.float32),
+        shadow=shadow.astype(np.float32),
+    )
+    return replace(piece, overlay=overlay), (cover > 0) | (shadow > 0.01)
+
+
+def _film(generator: Generator, blob: Blob, density: float, hue: NDArray[np.float64]) -> Field:
+    """Transmission `(H, W, 3)` of what a dried drop left: a thin film, densest in a ring at its rim (coffee ring)."""
+    ring = generator.uniform(1.2, 2.6)
+    rim = np.exp(-(((blob.inside - ring) / ring) ** 2))
+    film = smooth_step(blob.inside / 2) * generator.uniform(0.25, 0.7)
+    inner = np.exp(-(((blob.inside - blob.radius * generator.uniform(0.35, 0.6)) / (1.5 * ring)) ** 2))
+    amount = density * (film + rim + generator.uniform(0, 0.35) * inner)
+    return np.asarray(np.exp(-amount[..., None] * hue), np.float32)
+
+
+# --- on metal ---------------------------------------------------------------------------------------------------------
+
+
+def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
+    """A point was dragged over the surface: a groove with burrs, its depth changing along the way."""
+    turn = generator.uniform(np.deg2rad(14), np.deg2rad(166))
+    path = draw_path(generator, piece.size, generator.uniform(22, 120), generator.uniform(0, 0.12), piece.angle + turn)
+    width = generator.uniform(0.55, 1.2)
+    steep = np.exp(generator.uniform(np.log(0.18), np.log(0.9)))  # slope of the flanks
+    distance, _, share = near_path(path, piece.size, 10)
+    fade = smooth_step(np.minimum(share, 1 - share) * 8) * wobble(generator, share, max(3, len(path) // 60), 0.5, 1.0)
+    groove = np.exp(-((distance / width) ** 2) / 2)
+    burr = np.exp(-(((distance - 2.4 * width) / (0.7 * width)) ** 2) / 2) * generator.uniform(0.1, 0.45)
+    height = piece.height * (1 - fade * groove) + steep * width * fade * (burr - groove)
+    gloss = piece.gloss * (1 + generator.uniform(0.0, 0.25) * steep * fade * groove)
+    return replace(piece, height=height, gloss=gloss), distance < 5 * width
+
+
+def metal_dent(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
+    """Something blunt pressed the sheet in; the brushing bends with it."""
+    blob = draw_blob(generator, piece.size, generator.uniform(8, 24), 0.12)
+    steep = np.exp(generator.uniform(np.log(0.05), np.log(0.20)))
+    relative = 1 - blob.inside / blob.radius  # 0 near the centre, 1 at the rim
+    bowl = np.exp(-2 * np.maximum(relative, 0) ** 2) - 0.12 * np.exp(-(((relative - 1.25) / 0.3) ** 2))
+    return replace(piece, height=piece.height - steep * blob.radius * bowl), relative < 2.2
+
+
+def metal_stain(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
+    """A drop of coolant dried."""
+    blob = draw_blob(generator, piece.size, generator.uniform(9, 34), generator.uniform(0.1, 0.35))
+    hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.25, 0.0, 0.45])
+    density = np.exp(generator.uniform(np.log(0.05), np.log(0.28)))
+    film = _film(generator, blob, density, hue)
+    return replace(piece, tint=piece.tint * film), blob.inside > -6
+
+
+def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
+    """Corrosion ate a few small holes, sometimes with a rusty halo."""
+    centre, spread = somewhere(generator, piece.size), generator.uniform(3, 11)
+    rows, columns = pixel_grid(piece.size)
+    height, bare = piece.height, np.zeros((piece.size, piece.size), np.float32)
+    rust = np.zeros_like(bare)
+    for _ in range(int(generator.integers(1, 8))):
+        place = centre + spread * generator.standard_normal(2)
+        radius = np.exp(generator.normal(np.log(1.2), 0.35))
+        distance = np.hypot(rows - place[0], (columns - place[1]) / generator.uniform(0.8, 1.4)) / radius
+        height = height - 0.8 * radius * np.exp(-(distance**2))
+        bare = np.maximum(bare, np.exp(-(distance**4)) * generator.uniform(0.35, 0.85))
+        rust = np.maximum(rust, np.exp(-((distance / 2.6) ** 2)))
+    rust = rust * generator.uniform(0, 0.25) * (generator.random() < 0.6)
+    tint = piece.tint * (1 - bare[..., None]) * np.exp(-rust[..., None] * np.array([0.5, 1.0, 1.6]))
+    return replace(piece, height=height, tint=np.asarray(tint, np.float32)), (bare > 0.01) | (rust > 0.005)
+
+
+# --- on cloth ---------------------------------------------------------------------------------------------------------
+
+
+def _pixels(samples: NDArray[np.bool_]) -> Mask:
+    """A footprint in samples, in pixels and with a pixel to spare."""
+    side = samples.shape[0] // OVERSAMPLING
+    return ndimage.binary_dilation(
+        samples.reshape(side, OVERSAMPLING, side, OVERSAMPLING).any(axis=(1, 3)), iterations=4
+    )
+
+
+def _one_yarn(
+    piece: Fabric, generator: Generator, length: tuple[float, float]
+) -> tuple[int, NDArray[np.bool_], Field, Field]:
+    """A yarn near a random place: which set, its samples, the position on it (-1..1), and 0 at both ends of a
+    segment of random length, rising to 1 inside."""
+    which = int(generator.integers(2))
+    place = (somewhere(generator, piece.size) * OVERSAMPLING).astype(int)
+    index, across = piece.crossing()[which]
+    along = piece.place[1 - which]
+    middle = along[place[0], place[1]]
+    half = generator.uniform(*length) / 2
+    segment = smooth_step((half - np.abs(along - middle)) / 3)
+    return which, index == index[place[0], place[1]], across, segment
+
+
+def fabric_missing_thread(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
+    """A yarn broke and left a gap, or thins out for a while."""
+    which, samples, _, segment = _one_yarn(piece, generator, (14, 70))
+    least = 0.0 if generator.random() < 0.6 else generator.uniform(0.3, 0.6)
+    thickness = [*piece.thickness]
+    thickness[which] = np.where(samples, 1 - (1 - np.float32(least)) * segment, np.float32(1))
+    return replace(piece, thickness=(thickness[0], thickness[1])), _pixels(samples & (segment > 0))
+
+
+def fabric_slub(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
+    """A yarn was spun too thick for a while: it swells and pushes its neighbours aside."""
+    which, samples, across, segment = _one_yarn(piece, generator, (16, 48))
+    swell = generator.uniform(0.3, 0.55)
+    pitch = PITCH[which]
+    place = piece.place[which]
+    centre = np.median((place - across * pitch / 2)[samples & (segment > 0)])
+    away = place - centre
+    bump = np.exp(-((away / (1.6 * pitch)) ** 2)) * segment
+    moved = [*piece.place]
+    moved[which] = np.asarray(centre + away * (1 - swell * bump), np.float32)
+    return replace(piece, place=(moved[0], moved[1])), _pixels((bump > 0.01) & (np.abs(away) > 0))
+
+
+def fabric_hole(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
+    """Yarns of both sets are cut through; each ends where it happened to break."""
+    blob = draw_blob(generator, piece.size, generator.uniform(3.5, 10), 0.25, OVERSAMPLING)
+    thickness: list[Field | None] = []
+    for index, _ in piece.crossing():
+        reach = generator.normal(0, 1.3, int(index.max()) + 1).astype(np.float32)
+        thickness.append(smooth_step((1.0 - blob.inside - reach[index]) / 2.5))
+    return replace(piece, thickness=(thickness[0], thickness[1])), _pixels(blob.inside > -8)
+
+
+def fabric_stain(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
+    """A liquid soaked in, followed the yarns and dried."""
+    blob = draw_blob(generator, piece.size, generator.uniform(9, 32), generator.uniform(0.1, 0.3))
+    hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.3, 0.05, 0.5])
+    density = np.exp(generator.uniform(np.log(0.12), np.log(0.5)))
+    wick = np.zeros((piece.size, piece.size), np.float32)
+    for index, _ in piece.crossing():
+        reach = generator.normal(0, 1.0, int(index.max()) + 1).astype(np.float32)
+        wick += reach[index][::OVERSAMPLING, ::OVERSAMPLING]
+    soaked = replace(blob, inside=blob.inside + wick)
+    return replace(piece, tint=_film(generator, soaked, density, hue)), blob.inside > -9
+
+
+METAL_DEFECTS: Mapping[str, Callable[[Metal, Generator], tuple[Metal, Mask]]] = {
+    "dent": metal_dent,
+    "fibre": fibre,
+    "pit": metal_pit,
+    "scratch": metal_scratch,
+    "stain": metal_stain,
+}
+FABRIC_DEFECTS: Mapping[str, Callable[[Fabric, Generator], tuple[Fabric, Mask]]] = {
+    "fibre": fibre,
+    "hole": fabric_hole,
+    "missing_thread": fabric_missing_thread,
+    "slub": fabric_slub,
+    "stain": fabric_stain,
+}

@@ -1,0 +1,118 @@
+"""Renders one category of the demo data: normal images, and defective ones with the mask of what the defect changed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from flawsmith.demo.defects import FABRIC_DEFECTS, METAL_DEFECTS
+from flawsmith.demo.fabric import draw_fabric
+from flawsmith.demo.metal import draw_metal
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.images import FloatImage, Mask, write_png
+from flawsmith.randomness import numpy_generator
+from flawsmith.settings import DemoDataSettings
+from flawsmith.surfaces import GOOD
+
+VISIBLE = 0.030  # change of a channel, of 1, that counts as visible: about 1.5 times the grain
+MIN_AREA = 14  # pixels; a defect that shows less is drawn anew
+TRIES = 50
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of surface: how a piece of it is drawn, and what can be wrong with it."""
+
+    draw: Callable[[np.random.Generator, int], Any]
+    defects: Mapping[str, Callable[[Any, np.random.Generator], tuple[Any, Mask]]]
+
+
+KINDS: Mapping[str, Kind] = {
+    "brushed_metal": Kind(draw_metal, METAL_DEFECTS),
+    "woven_fabric": Kind(draw_fabric, FABRIC_DEFECTS),
+}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The same piece, photographed without and with a defect; `mask` is where one sees the difference."""
+
+    clean: FloatImage
+    defective: FloatImage
+    mask: Mask
+
+
+def kind_of(surface: str) -> Kind:
+    """The kind called `surface`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if surface not in KINDS:
+        raise UserError(
+            f"demo-data cannot render `{surface}`; `demo-data.surfaces` in params.yaml may name {', '.join(KINDS)}."
+        )
+    return KINDS[surface]
+
+
+def render_normal(surface: str, size: int, generator: np.random.Generator) -> FloatImage:
+    """A picture `(3, size, size)` of a new flawless piece."""
+    piece = kind_of(surface).draw(generator, size)
+    return piece.camera.develop(piece.light())
+
+
+def render_defective(surface: str, defect: str, size: int, generator: np.random.Generator) -> Twin:
+    """A new piece with one defect, and its flawless twin.
+
+    Raises:
+        UserError: the surface or the defect is unknown.
+    """
+    kind = kind_of(surface)
+    if defect not in kind.defects:
+        raise UserError(f"{surface} has no defect `{defect}`; it has {', '.join(kind.defects)}.")
+    piece = kind.draw(generator, size)
+    light = piece.light()
+    smooth = piece.camera.develop(light, grain=False)
+    for _ in range(TRIES):
+        damaged, footprint = kind.defects[defect](piece, generator)
+        # outside the footprint nothing may change, so nothing does, whatever tails a formula has
+        damaged_light = np.where(footprint[..., None], damaged.light(), light)
+        change = np.abs(piece.camera.develop(damaged_light, grain=False) - smooth).max(axis=0)
+        mask = visible_mask(change)
+        if mask.sum() >= MIN_AREA:
+            return Twin(piece.camera.develop(light), piece.camera.develop(damaged_light), mask)
+    raise FlawsmithError(f"no visible {defect} came out of {TRIES} draws on {surface} at {size} pixels; report this.")
+
+
+def visible_mask(change: np.ndarray[Any, np.dtype[np.float32]]) -> Mask:
+    """Where a change `(H, W)` is visible: above the threshold at a pixel or around it, without holes and specks."""
+    seen = (change > 1.5 * VISIBLE) | (ndimage.gaussian_filter(change, 1.0) > 0.8 * VISIBLE)
+    padded = np.pad(seen, 2)
+    closed = ndimage.binary_fill_holes(ndimage.binary_closing(padded, np.ones((3, 3), bool)))[2:-2, 2:-2]
+    labels, count = ndimage.label(closed, np.ones((3, 3), bool))
+    areas = ndimage.sum_labels(closed, labels, np.arange(count + 1))
+    return np.asarray((areas >= 4)[labels] & closed, np.bool_)
+
+
+def write_category(folder: Path, surface: str, settings: DemoDataSettings) -> None:
+    """Fill an empty folder with one surface in MVTec AD layout.
+
+    Every image has a generator of its own, so that asking for more images changes none of the others.
+    """
+    kind, size = kind_of(surface), settings.image_size
+
+    def generator(*names: str | int) -> np.random.Generator:
+        return numpy_generator(settings.seed, "demo-data", surface, *names)
+
+    for part, count in (("train", settings.train_good), ("test", settings.test_good)):
+        for index in range(count):
+            image = render_normal(surface, size, generator(part, GOOD, index))
+            write_png(folder / part / GOOD / f"{index:03d}.png", image)
+    for defect in kind.defects:
+        for index in range(settings.test_per_defect):
+            twin = render_defective(surface, defect, size, generator("test", defect, index))
+            write_png(folder / "test" / defect / f"{index:03d}.png", twin.defective)
+            write_png(folder / "ground_truth" / defect / f"{index:03d}_mask.png", twin.mask)

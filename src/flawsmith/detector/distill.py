@@ -1,0 +1,233 @@
+"""Asymmetric distillation: first the student learns to answer clean features, then the head to read the disagreement.
+
+The teacher is frozen and images are not augmented here, so its features are computed once and kept in memory as half
+floats where they fit: a step then costs the student alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flawsmith.detector.losses import cosine_loss, segmentation_loss
+from flawsmith.detector.model import Detector, feature_products
+from flawsmith.detector.teacher import Features, Teacher
+from flawsmith.devices import autocast
+from flawsmith.randomness import numpy_generator
+from flawsmith.resume import ResumePoint, Rows, check_finite
+from flawsmith.schedule import learning_rate
+from flawsmith.settings import DistillSettings
+from flawsmith.triplets import TripletArrays
+
+LOSS_COLUMNS = ("phase", "step", "loss", "validation")
+Loss = Callable[[tuple[Features, Features, Tensor]], Tensor]
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+class FeatureBank:
+    """Teacher features of images by index, computed on first use and kept while they fit into `limit_bytes`."""
+
+    def __init__(self, teacher: Teacher, images: NDArray[np.uint8], device: torch.device, limit_bytes: int) -> None:
+        self.teacher, self.images, self.device = teacher, images, device
+        self._kept: dict[int, Features] = {}
+        self._room = limit_bytes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> Features:
+        """Features (B, C_k, h_k, w_k) float32 of the images at `indices`, on the device."""
+        missing = sorted({int(index) for index in indices} - self._kept.keys())
+        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        for index, features in fresh.items():
+            size = sum(level.numel() * level.element_size() for level in features)
+            if size <= self._room:
+                self._kept[index] = features
+                self._room -= size
+        chosen = [self._kept.get(int(index)) or fresh[int(index)] for index in indices]
+        return tuple(torch.stack(level).to(self.device).float() for level in zip(*chosen, strict=True))
+
+    def _compute(self, indices: list[int]) -> Iterator[Features]:
+        with torch.inference_mode():
+            batch = as_batch(self.images[indices], self.device)
+            with autocast(self.device):
+                levels = self.teacher(batch)
+            levels = tuple(level.half().cpu() for level in levels)
+        # cloned outside inference mode, so that autograd may use them
+        return iter([tuple(level[row].clone() for level in levels) for row in range(len(indices))])
+
+
+def as_batch(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(B, 3, H, W) uint8 → float32 in [0, 1], channels last."""
+    batch = torch.from_numpy(images).to(device).float() / 255
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class _Best:
+    """The best state so far by validation; a part of the checkpoint."""
+
+    value: float = float("inf")
+    step: int = -1
+    stale: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+    def look(self, value: float, step: int, module: nn.Module) -> None:
+        if value < self.value:
+            self.value, self.step, self.stale = value, step, 0
+            self.state = {key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()}
+        else:
+            self.stale += 1
+
+
+def distill(
+    detector: Detector,
+    fit: TripletArrays,
+    validation: TripletArrays,
+    settings: DistillSettings,
+    resume: ResumePoint,
+    device: torch.device,
+    on_step: OnStep = lambda step, metrics: None,
+) -> list[list[Any]]:
+    """Train `detector.student`, then `detector.head`, in place; return one row of LOSS_COLUMNS a step.
+
+    Both phases keep the weights that did best on the synthetic validation triplets, whose source images no training
+    triplet shares, and stop early after `patience` looks without improvement.
+
+    Raises:
+        FlawsmithError: the loss became NaN.
+    """
+    detector.to(device)
+    room = int(settings.cache_gigabytes * 2**30) // 2
+    banks = {
+        role: tuple(FeatureBank(detector.teacher, images, device, room) for images in (part.normal, part.defect))
+        for role, part in (("fit", fit), ("val", validation))
+    }
+    stride = detector.teacher.strides[0]
+    masks = {
+        role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), stride).to(device)
+        for role, part in (("fit", fit), ("val", validation))
+    }
+
+    def batch(role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> tuple[Features, Features, Tensor]:
+        """Teacher features of the clean and of the seen images, and the mask; `clean` rows see the normal image."""
+        normal, defect = banks[role]
+        target = normal[indices]
+        keep = torch.from_numpy(clean).to(device).view(-1, 1, 1, 1)
+        seen = tuple(torch.where(keep, n, d) for n, d in zip(target, defect[indices], strict=True))
+        return target, seen, masks[role][torch.from_numpy(indices)] * ~keep
+
+    def training_batch(phase: str, step: int) -> tuple[Features, Features, Tensor]:
+        generator = numpy_generator(settings.seed, "distill", phase, step)
+        indices = generator.integers(0, len(fit.ids), settings.batch)
+        return batch("fit", indices, np.arange(settings.batch) < round(settings.normal_share * settings.batch))
+
+    def validation_batches() -> Iterator[tuple[Features, Features, Tensor]]:
+        for first in range(0, len(validation.ids), settings.batch):
+            indices = np.arange(first, min(first + settings.batch, len(validation.ids)))
+            yield batch("val", indices, np.zeros(len(indices), np.bool_))
+
+    def student_loss(data: tuple[Features, Features, Tensor]) -> Tensor:
+        target, seen, _ = data
+        return cosine_loss(target, detector.student(seen), settings.cosine_weights)
+
+    def head_loss(data: tuple[Features, Features, Tensor]) -> Tensor:
+        _, seen, mask = data
+        with torch.no_grad():
+            products = feature_products(seen, detector.student(seen))
+        return segmentation_loss(detector.head(products), mask, settings.focal_gamma, settings.l1_weight)
+
+    def training_loss(phase: str, loss: Loss, step: int) -> Tensor:
+        return loss(training_batch(phase, step))
+
+    def validation_loss(loss: Loss) -> float:
+        return float(np.mean([float(loss(data)) for data in validation_batches()]))
+
+    def report(phase: str, offset: int, step: int, metrics: Mapping[str, float]) -> None:
+        on_step(offset + step, {f"{phase}_{name}": value for name, value in metrics.items()})
+
+    rows: list[list[Any]] = []
+    for phase, module, loss, steps, peak in (
+        ("student", detector.student, student_loss, settings.student_steps, settings.learning_rate),
+        ("head", detector.head, head_loss, settings.head_steps, settings.head_learning_rate),
+    ):
+        point = ResumePoint(resume.folder / phase, resume.identity)
+        offset = len(rows)
+
+        phase_rows = _fit(
+            phase,
+            module,
+            partial(training_loss, phase, loss),
+            partial(validation_loss, loss),
+            steps,
+            peak,
+            settings,
+            point,
+            device,
+            partial(report, phase, offset),
+        )
+        rows += [[phase, offset + int(step), value, checked] for step, value, checked in phase_rows]
+    return rows
+
+
+def _fit(
+    name: str,
+    module: nn.Module,
+    training_loss: Callable[[int], Tensor],
+    validation_loss: Callable[[], float],
+    steps: int,
+    peak: float,
+    settings: DistillSettings,
+    resume: ResumePoint,
+    device: torch.device,
+    on_step: OnStep,
+) -> Rows:
+    """One phase: optimise `module`, look at validation now and then, leave the best weights in it."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=1e-4)
+    best = _Best()
+    parts = {"module": module, "optimizer": optimizer, "best": best}
+    first, rows = resume.load(parts)
+    progress = tqdm(range(first, steps), f"distill {name}", initial=first, total=steps, disable=None)
+    for step in progress:
+        if best.stale >= settings.patience:
+            break
+        module.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, min(20, steps // 10), peak)
+        with autocast(device):
+            loss = training_loss(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = float(loss.detach())
+        check_finite(value, step, "distill")
+        metrics, checked = {"loss": value}, float("nan")
+        if (step + 1) % settings.validate_every == 0 or step + 1 == steps:
+            module.eval()
+            with torch.inference_mode(), autocast(device):
+                checked = validation_loss()
+            check_finite(checked, step, "distill")
+            metrics["validation"] = checked
+            best.look(checked, step, module)
+        rows.append([step, value, checked])
+        on_step(step, metrics)
+        progress.set_postfix(loss=f"{value:.4f}", best=f"{best.value:.4f}", refresh=False)
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == steps:
+            resume.save(parts, step + 1, rows)
+    module.load_state_dict(best.state)
+    module.eval()
+    return rows

@@ -1,0 +1,91 @@
+"""Is the DDPM good enough to make defects from? Two measurements on plain (strength 0) samples, and a verdict in words.
+
+Distance: the unbiased squared MMD with the cubic kernel of KID (Binkowski et al. 2018, eq. 4) between teacher features
+of samples and of held-out normal crops, placed between a floor (two halves of real crops) and a ceiling (noise with
+the normals' mean and covariance of colour). Memorisation: how much nearer samples lie to training crops than held-out
+crops do.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+
+READY = 0.25  # relative distance up to which samples pass for normal surface
+MEMORISED = 0.5  # nearest-neighbour ratio below which samples are copies of training crops
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """`relative_distance` is 0 for samples as good as real crops and 1 for coloured noise."""
+
+    relative_distance: float
+    distance: float
+    floor: float
+    ceiling: float
+    neighbour_ratio: float
+    ready: bool
+    verdict: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def judge_readiness(
+    samples: NDArray[np.float64], heldout: NDArray[np.float64], fit: NDArray[np.float64], noise: NDArray[np.float64]
+) -> Readiness:
+    """Judge from pooled teacher features, each (n, d): plain samples, held-out and training crops, coloured noise."""
+    scale = fit.std(axis=0) + 1e-8
+    samples, heldout, fit, noise = ((part - fit.mean(axis=0)) / scale for part in (samples, heldout, fit, noise))
+    floor, distance, ceiling = mmd2(fit, heldout), mmd2(samples, heldout), mmd2(noise, heldout)
+    relative = float(np.clip((distance - floor) / max(ceiling - floor, 1e-12), 0, None))
+    ratio = _nearest(samples, fit) / max(_nearest(heldout, fit), 1e-12)
+    if ratio < MEMORISED:
+        ready, verdict = (
+            False,
+            (
+                f"Not ready: samples lie at {ratio:.2f} of the distance to the training crops at which unseen crops lie, "
+                "so the model repeats its training images; add normal images or lower ddpm-train.steps."
+            ),
+        )
+    elif relative > READY:
+        ready, verdict = (
+            False,
+            (
+                f"Not ready: plain samples are {relative:.0%} of the way from real surface to coloured noise "
+                f"(at most {READY:.0%} is wanted); raise ddpm-train.steps."
+            ),
+        )
+    else:
+        ready, verdict = (
+            True,
+            (
+                f"Ready: plain samples are {relative:.0%} of the way from real surface to coloured noise, and no "
+                f"copies of training crops (nearest-neighbour ratio {ratio:.2f})."
+            ),
+        )
+    return Readiness(relative, distance, floor, ceiling, ratio, ready, verdict)
+
+
+def mmd2(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Unbiased squared MMD between (n, d) and (m, d) with the kernel (x.y / d + 1)^3; may be slightly negative."""
+
+    def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(x, x), kernel(y, y))]
+    return float(within[0] + within[1] - 2 * kernel(x, y).mean())
+
+
+def colour_noise(crops: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
+    """White noise with the colour mean and covariance of (N, 3, H, W) crops: a model that learnt no structure."""
+    pixels = crops.transpose(0, 2, 3, 1).reshape(-1, 3).astype(np.float64)
+    noise = generator.multivariate_normal(pixels.mean(axis=0), np.cov(pixels.T) + 1e-9 * np.eye(3), len(pixels))
+    n, _, height, width = crops.shape
+    return np.clip(noise.reshape(n, height, width, 3).transpose(0, 3, 1, 2), 0, 1).astype(np.float32)
+
+
+def _nearest(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(np.median(cdist(x, y).min(axis=1)))

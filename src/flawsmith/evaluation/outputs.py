@@ -1,0 +1,136 @@
+"""What an evaluation leaves on disk in formats that others read: metrics.json, CSV curves and scores, parity images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawsmith.evaluation.assess import KEYS, Assessment, Performance, spread
+from flawsmith.evaluation.intervals import Estimate
+from flawsmith.evaluation.scoring import Item
+from flawsmith.files import write_csv, write_json
+from flawsmith.images import write_png
+
+GRID = np.linspace(0, 1, 201)
+
+
+def scored_on(labelled: bool) -> str:
+    """What the figures stand for, in words that every output carries."""
+    return "labelled test set" if labelled else "held-out synthetic triplets, no labelled test set"
+
+
+def metrics_content(result: Assessment, labelled: bool) -> dict[str, Any]:
+    """metrics.json: flat keys that `dvc metrics` shows, each with `<key>_ci`; rates at the threshold; the baseline.
+
+    Metrics are rounded to 6 decimals; thresholds are exact, since a verdict hangs on them.
+    """
+    defective = sum(item.is_defective for item in result.items)
+    by_defect = {
+        name: {
+            "n": sum(item.defect == name for item in result.items),
+            **_flat(values),
+            **_flat({"detection_rate": result.detector.detections[name]}),
+        }
+        for name, values in result.detector.by_defect.items()
+    }
+    return {
+        **_performance_content(result.detector),
+        "baseline": _performance_content(result.baseline),
+        "over_baseline": _flat(result.advantage),
+        "by_defect": by_defect,
+        "labelled": labelled,
+        "scored_on": scored_on(labelled),
+        "n_good": len(result.items) - defective,
+        "n_defective": defective,
+        "n_calibration": len(result.calibration_items),
+        "false_alarm_rate": result.detector.threshold.target_rate,
+        "expected_false_alarm_rate": round(result.detector.threshold.expected_rate, 6),
+    }
+
+
+def write_data(folder: Path, result: Assessment, labelled: bool) -> None:
+    """metrics.json, the curves for `dvc plots`, scores.csv and calibration_scores.csv."""
+    write_json(folder / "metrics.json", metrics_content(result, labelled))
+    detector, baseline = result.detector, result.baseline
+    for prefix, ours, theirs in (
+        ("", detector.image_curve, baseline.image_curve),
+        ("pixel_", detector.pixel_curve, baseline.pixel_curve),
+    ):
+        roc = [_recall_at(curve.false_positive_rate, curve.recall) for curve in (ours, theirs)]
+        _write_curve(folder / f"{prefix}roc.csv", "false_positive_rate", "true_positive_rate", roc, labelled)
+        precision = [curve.precision[np.searchsorted(curve.recall, GRID)] for curve in (ours, theirs)]
+        _write_curve(folder / f"{prefix}pr.csv", "recall", "precision", precision, labelled)
+    overlap = [
+        _recall_at(performance.region_curve.false_positive_rate, performance.region_curve.recall)
+        for performance in (detector, baseline)
+    ]
+    _write_curve(folder / "pro.csv", "false_positive_rate", "region_overlap", overlap, labelled)
+    write_csv(
+        folder / "scores.csv",
+        ["file", "defect", "score", "verdict", "baseline_score"],
+        (
+            [item.name, item.defect, _exact(score), verdict(detector.is_flagged(float(score))), _exact(other)]
+            for item, score, other in zip(result.items, detector.scores.scores, baseline.scores.scores, strict=True)
+        ),
+    )
+    write_csv(
+        folder / "calibration_scores.csv",
+        ["file", "score", "highest_pixel"],
+        (
+            [item.name, _exact(score), _exact(peak)]
+            for item, score, peak in zip(
+                result.calibration_items, detector.calibration.scores, detector.calibration.peaks, strict=True
+            )
+        ),
+    )
+
+
+def write_parity_images(folder: Path, items: Sequence[Item], count: int) -> None:
+    """Up to `count` test images, good and defective, as lossless PNG at the model's size: the export stage may not
+    open the test set itself. A name tells order, defect type and file."""
+    for place, index in enumerate(spread(items, count)):
+        item = items[index]
+        write_png(folder / f"{place:03d}-{item.defect}-{Path(item.name).stem}.png", item.load()[0])
+
+
+def verdict(is_flagged: bool) -> str:
+    """The two verdicts as every output writes them."""
+    return "defective" if is_flagged else "good"
+
+
+def _performance_content(performance: Performance) -> dict[str, Any]:
+    rates = {
+        "calibration_false_alarm_rate": performance.calibration_false_alarms,
+        "test_false_alarm_rate": performance.test_false_alarms,
+        "test_detection_rate": performance.test_detections,
+    }
+    return {
+        **_flat({key: performance.values[key] for key in KEYS}),
+        **_flat(rates),
+        "threshold": performance.threshold.value,
+        "pixel_threshold": performance.pixel_threshold.value,
+    }
+
+
+def _flat(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, estimate in estimates.items():
+        flat[key] = round(estimate.value, 6)
+        flat[f"{key}_ci"] = [round(estimate.low, 6), round(estimate.high, 6)]
+    return flat
+
+
+def _recall_at(rates: NDArray[np.float64], recalls: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The recall reached without a higher rate than each of GRID: a curve's step, never its interpolation."""
+    return recalls[np.searchsorted(rates, GRID, side="right") - 1]
+
+
+def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64]], labelled: bool) -> None:
+    rows = ([float(place), float(ours), float(theirs)] for place, ours, theirs in zip(GRID, *values, strict=True))
+    write_csv(path, [x, y, f"baseline_{y}", "scored_on"], ([*row, scored_on(labelled)] for row in rows))
+
+
+def _exact(value: np.float32) -> str:
+    return f"{value:.9g}"  # 9 digits bring a float32 back bit for bit, so a reader's verdicts are ours

@@ -1,0 +1,210 @@
+"""The report a person reads: one HTML file with every picture inside, and the figures as PNG files beside it."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from flawsmith.evaluation.assess import KEYS, Assessment, Example, Performance
+from flawsmith.evaluation.figures import (
+    DARK,
+    LIGHT,
+    HeatScale,
+    Pixels,
+    Theme,
+    curves_png,
+    histogram_png,
+    panels,
+    pixel_curves_png,
+    sheet,
+    verdict_text,
+)
+from flawsmith.evaluation.intervals import Estimate
+from flawsmith.evaluation.outputs import scored_on
+from flawsmith.files import atomic_file
+from flawsmith.images import write_png
+
+NAMES = {
+    "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
+    "image_ap": ("Image AP", "average precision of images sorted by score"),
+    "image_f1_max": ("Image F1-max", "best F1 over all thresholds, picked with the labels: an upper bound"),
+    "pixel_auroc": ("Pixel AUROC", "chance that a defect pixel is hotter than a normal one"),
+    "pixel_ap": ("Pixel AP", "average precision of pixels sorted by heat; strict where defects are small"),
+    "pixel_f1_max": ("Pixel F1-max", "best F1 of marked pixels, picked with the labels: an upper bound"),
+    "aupro": ("AUPRO", "mean overlap with each defect region while few normal pixels are marked"),
+}
+HEADLINE = ("image_auroc", "pixel_auroc", "aupro")
+SHEET_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated and how: the words and numbers of titles and notes."""
+
+    category: str
+    labelled: bool
+    aupro_limit: float
+    bootstrap: int
+    image_size: int
+    teacher: str
+
+
+def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
+    """report.html, and curves.png, pixel_curves.png, scores.png and gallery.png for DVC and MLflow."""
+    title = figure_title(result, subject)
+    drawings: dict[str, Callable[[Theme], bytes]] = {
+        "scores": lambda theme: histogram_png(result, title, theme),
+        "curves": lambda theme: curves_png(result, title, theme),
+        "pixel_curves": lambda theme: pixel_curves_png(result, title, subject.aupro_limit, theme),
+    }
+    light = {name: draw(LIGHT) for name, draw in drawings.items()}
+    for name, picture in light.items():
+        with atomic_file(folder / f"{name}.png") as path:
+            path.write_bytes(picture)
+    scale = HeatScale.of(result.detector)
+    write_png(folder / "gallery.png", sheet(result.gallery[:SHEET_ROWS], scale, f"{title}: worst first"))
+    figures = {name: (_uri(light[name], "png"), _uri(draw(DARK), "png")) for name, draw in drawings.items()}
+    with atomic_file(folder / "report.html") as path:
+        path.write_text(render_report(result, subject, figures), encoding="utf-8")
+
+
+def figure_title(result: Assessment, subject: Subject) -> str:
+    """Category and what was scored; a figure without a labelled test set says so itself."""
+    if subject.labelled:
+        return f"{subject.category}: {len(result.items)} labelled test images"
+    return f"{subject.category}: {len(result.items)} SYNTHETIC images, no labelled test set"
+
+
+def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple[str, str]]) -> str:
+    """The HTML text. `figures` maps a name to its data URIs for light and dark."""
+    detector, scale = result.detector, HeatScale.of(result.detector)
+    counts = Counter(item.defect for item in result.items)
+    lows = [performance.values[key].low for performance in (detector, result.baseline) for key in HEADLINE]
+    axis = min(0.9, int(10 * min(lows)) / 10)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": _number, "interval": _interval, "percent": _percent, "signed": _signed}
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.render(
+        subject=subject,
+        result=result,
+        detector=detector,
+        baseline=result.baseline,
+        title=figure_title(result, subject),
+        scored_on=scored_on(subject.labelled),
+        names=NAMES,
+        keys=KEYS,
+        headline=HEADLINE,
+        axis=axis,
+        place=lambda value: round(100 * (max(value, axis) - axis) / (1 - axis), 2),
+        good=counts["good"],
+        defective=len(result.items) - counts["good"],
+        counts=counts,
+        summary=summary(result),
+        comparison=compare(result),
+        alarm_warning=alarm_warning(detector),
+        flagged=_flagged_counts(result),
+        figures=figures,
+        gallery=[_card(example, scale) for example in result.gallery],
+        typical=[_card(example, scale) for example in result.typical],
+        wrong=sum(example.is_wrong for example in result.gallery),
+        kinds=Counter(verdict_text(example) for example in result.gallery),
+        saturated=any(estimate.low == estimate.high for estimate in detector.values.values()),
+    )
+
+
+def summary(result: Assessment) -> str:
+    """What the detector does at its threshold, in one sentence."""
+    found, false = _flagged_counts(result)
+    defective = sum(item.is_defective for item in result.items)
+    return (
+        f"At its threshold the detector finds {found} of {defective} defective images "
+        f"and flags {false} of {len(result.items) - defective} good ones."
+    )
+
+
+def compare(result: Assessment) -> str:
+    """Whether the detector beats the baseline, as far as the paired bootstrap can tell."""
+    better, worse, open_ = [], [], []
+    for key in HEADLINE:
+        advantage = result.advantage[key]
+        side = better if advantage.low > 0 else worse if advantage.high < 0 else open_
+        side.append(f"{NAMES[key][0]} ({_signed(advantage.value)})")
+    parts = [
+        f"{words} in {_listed(side)}"
+        for words, side in (
+            ("clearly better", better),
+            ("clearly worse", worse),
+            ("not distinguishable on these images", open_),
+        )
+        if side
+    ]
+    return f"Against kNN on the same teacher's features it is {'; '.join(parts)}."
+
+
+def alarm_warning(performance: Performance) -> str | None:
+    """Say so if good test images are flagged more often than the threshold can explain."""
+    rate, expected = performance.test_false_alarms, performance.threshold.expected_rate
+    if rate.low <= max(expected, performance.threshold.target_rate):
+        return None
+    return (
+        f"Good test images are flagged more often ({_percent(rate.value)}, interval {_interval(rate)}) than the "
+        f"calibration images let expect ({_percent(expected)}): the test images differ from the normal images of "
+        "training (light, position, product). Add such normal images to train/good."
+    )
+
+
+def _flagged_counts(result: Assessment) -> tuple[int, int]:
+    """Defective and good images flagged."""
+    flags = [
+        (item.is_defective, result.detector.is_flagged(float(score)))
+        for item, score in zip(result.items, result.detector.scores.scores, strict=True)
+    ]
+    return sum(bad and flag for bad, flag in flags), sum(flag and not bad for bad, flag in flags)
+
+
+def _card(example: Example, scale: HeatScale) -> dict[str, Any]:
+    return {
+        "example": example,
+        "verdict": verdict_text(example),
+        "kind": verdict_text(example).replace(" ", "-"),
+        "panes": [_jpeg(pane) for pane in panels(example, scale)],
+    }
+
+
+def _jpeg(pixels: Pixels, side: int = 256) -> str:
+    """A pane for the eye only: the lossless pixels stay in the data folder."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=88)
+    return _uri(stream.getvalue(), "jpeg")
+
+
+def _uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.low:.3f}\N{EN DASH}{estimate.high:.3f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,83 @@
+"""The decision threshold, from calibration normals alone: no defect and no test image is asked.
+
+Split conformal prediction (Vovk, Gammerman & Shafer 2005; Angelopoulos & Bates 2023, section 1): if a new normal part
+is exchangeable with the n calibration parts, its score exceeds their ceil((n + 1)(1 - alpha))-th smallest with
+probability at most alpha, whatever the scores' distribution.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flawsmith.errors import UserError
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A part is flagged if its score is strictly above `value`.
+
+    Attributes:
+        value: one of the calibration scores.
+        rank: its rank among them, 1 the smallest.
+        calibration_images: n.
+        target_rate: the false-alarm rate asked for.
+        expected_rate: the rate the rank stands for, (n + 1 - rank) / (n + 1).
+    """
+
+    value: float
+    rank: int
+    calibration_images: int
+    target_rate: float
+    expected_rate: float
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the calibration images are enough for the target."""
+        return self.expected_rate <= self.target_rate + 1e-12
+
+    @property
+    def explanation(self) -> str:
+        """One or two sentences for a person."""
+        n, target = self.calibration_images, _percent(self.target_rate)
+        if self.is_reachable:
+            return (
+                f"The threshold is the {_ordinal(self.rank)} smallest of {n} scores of normal calibration images that "
+                f"never trained anything: at most {target} of normal parts from the same process are expected above it."
+            )
+        needed = math.ceil(1 / self.target_rate - 1e-9) - 1
+        return (
+            f"{n} calibration images are too few for a false-alarm rate of {target}: the threshold is their highest "
+            f"score, which stands for a rate of 1/{n + 1} = {_percent(self.expected_rate)}. A rate of {target} takes "
+            f"{needed} calibration images or more."
+        )
+
+
+def conformal_threshold(scores: NDArray[np.floating], false_alarm_rate: float) -> Threshold:
+    """The ceil((n + 1)(1 - rate))-th smallest of `scores` `(n,)`, or the largest where n is too small for the rate.
+
+    Raises:
+        UserError: there is no calibration score.
+    """
+    count = len(scores)
+    if count == 0:
+        raise UserError("There is no calibration image; raise data.calibration_fraction in params.yaml.")
+    wanted = math.ceil((count + 1) * (1 - false_alarm_rate) - 1e-9)  # 1e-9: 20 * 0.95 must not round up to 20
+    rank = min(wanted, count)
+    return Threshold(
+        value=float(np.sort(scores)[rank - 1]),
+        rank=rank,
+        calibration_images=count,
+        target_rate=false_alarm_rate,
+        expected_rate=(count + 1 - rank) / (count + 1),
+    )
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.3g} %"
+
+
+def _ordinal(number: int) -> str:
+    suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{suffix}"

@@ -1,0 +1,131 @@
+"""A detector as one self-contained ONNX file whose bytes depend on its weights and metadata alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from flawsmith.errors import FlawsmithError
+from flawsmith.files import atomic_file
+from flawsmith.inference.metadata import INPUT_NAME, OUTPUT_NAMES, ModelMetadata
+
+_EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
+
+
+def export_onnx(detector: nn.Module, metadata: ModelMetadata, opset: int, path: Path) -> None:
+    """Write `detector` (eval mode, on the CPU) to `path`.
+
+    The graph takes `image` (B, 3, S, S) float32 in [0, 1] with any B and gives `anomaly_map` (B, 1, S, S) and `score`
+    (B,); whatever normalisation the detector does is inside.
+
+    Raises:
+        FlawsmithError: the detector does not export, or the result does not pass the ONNX checker.
+    """
+    if detector.training:
+        raise FlawsmithError("The detector is in training mode, so its normalisation would be exported wrongly.")
+    size = metadata.input_size
+    example = torch.zeros(_EXAMPLE_BATCH, 3, size, size)
+    try:
+        program = torch.onnx.export(
+            detector,
+            (example,),
+            dynamo=True,
+            input_names=[INPUT_NAME],
+            output_names=list(OUTPUT_NAMES),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise FlawsmithError(f"The detector cannot be exported to ONNX opset {opset}: {_root_cause(error)}") from error
+    if program is None:
+        raise FlawsmithError("torch.onnx.export gave no program; check the versions with `flawsmith doctor`.")
+    model = program.model_proto
+    strip_provenance(model)
+    onnx.helper.set_model_props(model, dict(sorted(metadata.to_properties().items())))
+    _check(model, size, opset)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def strip_provenance(model: onnx.ModelProto) -> None:
+    """Remove, in place, what the exporter notes about its own machine: stack traces with absolute paths, doc strings.
+
+    Intermediate shapes go too: onnxruntime infers them, and they carry the same notes.
+    """
+    model.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    for function in model.functions:
+        function.ClearField("doc_string")
+        function.ClearField("metadata_props")
+        function.ClearField("value_info")
+        _strip_nodes(function.node)
+    _strip_graph(model.graph)
+
+
+def map_range(maps: NDArray[np.float32], pixel_threshold: float) -> tuple[float, float]:
+    """The range of map values that heat maps are drawn over: from the usual value of normal surface to as far above
+    the pixel threshold, which therefore has the middle colour on every image of every category.
+
+    `maps` (N, 1, S, S) are of any images; only the drawing depends on them, no verdict.
+    """
+    for low in (float(np.median(maps)), float(maps.min())):
+        if low < pixel_threshold:
+            break
+    else:
+        low = pixel_threshold - 1.0  # every pixel lies above the threshold: there is no normal surface to start from
+    low = float(f"{low:.6g}")
+    return low, 2 * pixel_threshold - low
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    graph.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    for item in (*graph.input, *graph.output, *graph.initializer):
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
+    _strip_nodes(graph.node)
+
+
+def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
+    for node in nodes:
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _strip_graph(graph)
+
+
+def _check(model: onnx.ModelProto, size: int, opset: int) -> None:
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise FlawsmithError(f"The exported model is not valid ONNX: {error}") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise FlawsmithError("The exporter left weights outside the file; the model must be self-contained.")
+    versions = {item.domain: item.version for item in model.opset_import}
+    if versions.get("") != opset:
+        raise FlawsmithError(f"The exporter wrote opset {versions.get('')} instead of {opset}; set export.opset to it.")
+    dimensions = {
+        item.name: [dimension.dim_param or dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
+        for item in (*model.graph.input, *model.graph.output)
+    }
+    wanted = {
+        INPUT_NAME: ["batch", 3, size, size],
+        OUTPUT_NAMES[0]: ["batch", 1, size, size],
+        OUTPUT_NAMES[1]: ["batch"],
+    }
+    if dimensions != wanted:
+        raise FlawsmithError(f"The exported model has the shapes {dimensions} instead of {wanted}.")
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -1,0 +1,77 @@
+"""What an exported model says about itself: written into the ONNX file by export, read back here without torch."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flawsmith.errors import UserError
+
+INPUT_NAME = "image"
+OUTPUT_NAMES = ("anomaly_map", "score")
+PREFIX = "flawsmith."  # of every metadata key, so that other tools' properties do not collide
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """Everything a machine on the line needs beside the network itself.
+
+    A part is defective if its score lies above `threshold`; a pixel belongs to a defect if its map value lies above
+    `pixel_threshold`. Both are in units of the map, which is real-valued and unbounded.
+    """
+
+    category: str
+    threshold: float
+    pixel_threshold: float
+    false_alarm_rate: float  # share of normal parts that `threshold` may flag
+    input_size: int  # side of the square input in pixels
+    map_low: float  # map values drawn as the first ...
+    map_high: float  # ... and the last colour of a heat map
+    detector_digest: str  # SHA-256 of the weights this model was exported from: the hook of the lineage
+    teacher: str
+    flawsmith_version: str
+
+    def to_properties(self) -> dict[str, str]:
+        """The metadata as ONNX metadata properties; floats keep every digit."""
+        return {f"{PREFIX}{key}": str(value) for key, value in vars(self).items()}
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, str], source: str) -> "ModelMetadata":
+        """Read ONNX metadata properties; `source` names the file in errors.
+
+        Raises:
+            UserError: a property is missing or no value of its kind, so the file is no flawsmith model.
+        """
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            key = f"{PREFIX}{item.name}"
+            if key not in properties:
+                raise UserError(
+                    f"{source} is not a flawsmith model (its metadata lacks `{key}`); "
+                    "use the model.onnx of the export stage."
+                )
+            try:
+                values[item.name] = _KINDS[item.type](properties[key])
+            except ValueError as error:
+                raise UserError(
+                    f"{source} has damaged metadata (`{key}` is {properties[key]!r}); export the model again."
+                ) from error
+        return cls(**values)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError(text)
+    return value
+
+
+_KINDS: dict[Any, Callable[[str], Any]] = {str: str, float: _finite, int: _positive}

@@ -1,0 +1,73 @@
+"""The gate: measure the triplets of a synthesize folder, judge them, and leave a report that says why."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from flawsmith.errors import QualityGateError, UserError
+from flawsmith.files import atomic_file, write_json
+from flawsmith.images import write_png
+from flawsmith.quality.expectations import check
+from flawsmith.quality.measures import Measures, Scale, measure_folder
+from flawsmith.quality.sheet import draw_sheet, rank_worst
+from flawsmith.quality.verdict import Verdict, rules
+from flawsmith.settings import ValidateSettings
+
+KINDS = {str: "string", bool: "bool", float: "float64"}
+
+
+def read_manifest_ids(path: Path) -> list[str]:
+    """The triplet ids that the manifest lists, in its order.
+
+    Raises:
+        UserError: the file is no parquet table with the column `triplet_id`.
+    """
+    remedy = "run `flawsmith synthesize` again"
+    try:
+        manifest = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        raise UserError(f"{path} cannot be read as parquet ({' '.join(str(error).split())}); {remedy}.") from error
+    if "triplet_id" not in manifest:
+        raise UserError(f"{path} has no column `triplet_id`; {remedy}.")
+    return [str(value) for value in manifest["triplet_id"]]
+
+
+def to_frame(rows: list[Measures]) -> pd.DataFrame:
+    """One row a triplet; the columns and their types are the same for no rows at all."""
+    names = Measures.__dataclass_fields__
+    frame = pd.DataFrame([asdict(row) for row in rows], columns=list(names))
+    return frame.astype({name: KINDS[field.type] for name, field in names.items() if isinstance(field.type, type)})
+
+
+def inspect_triplets(triplets: Path, report: Path, settings: ValidateSettings, side: int) -> Verdict:
+    """Judge the triplets in the folder `triplets`, whose images must have the side `side` (pixels).
+
+    Writes measures.parquet, verdict.json, docs/ (Data Docs) and worst.png into the existing folder `report`.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    listed = read_manifest_ids(triplets / "manifest.parquet")
+    rows = measure_folder(triplets, listed, Scale(settings.visible_change, settings.outside_margin, side))
+    frame = to_frame(rows)
+    with atomic_file(report / "measures.parquet") as temporary:
+        frame.to_parquet(temporary, index=False)
+    verdict = check(frame, rules(settings), report / "docs")
+    write_json(report / "verdict.json", verdict.to_json())
+    write_png(report / "worst.png", draw_sheet(triplets, rank_worst(rows, verdict, settings.worst)))
+    return verdict
+
+
+def enforce(verdict: Verdict, category: str, report: Path) -> None:
+    """Let a verdict that passed through; `report` is where the report will lie.
+
+    Raises:
+        QualityGateError: it did not pass.
+    """
+    if not verdict.passed:
+        raise QualityGateError(
+            f"The triplets of '{category}' failed the quality gate: {verdict.reason()}; "
+            f"read {report / 'docs' / 'index.html'} and {report / 'worst.png'}, then correct `synthesize` or the "
+            "bounds in `validate` of params.yaml."
+        )

@@ -1,0 +1,167 @@
+"""What is demanded of the triplets, and the verdict: pure, so that both can be read and tested without any tool.
+
+Integrity (files, sizes, pixels, duplicates) binds every triplet and is critical. Looks bind the share `mostly`, for a
+synthesis draws its defects at random and a few odd ones do no harm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flawsmith.settings import ValidateSettings
+
+Severity = Literal["critical", "warning"]
+Kind = Literal["row count", "unique", "true", "not null", "range"]
+
+IDS_SHOWN = 20  # ids of failing triplets a rule in the verdict; measures.parquet holds them all
+NAMES_SHOWN = 4  # failed rules in the error's sentence
+
+MEASURED = ("mask_area", "components", "change_inside", "change_outside", "visible_share", "ssim", "foreground_overlap")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One demand on a column of the measures (or on the number of rows)."""
+
+    name: str
+    kind: Kind
+    severity: Severity
+    meaning: str
+    column: str = ""
+    low: float | None = None
+    high: float | None = None
+    mostly: float = 1.0  # share of the triplets that must satisfy it
+
+
+def rules(settings: ValidateSettings) -> tuple[Rule, ...]:
+    """The suite: in order of what to look at first when several fail."""
+    true = {
+        "in_manifest": "every triplet on disk is listed in the manifest",
+        "on_disk": "every triplet of the manifest has its three files",
+        "decodable": "all three files of a triplet are readable images",
+        "size_agrees": "normal, defect and mask have the size data.image_size",
+        "finite": "no pixel is NaN or infinite",
+    }
+    mostly = settings.mostly
+    return (
+        Rule("triplet_count", "row count", "critical", "there are enough triplets", low=settings.min_triplets),
+        Rule("triplet_id_unique", "unique", "critical", "the manifest lists a triplet once", "triplet_id"),
+        *(Rule(name, "true", "critical", meaning, name) for name, meaning in true.items()),
+        _bounds(
+            "mask_area", "critical", "the mask marks something, but no large part of the image", *settings.mask_area
+        ),
+        _bounds("change_inside", "critical", "the defect changes the pixels of its mask", settings.min_change_inside),
+        _bounds(
+            "visible_share",
+            "critical",
+            "most of the mask has visibly changed",
+            settings.min_visible_share,
+            mostly=mostly,
+        ),
+        _bounds("change_outside", "critical", "nothing changed away from the mask", high=settings.max_change_outside),
+        _bounds(
+            "duplicates", "critical", "no defect image occurs twice", high=0, mostly=1 - settings.max_duplicate_share
+        ),
+        # A bound is silent about a missing value, so each measure must be there.
+        *(
+            Rule(f"{name}_measured", "not null", "critical", f"{name} could be measured", name)
+            for name in (*MEASURED, "duplicates")
+        ),
+        _bounds(
+            "foreground_overlap",
+            "warning",
+            "the defect lies on the part",
+            settings.min_foreground_overlap,
+            mostly=mostly,
+        ),
+        _bounds("ssim", "warning", "the defect is neither invisible nor another image", *settings.ssim, mostly=mostly),
+        _bounds(
+            "components", "warning", "the mask is no scatter of specks", high=settings.max_components, mostly=mostly
+        ),
+    )
+
+
+def _bounds(
+    column: str,
+    severity: Severity,
+    meaning: str,
+    low: float | None = None,
+    high: float | None = None,
+    mostly: float = 1.0,
+) -> Rule:
+    return Rule(column, "range", severity, meaning, column, low, high, mostly)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rule fared.
+
+    Attributes:
+        passed: whether the demand is met, `mostly` taken into account.
+        failing_ids: triplets that break it, in the order of the measures; they may be few enough to pass.
+        observed: the number of rows, or [smallest, largest] value of the column, or None if it holds none.
+    """
+
+    rule: Rule
+    passed: bool
+    failing_ids: tuple[str, ...]
+    observed: float | tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the triplets may train anything, and why."""
+
+    passed: bool
+    severity: Severity | None  # of the worst failure
+    triplets: int
+    outcomes: tuple[Outcome, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, the same for the same triplets: no times, no run ids."""
+        return {
+            "passed": self.passed,
+            "severity": self.severity,
+            "triplets": self.triplets,
+            "expectations": [
+                {
+                    "name": outcome.rule.name,
+                    "meaning": outcome.rule.meaning,
+                    "severity": outcome.rule.severity,
+                    "passed": outcome.passed,
+                    "bounds": [outcome.rule.low, outcome.rule.high],
+                    "mostly": outcome.rule.mostly,
+                    "observed": list(outcome.observed) if isinstance(outcome.observed, tuple) else outcome.observed,
+                    "failing": len(outcome.failing_ids),
+                    "failing_ids": list(outcome.failing_ids[:IDS_SHOWN]),
+                }
+                for outcome in self.outcomes
+            ],
+        }
+
+    def reason(self) -> str:
+        """The failures of the worst severity in one clause; empty if there is none."""
+        failed = [item for item in self.outcomes if not item.passed and item.rule.severity == self.severity]
+        named = [self._named(outcome) for outcome in failed[:NAMES_SHOWN]]
+        more = [f"{len(failed) - NAMES_SHOWN} more"] if len(failed) > NAMES_SHOWN else []
+        return ", ".join(named + more)
+
+    def _named(self, outcome: Outcome) -> str:
+        if outcome.rule.kind == "row count":
+            return f"{outcome.rule.name} ({self.triplets} triplets, at least {outcome.rule.low} are needed)"
+        example = f", e.g. {outcome.failing_ids[0]}" if outcome.failing_ids else ""
+        return f"{outcome.rule.name} ({len(outcome.failing_ids)} of {self.triplets} triplets{example})"
+
+
+def decide(outcomes: Sequence[Outcome], triplets: int, reported: Severity | None = None) -> Verdict:
+    """Critical failures stop the pipeline, warnings are only reported; no outcome at all is no proof and stops it.
+
+    `reported` is the worst failure according to the tool that checked: the worse of the two views counts.
+    """
+    failed = {outcome.rule.severity for outcome in outcomes if not outcome.passed} | {reported}
+    severity: Severity | None = None
+    if "critical" in failed or not outcomes:
+        severity = "critical"
+    elif "warning" in failed:
+        severity = "warning"
+    return Verdict(severity != "critical", severity, triplets, tuple(outcomes))

@@ -1,0 +1,112 @@
+"""Stage ddpm-train: normal images → a denoiser of the surface, its loss curve, samples, and whether it is ready."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flawsmith.detector.teacher import Teacher, build_teacher
+from flawsmith.devices import best_device, prepare
+from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
+from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
+from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, train_denoiser
+from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
+from flawsmith.files import atomic_folder, digest_json, digest_path, write_csv, write_json
+from flawsmith.images import to_uint8, write_png
+from flawsmith.randomness import numpy_generator, torch_generator
+from flawsmith.resume import ResumePoint
+from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
+from flawsmith.stages.layout import Layout
+from flawsmith.surfaces import load_images_uint8
+from flawsmith.tracking import stage_run
+
+STAGE = "ddpm-train"
+SAMPLE_STEPS = 40  # reverse steps of a plain sample: strided DDPM needs more than a few from pure noise
+SHEET_SAMPLES = 16
+
+
+def run(layout: Layout) -> None:
+    """Train, sample, judge, write `unet.safetensors`, `config.json`, `losses.csv`, `samples.png`, `readiness.json`."""
+    settings, data = layout.settings.ddpm_train, layout.settings.data
+    train_folder = layout.surface().folder / "train"
+    params = {STAGE: section_values(settings), "data": section_values(data)}
+    with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked:
+        prepare(best_device())
+        split = layout.split()
+        fit = load_images_uint8(split.fit, data.image_size, data.max_pixels)
+        heldout = load_images_uint8(split.calibration, data.image_size, data.max_pixels)
+        identity = digest_json({"settings": settings_digest(settings, data), "data": digest_path(train_folder)})
+        resume = ResumePoint(layout.resume(STAGE), identity)
+        denoiser, rows = train_denoiser(
+            fit, settings, resume, lambda step, metrics: tracked.log_metrics(metrics, step=step)
+        )
+        samples = plain_samples(denoiser, settings, best_device())
+        readiness = _judge(samples, fit, heldout, settings, build_teacher(layout.settings.teacher, layout.root))
+        with atomic_folder(layout.stage(STAGE)) as out:
+            save_denoiser(denoiser, settings, out)
+            write_csv(out / "losses.csv", LOSS_COLUMNS, rows)
+            write_png(out / "samples.png", _sheet(samples, fit, settings))
+            write_json(out / "readiness.json", readiness.as_json())
+        resume.clear()
+        print(f"{layout.category}: {readiness.verdict}")
+        tracked.log_metrics(
+            {"relative_distance": readiness.relative_distance, "neighbour_ratio": readiness.neighbour_ratio}
+        )
+        for name in ("samples.png", "losses.csv", "readiness.json"):
+            tracked.log_artifact(layout.stage(STAGE) / name)
+        tracked.set_outputs({STAGE: layout.stage(STAGE)})
+
+
+def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch.device) -> NDArray[np.float32]:
+    """(N, 3, crop, crop) in [0, 1]: fixed-seed samples of strength 0 from pure noise."""
+    count = settings.readiness_samples
+    sampled = sample_disturbed(
+        denoiser.to(device),
+        build_scheduler(settings),
+        torch.zeros(count, 3, settings.crop, settings.crop),
+        [1.0] * count,
+        [0.0] * count,
+        SAMPLE_STEPS,
+        Disturbance(),
+        [torch_generator(settings.seed, "samples", index) for index in range(count)],
+        device,
+    )
+    denoiser.cpu()
+    return (sampled.numpy() + np.float32(1)) / np.float32(2)
+
+
+def _judge(
+    samples: NDArray[np.float32],
+    fit: NDArray[np.uint8],
+    heldout: NDArray[np.uint8],
+    settings: DdpmTrainSettings,
+    teacher: Teacher,
+) -> Readiness:
+    """Pooled teacher features of samples, held-out and training crops and coloured noise, compared."""
+
+    def crops(images: NDArray[np.uint8], name: str, count: int) -> NDArray[np.float32]:
+        generator = numpy_generator(settings.seed, "readiness", name)
+        return (random_crops(images, settings.crop, count, generator).numpy() + np.float32(1)) / np.float32(2)
+
+    def features(images: NDArray[np.float32]) -> NDArray[np.float64]:
+        parts = []
+        with torch.inference_mode():
+            for first in range(0, len(images), 32):
+                levels = teacher(torch.from_numpy(images[first : first + 32]))
+                # mean and deviation a channel: average colour and tone, and how much texture there is
+                pooled = [pool for level in levels for pool in (level.mean(dim=(2, 3)), level.std(dim=(2, 3)))]
+                parts.append(torch.cat(pooled, dim=1).double().numpy())
+        return np.concatenate(parts)
+
+    count = settings.readiness_samples
+    held = crops(heldout, "heldout", 2 * count)
+    noise = colour_noise(held[:count], numpy_generator(settings.seed, "readiness", "noise"))
+    return judge_readiness(features(samples), features(held), features(crops(fit, "fit", 4 * count)), features(noise))
+
+
+def _sheet(samples: NDArray[np.float32], fit: NDArray[np.uint8], settings: DdpmTrainSettings) -> NDArray[np.uint8]:
+    """Two rows of real crops above two rows of plain samples."""
+    generator = numpy_generator(settings.seed, "readiness", "sheet")
+    real = (random_crops(fit, settings.crop, SHEET_SAMPLES, generator).numpy() + np.float32(1)) / np.float32(2)
+    tiles = [to_uint8(tile) for tile in (*real, *samples[:SHEET_SAMPLES])]
+    width = SHEET_SAMPLES // 2
+    return np.concatenate([np.concatenate(tiles[i : i + width], axis=1) for i in range(0, len(tiles), width)], axis=0)

@@ -1,0 +1,78 @@
+"""Stage 6: the trained detector as one ONNX file with a certificate that it decides the same.
+
+Reads distill/, evaluate/metrics.json and evaluate/parity/; writes export/model.onnx, parity.json and latency.json
+(the last one tells of this machine and differs from run to run, so it is no part of the result).
+"""
+
+import os
+
+import numpy as np
+
+from flawsmith import __version__
+from flawsmith.detector.model import load_detector
+from flawsmith.errors import UserError
+from flawsmith.export.onnx import export_onnx, map_range
+from flawsmith.export.parity import certificate, measure_latency, run_detector
+from flawsmith.files import atomic_folder, digest_path, read_json, write_json
+from flawsmith.inference.metadata import ModelMetadata
+from flawsmith.inference.predictor import Predictor
+from flawsmith.settings import section_values
+from flawsmith.stages.layout import Layout
+from flawsmith.surfaces import load_images
+from flawsmith.tracking import stage_run
+
+
+def run(layout: Layout) -> None:
+    """Export, prove and time the detector of one category.
+
+    Raises:
+        UserError: an earlier stage's output is missing.
+        FlawsmithError: the detector does not export, or the ONNX model disagrees with it; nothing is left then.
+    """
+    settings = layout.settings
+    weights = layout.input("distill", "detector.safetensors")
+    metrics_path = layout.input("evaluate", "metrics.json")
+    parity = layout.input("evaluate", "parity")
+    sources = sorted(parity.glob("*.png"))
+    if not sources:
+        raise UserError(f"{parity} holds no image; run `flawsmith evaluate --category {layout.category}` again.")
+
+    inputs = {"detector": weights.parent, "metrics": metrics_path, "images": parity}
+    with stage_run(layout, "export", inputs, section_values(settings.export)) as tracked:
+        detector = load_detector(weights.parent)
+        metrics = read_json(metrics_path)
+        size = settings.data.image_size
+        images = load_images(sources, size, settings.data.max_pixels)
+        maps = np.concatenate([run_detector(detector, image[None])[0] for image in images])
+        low, high = map_range(maps, metrics["pixel_threshold"])
+        metadata = ModelMetadata(
+            category=layout.category,
+            threshold=metrics["threshold"],
+            pixel_threshold=metrics["pixel_threshold"],
+            false_alarm_rate=settings.evaluate.false_alarm_rate,
+            input_size=size,
+            map_low=low,
+            map_high=high,
+            detector_digest=digest_path(weights),
+            teacher=settings.teacher.backbone,
+            flawsmith_version=__version__,
+        )
+        with atomic_folder(layout.stage("export")) as folder:
+            model = folder / "model.onnx"
+            export_onnx(detector, metadata, settings.export.opset, model)
+            predictor = Predictor(model)
+            proof = certificate(
+                detector, metadata.threshold, predictor, model, images, sources, settings.export.tolerance
+            )
+            write_json(folder / "parity.json", proof)
+            latency = measure_latency(predictor, images, settings.export.latency_runs)
+            write_json(folder / "latency.json", {"batches": latency, "cpu_threads": os.cpu_count()})
+        for batch in proof["batches"]:
+            tracked.log_metrics(
+                {
+                    f"batch_{batch}_{name}": float(value)
+                    for name, value in (proof["batches"][batch] | latency[batch]).items()
+                }
+            )
+        tracked.log_artifact(layout.stage("export"))
+        tracked.set_outputs({name: layout.stage("export") / name for name in ("model.onnx", "parity.json")})

@@ -1,0 +1,96 @@
+"""Stage synthesize: denoiser + normal images → triplets (normal, defect, mask) and their manifest."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flawsmith.devices import best_device, prepare
+from flawsmith.diffusion.unet import build_scheduler, load_denoiser
+from flawsmith.files import atomic_file, atomic_folder
+from flawsmith.foreground import Foreground
+from flawsmith.images import write_png
+from flawsmith.randomness import numpy_generator
+from flawsmith.settings import section_values, settings_digest
+from flawsmith.stages.layout import Layout
+from flawsmith.surfaces import load_images_uint8
+from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
+from flawsmith.synthesis.sheet import contact_sheet, triplet_row
+from flawsmith.tracking import stage_run
+from flawsmith.triplets import TripletFolder
+
+STAGE = "synthesize"
+SHEET_ROWS = 16
+FOREGROUND_SAMPLE = 32  # normals from which object or texture is told
+DIGEST_KEY = b"flawsmith.settings"  # in the manifest's schema metadata: what the triplets were made with
+
+
+def run(layout: Layout) -> None:
+    """Make the triplets and write `normal|defect|mask/`, `manifest.parquet` and `sheet.png`."""
+    settings, data = layout.settings.synthesize, layout.settings.data
+    inputs = {"data": layout.surface().folder / "train", "ddpm-train": layout.stage("ddpm-train")}
+    params = {STAGE: section_values(settings), "data": section_values(data)}
+    with stage_run(layout, STAGE, inputs, params) as tracked:
+        prepare(best_device())
+        workshop = build_workshop(layout)
+        rows: list[dict[str, Any]] = []
+        strips = []
+        with atomic_folder(layout.stage(STAGE)) as out:
+            folder = TripletFolder(out)
+            for role, count in role_counts(settings).items():
+                for index, triplet in enumerate(generate(workshop, role, count)):
+                    triplet_id = f"{role}-{index:05d}"
+                    folder.write(triplet_id, triplet.normal, triplet.defect, triplet.mask)
+                    rows.append(manifest_row(workshop, triplet_id, triplet))
+                    if role == "fit" and index < SHEET_ROWS:
+                        strips.append(triplet_row(triplet.normal, triplet.defect, triplet.mask))
+            write_manifest(rows, made_with(layout), out)
+            write_png(out / "sheet.png", contact_sheet(strips))
+        areas = [row["mask_area"] for row in rows]
+        print(f"{layout.category}: {len(rows)} triplets, median defect {np.median(areas):.2%} of the image")
+        tracked.log_metrics({"triplets": len(rows), "median_mask_area": float(np.median(areas))})
+        tracked.log_artifact(layout.stage(STAGE) / "sheet.png")
+        tracked.set_outputs({STAGE: layout.stage(STAGE)})
+
+
+def build_workshop(layout: Layout) -> Workshop:
+    """The denoiser and the fit normals, ready to make any triplet of this category."""
+    data = layout.settings.data
+    layout.input("ddpm-train", "unet.safetensors")
+    denoiser, ddpm = load_denoiser(layout.stage("ddpm-train"))
+    paths = layout.split().fit
+    normals = load_images_uint8(paths, data.image_size, data.max_pixels)
+    generator = numpy_generator(layout.settings.synthesize.seed, "foreground")
+    sample = np.sort(generator.permutation(len(normals))[:FOREGROUND_SAMPLE])
+    foreground = Foreground.estimate(normals[sample].astype(np.float32) / np.float32(255))
+    device = best_device()
+    return Workshop(
+        denoiser=denoiser.to(device),
+        scheduler=build_scheduler(ddpm),
+        normals=normals,
+        names=[path.name for path in paths],
+        foreground=foreground,
+        settings=layout.settings.synthesize,
+        device=device,
+    )
+
+
+def made_with(layout: Layout) -> str:
+    """Digest of all settings that decide a triplet (the denoiser's own digest stands in its config)."""
+    settings = layout.settings
+    return settings_digest(settings.data, settings.synthesize, settings.ddpm_train)
+
+
+def write_manifest(rows: list[dict[str, Any]], digest: str, folder: Any) -> None:
+    """One row a triplet, with the digest of the settings in the schema's metadata."""
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({DIGEST_KEY: json.dumps(digest)})
+    with atomic_file(folder / "manifest.parquet") as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_manifest(layout: Layout) -> tuple[list[dict[str, Any]], str]:
+    """The manifest's rows and the digest of the settings they were made with."""
+    table = pq.read_table(layout.input(STAGE, "manifest.parquet"))
+    return table.to_pylist(), json.loads((table.schema.metadata or {}).get(DIGEST_KEY, b'""'))

@@ -1,0 +1,39 @@
+"""validate: judge the triplets before anything learns from them; a critical failure stops the pipeline here.
+
+flawsmith validate --category C: reads synthesize/, writes measures.parquet, verdict.json, docs/ and worst.png. The
+report is in place whatever the verdict.
+"""
+
+import logging
+
+from flawsmith.errors import QualityGateError
+from flawsmith.files import atomic_folder
+from flawsmith.quality.gate import enforce, inspect_triplets
+from flawsmith.settings import section_values
+from flawsmith.stages.layout import Layout
+from flawsmith.tracking import stage_run
+
+log = logging.getLogger(__name__)
+
+
+def run(layout: Layout) -> None:
+    """Run the quality gate for one category.
+
+    Raises:
+        QualityGateError: a critical expectation failed; the report says which.
+        UserError: there is no manifest.
+    """
+    settings = layout.settings.validate
+    triplets, report = layout.input("synthesize", "manifest.parquet").parent, layout.stage("validate")
+    with (
+        stage_run(layout, "validate", {"synthesize": triplets}, section_values(settings)) as tracked,
+        atomic_folder(report, keep_on=QualityGateError) as folder,
+    ):
+        verdict = inspect_triplets(triplets, folder, settings, layout.settings.data.image_size)
+        tracked.log_metrics({f"failing_{item.rule.name}": len(item.failing_ids) for item in verdict.outcomes})
+        for name in ("verdict.json", "worst.png", "docs"):
+            tracked.log_artifact(folder / name)
+        log.info("%s: %d triplets, worst failure: %s", layout.category, verdict.triplets, verdict.severity or "none")
+        enforce(verdict, layout.category, report)
+        # docs/ is drawn from these two
+        tracked.set_outputs({"measures": report / "measures.parquet", "verdict": report / "verdict.json"})

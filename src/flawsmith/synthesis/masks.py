@@ -1,0 +1,285 @@
+"""Where a synthetic defect sits and what outline it has: one local region or cluster, cut out of Perlin noise.
+
+A defect is sampled by diffusion in a small square window only, so a mask must close by itself inside its window. Both
+kinds of outline get there in the same way: every candidate pixel has a *reach*, the radius of the smallest falloff that
+admits it, and the mask is the set of pixels of reach below R. R is solved for the area wanted and bounded by the first
+candidate on the window's margin, so that no shape is ever cut straight.
+
+- `perlin`: noise n above a threshold that rises with the distance d from the centre, n - t > (1 - t)(d / R)^2.
+- `ridge`: a level line of the noise, thinning out with the distance: |n - t| / |grad n| < h (1 - (d / R)^2), where the
+  left side is the distance to the line to first order; h, half the width, never falls below half a pixel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+from flawsmith.errors import UserError
+from flawsmith.images import Mask
+from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.perlin import FloatField, perlin_noise
+
+MaskKind = Literal["perlin", "ridge"]
+Window = tuple[int, int, int]  # top, left, side in pixels
+
+TRIES = 64  # outlines drawn for one mask before giving up
+MIN_SPECK = 4  # a connected part of fewer pixels is no part of a defect (unless the whole mask is as small)
+MAX_PARTS = 8  # connected parts of a cluster; more would be confetti
+FILL = 0.4  # share of a window's inner square that a closed shape can fill
+RIDGE_ASPECT = (1.0, 12.0)  # stretch of a ridge's lattice: 1 winds like a crack, 12 runs straight like a scratch
+RIDGE_WIDTH = (1.0, 4.0)  # pixels at the thickest place
+RIDGE_LEVEL = 0.15  # level lines from -0.15 to 0.15: off 0, where every line passes through lattice points
+RIDGE_PERIOD = 12.0  # least pixels across a ridge's lattice, where there is a choice; closer lines would merge
+RIDGE_LENGTH = 12.0  # least length in pixels
+RIDGE_TAPER = 0.7  # mean over greatest width
+BLOB_ASPECT = (1.0, 3.0)
+_EIGHT = np.ones((3, 3), bool)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskDraw:
+    """A mask and all that was drawn for it.
+
+    Attributes:
+        mask: `(size, size)` bool, never empty, True only inside the window.
+        kind: `perlin` (blobs, flecks, clusters) or `ridge` (lines of 1-4 px).
+        period: lattice period in pixels (for a ridge the one across it).
+        threshold: level of the noise in [-1, 1]: where a `perlin` mask begins, or whose line a ridge follows.
+        angle: of the lattice in radians, in [0, pi).
+        window: top, left, side in pixels; the mask keeps `margin(feather)` px from those of its borders that lie inside
+            the image. A defect may run over the edge of the image, as real ones do.
+    """
+
+    mask: Mask
+    kind: MaskKind
+    period: float
+    threshold: float
+    angle: float
+    window: Window
+
+
+def margin(feather: float) -> int:
+    """Pixels between a mask and its window's inner borders: the soft edge, and as much untouched texture again."""
+    return int(np.ceil(2 * feather)) + 1
+
+
+def sample_mask(
+    generator: np.random.Generator, size: int, settings: SynthesizeSettings, foreground: Mask | None = None
+) -> MaskDraw:
+    """Draw one defect mask for a square image of `size` pixels a side.
+
+    The place is uniform over the foreground; the area (of a ridge its length and width) is log-uniform in
+    `settings.area`, as far as windows and foreground can hold it; the window is the smallest that does.
+
+    Args:
+        generator: source of everything drawn.
+        size: side of the image in pixels.
+        settings: section `synthesize`.
+        foreground: `(size, size)` bool, where a defect may be; None is everywhere.
+
+    Raises:
+        UserError: the foreground is empty, no window can hold the least area, or no outline in range was found.
+    """
+    if foreground is not None and foreground.shape != (size, size):
+        raise ValueError(f"foreground must be ({size}, {size}), not {foreground.shape}")
+    places = None if foreground is None else np.flatnonzero(foreground)
+    if places is not None and not places.size:
+        raise UserError("The foreground is empty, so there is no place for a defect; check the normal images.")
+
+    rim = margin(settings.feather)
+    windows = sorted(side for side in set(settings.windows) if 2 * rim < side <= size)
+    largest = windows[-1] - 2 * rim if windows else 0  # what the largest window leaves to a mask
+    low, high = max(1, int(np.ceil(settings.area[0] * size**2))), int(settings.area[1] * size**2)  # pixels
+    most = min(high, int(FILL * largest**2))
+    if low > most:
+        raise UserError(
+            f"synthesize.area asks for defects of {low} to {high} pixels in {size} x {size}, but the "
+            f"synthesize.windows {list(settings.windows)} hold at most {int(FILL * largest**2)}; change one of them."
+        )
+    if places is not None and places.size < low:
+        raise UserError(f"The foreground has {places.size} pixels, the smallest defect {low}; lower synthesize.area.")
+    wish = _Wish.draw(generator, settings.ridge_share, (low, most), largest)
+    side = next(side for side in windows if side - 2 * rim >= wish.extent or side == windows[-1])
+
+    for attempt in range(TRIES):
+        place = int(generator.integers(size**2) if places is None else places[generator.integers(places.size)])
+        row, column = divmod(place, size)
+        top, left = (int(np.clip(at - side // 2, 0, size - side)) for at in (row, column))
+        here = np.s_[top : top + side, left : left + side]
+        allowed = np.ones((side, side), bool) if foreground is None else foreground[here]
+        outline = _Outline.draw(generator, wish, settings)
+        reach = outline.reach(generator, (row - top, column - left), allowed)
+        closed = _close(reach, wish.area, _on_margin(top, left, side, size, rim))
+        wanted = wish.area / 2 if attempt < TRIES // 2 else 0  # keeps the areas as they were drawn, while it can
+        if max(low, wanted) <= closed.sum() <= high:
+            mask = np.zeros((size, size), bool)
+            mask[here] = closed
+            return MaskDraw(mask, wish.kind, outline.period, outline.threshold, outline.angle, (top, left, side))
+    remedy = "lower synthesize.ridge_share" if wish.kind == "ridge" else "lower synthesize.perlin_threshold"
+    raise UserError(
+        f"No {wish.kind} mask of {low} to {high} pixels was found in {TRIES} tries; widen synthesize.area or {remedy}."
+    )
+
+
+def feathered(mask: Mask, width: float) -> FloatField:
+    """A soft alpha `(H, W)` float32 in [0, 1]: 1 on the mask, falling smoothly to 0 at `width` px outside of it.
+
+    The ramp lies outside, so a line of one pixel keeps its full opacity and a larger mask has nowhere a lower alpha.
+    alpha = 1 - (3 u^2 - 2 u^3), where u is the distance to the nearest mask pixel over `width`; a width of 1 or less is
+    the hard mask.
+    """
+    alpha = mask.astype(np.float32)
+    if width <= 1 or not mask.any():
+        return alpha
+    pad = int(np.ceil(width))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = np.s_[max(0, rows[0] - pad) : rows[-1] + pad + 1, max(0, columns[0] - pad) : columns[-1] + pad + 1]
+    u = np.clip(ndimage.distance_transform_edt(~mask[box]) / width, 0, 1)
+    alpha[box] = 1 - u * u * (3 - 2 * u)
+    return alpha
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What is drawn once for a mask, whatever outlines fail, so that retries do not favour what is easy."""
+
+    kind: MaskKind
+    area: float  # in pixels
+    width: float  # of a ridge at its thickest place, in pixels; 0 for `perlin`
+    extent: float  # side of the square it needs, in pixels
+
+    @classmethod
+    def draw(cls, generator: np.random.Generator, ridge_share: float, area: tuple[int, int], largest: int) -> "_Wish":
+        if generator.random() >= ridge_share:
+            pixels = _log_uniform(generator, area)
+            return cls("perlin", pixels, 0.0, float(np.sqrt(pixels / FILL)))
+        width, length = _log_uniform(generator, RIDGE_WIDTH), _log_uniform(generator, (RIDGE_LENGTH, largest))
+        pixels = float(np.clip(RIDGE_TAPER * width * length, *area))
+        return cls("ridge", pixels, width, pixels / (RIDGE_TAPER * width))
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """The random parameters of one outline, apart from its place."""
+
+    wish: _Wish
+    period: float
+    threshold: float
+    angle: float
+    aspect: float
+    octaves: int
+    persistence: float
+    parts: int  # most connected parts that are kept
+
+    @classmethod
+    def draw(cls, generator: np.random.Generator, wish: _Wish, settings: SynthesizeSettings) -> "_Outline":
+        ridge = wish.kind == "ridge"
+        diameter = 2 * np.sqrt(wish.area / np.pi)
+        low, high = (RIDGE_PERIOD, np.inf) if ridge else (diameter / 4, diameter * 2)
+        periods = [period for period in settings.perlin_periods if low <= period <= high]
+        nearest = min(settings.perlin_periods, key=lambda period: abs(np.log(period / np.clip(period, low, high))))
+        return cls(
+            wish=wish,
+            period=float(generator.choice(periods or [nearest])),
+            threshold=float(generator.uniform(*((-RIDGE_LEVEL, RIDGE_LEVEL) if ridge else settings.perlin_threshold))),
+            angle=float(generator.uniform(0, np.pi)),
+            aspect=_log_uniform(generator, RIDGE_ASPECT if ridge else BLOB_ASPECT),
+            octaves=int(generator.integers(1, 4)),
+            persistence=float(generator.uniform(0.2, 0.4) if ridge else generator.uniform(0.4, 0.7)),
+            parts=int(generator.choice([1, 1, 1, 2, 3] if ridge else [1, 1, 2, 4, MAX_PARTS])),
+        )
+
+    def reach(self, generator: np.random.Generator, centre: tuple[int, int], allowed: Mask) -> FloatField:
+        """The radius of the falloff at which each pixel of the window joins the mask; infinite where it never does."""
+        origin = generator.uniform(0, 1000, 2)  # a lattice point anywhere, so that the centre is not always at a zero
+        noise = perlin_noise(
+            allowed.shape,
+            (self.period, self.period * self.aspect),
+            generator,
+            self.angle,
+            self.octaves,
+            self.persistence,
+            (float(origin[0]), float(origin[1])),
+        )
+        if self.wish.kind == "ridge":
+            return self._ridge_reach(noise, centre, allowed)
+        distance = _distance(len(allowed), centre, self.angle, min(self.aspect, 2.0))
+        above = noise - np.float32(self.threshold)
+        candidates = allowed & (above > 0)
+        reach = np.full_like(noise, np.inf)
+        reach[candidates] = distance[candidates] * np.sqrt((1 - self.threshold) / above[candidates])
+        return _keep_parts(reach, self.parts)
+
+    def _ridge_reach(self, noise: FloatField, centre: tuple[int, int], allowed: Mask) -> FloatField:
+        side = noise.shape[0]
+        slope_y, slope_x = np.gradient(noise)
+        from_line = np.abs(noise - np.float32(self.threshold)) / (np.hypot(slope_y, slope_x) + np.float32(1e-6))
+        reach = np.full_like(noise, np.inf)
+        spine = allowed & (from_line < 0.5)
+        if not spine.any():
+            return reach
+        # the falloff is centred on the line, at its place nearest to the centre drawn
+        away = np.where(spine, _distance(side, centre), np.inf)
+        on_line = divmod(int(away.argmin()), side)
+        distance = _distance(side, on_line)
+        half = self.wish.width / 2
+        shoulder = np.clip((from_line - 0.5) / max(half - 0.5, 1e-6), 0, 1)  # 0 on the spine, 1 at the full half width
+        candidates = allowed & ((shoulder < 1) | spine)
+        reach[candidates] = distance[candidates] / np.sqrt(1 - shoulder[candidates])
+        return _keep_parts(reach, self.parts)
+
+
+def _log_uniform(generator: np.random.Generator, bounds: tuple[float, float]) -> float:
+    return float(np.exp(generator.uniform(*np.log(bounds))))
+
+
+def _distance(side: int, centre: tuple[int, int], angle: float = 0.0, aspect: float = 1.0) -> FloatField:
+    """Distance to `centre` in pixels, `(side, side)`, stretched `aspect` times along `angle` at equal area; never 0."""
+    y = (np.arange(side, dtype=np.float32) - centre[0])[:, None]
+    x = (np.arange(side, dtype=np.float32) - centre[1])[None, :]
+    cos, sin, root = np.float32(np.cos(angle)), np.float32(np.sin(angle)), np.float32(np.sqrt(aspect))
+    result: FloatField = np.hypot((cos * y - sin * x) * root, (sin * y + cos * x) / root)
+    return np.maximum(result, np.float32(0.1))
+
+
+def _on_margin(top: int, left: int, side: int, size: int, rim: int) -> Mask:
+    """The window's pixels too near to those of its borders that are not the image's."""
+    result = np.zeros((side, side), bool)
+    for cut, strip in (
+        (top > 0, np.s_[:rim, :]),
+        (left > 0, np.s_[:, :rim]),
+        (top + side < size, np.s_[-rim:, :]),
+        (left + side < size, np.s_[:, -rim:]),
+    ):
+        if cut:
+            result[strip] = True
+    return result
+
+
+def _keep_parts(reach: FloatField, parts: int) -> FloatField:
+    """Only the `parts` connected sets of candidates that are reached first."""
+    labels, count = ndimage.label(np.isfinite(reach), _EIGHT)
+    if count <= parts:
+        return reach
+    first = ndimage.minimum(reach, labels, np.arange(1, count + 1))
+    kept = np.zeros(count + 1, bool)
+    kept[1 + np.argsort(first, kind="stable")[:parts]] = True
+    return np.where(kept[labels], reach, np.float32(np.inf))
+
+
+def _close(reach: FloatField, target: float, forbidden: Mask) -> Mask:
+    """The pixels of least reach, about `target` of them, none on the margin; specks and confetti dropped."""
+    limit = reach[forbidden].min() if forbidden.any() else np.inf
+    inside = np.sort(reach[reach < limit])
+    if not inside.size:
+        return np.zeros_like(forbidden)
+    radius = inside[min(round(target), inside.size) - 1]
+    mask = reach <= radius
+    labels, _ = ndimage.label(mask, _EIGHT)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    kept = sizes >= min(MIN_SPECK, sizes.max())
+    kept[np.argsort(-sizes, kind="stable")[MAX_PARTS:]] = False
+    return kept[labels]

@@ -1,0 +1,32 @@
+"""What every test relies on: no store, debug switch or random seed from outside, and no help from the network."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import settings as hypothesis_settings
+
+# Deterministic and without a clock: a slow machine must not fail a property, and a red run must be red again.
+hypothesis_settings.register_profile("flawsmith", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis_settings.load_profile("flawsmith")
+
+ROOT = Path(__file__).parent.parent
+
+# A developer's own MLflow server must never see the tests' runs.
+for _name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+    del os.environ[_name]
+os.environ.pop("FLAWSMITH_DEBUG", None)
+os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ["GX_ANALYTICS_ENABLED"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def params_path(tmp_path: Path) -> Path:
+    """The shipped params.yaml in a folder of its own, with tracking off."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["tracking"]["mode"] = "off"
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path

@@ -1,0 +1,139 @@
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import Exported
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flawsmith.errors import FlawsmithError
+from flawsmith.export.parity import (
+    Difference,
+    certificate,
+    compare,
+    measure_latency,
+    measure_parity,
+    merge,
+    objections,
+)
+from flawsmith.files import digest_file
+from flawsmith.inference.predictor import Prediction, Predictor
+
+
+def with_metadata(exported: Exported, path: Path, **changes: float) -> Predictor:
+    """The exported model with other metadata, as somebody who edits the file would leave it."""
+    model = onnx.load(exported.path)
+    onnx.helper.set_model_props(model, replace(exported.metadata, **changes).to_properties())
+    onnx.save(model, path)
+    return Predictor(path)
+
+
+def shifted(exported: Exported, shift: float) -> torch.nn.Module:
+    """A detector whose maps and scores differ from the exported one's by `shift`."""
+    detector = copy.deepcopy(exported.detector)
+    forward = detector.forward
+    detector.forward = lambda image: tuple(part + shift for part in forward(image))  # type: ignore[method-assign]
+    return detector
+
+
+def certify(
+    exported: Exported,
+    predictor: Predictor | None = None,
+    detector: torch.nn.Module | None = None,
+    tolerance: float = 1e-4,
+) -> dict:
+    return certificate(
+        detector or exported.detector,
+        exported.metadata.threshold,
+        predictor or Predictor(exported.path),
+        exported.path,
+        exported.images,
+        exported.sources,
+        tolerance,
+    )
+
+
+def test_a_true_export_is_certified(exported: Exported) -> None:
+    proof = certify(exported)
+    assert set(proof["batches"]) == {"1", "8"}
+    for figures in proof["batches"].values():
+        assert 0 <= figures["map_difference"] < 1e-5
+        assert 0 <= figures["score_difference"] < 1e-5
+        assert figures["decision_flips"] == 0
+    assert proof["model_digest"] == digest_file(exported.path)
+    assert proof["images"][3] == {"file": "03.png", "digest": digest_file(exported.sources[3])}
+    assert proof["versions"]["onnxruntime"]
+    assert proof == certify(exported)  # no times in it
+
+
+def test_a_difference_over_the_tolerance_fails_at_both_batches(exported: Exported) -> None:
+    with pytest.raises(
+        FlawsmithError, match=r"batch 1: maps differ by 0\.01.*batch 8: scores differ by 0\.01"
+    ) as error:
+        certify(exported, detector=shifted(exported, 0.01), tolerance=0.005)
+    assert error.value.exit_code == 1
+    certify(exported, detector=shifted(exported, 1e-5), tolerance=0.005)
+
+
+def test_a_flip_fails_although_the_difference_is_tolerated(exported: Exported) -> None:
+    with pytest.raises(FlawsmithError, match=r"batch 1: \d+ decision\(s\) flipped"):
+        certify(exported, detector=shifted(exported, -0.9), tolerance=1.0)
+
+
+def test_a_tampered_threshold_in_the_file_fails(exported: Exported, tmp_path: Path) -> None:
+    moved = with_metadata(exported, tmp_path / "m.onnx", threshold=-10.0)  # flags everything
+    differences = measure_parity(exported.detector, exported.metadata.threshold, moved, exported.images)
+    # 6 of 11 images are good; batches of 8 are filled up with the first five
+    first = Predictor(exported.path).predict(list(exported.images))
+    good = [not prediction.is_defective for prediction in first]
+    assert [item.decision_flips for item in differences] == [sum(good), sum(good + good[:5])]
+    assert sum(good) == 6
+    with pytest.raises(FlawsmithError, match="6 decision"):
+        certify(exported, predictor=moved)
+
+
+def test_only_the_difference_of_the_worst_pixel_counts(exported: Exported) -> None:
+    maps, scores = np.zeros((2, 1, 4, 4), np.float32), np.array([0.0, 1.0], np.float32)
+    maps[1, 0, 2, 3] = 0.25
+    answers = [
+        Prediction(0.0, False, np.zeros((4, 4), np.float32)),
+        Prediction(1.5, True, np.zeros((4, 4), np.float32)),
+    ]
+    assert compare(maps, scores, 0.5, answers) == Difference(2, 0.25, 0.5, 0)
+    assert compare(maps, scores, 1.2, answers).decision_flips == 1
+
+
+@pytest.mark.parametrize("side", ["torch", "onnx"])
+def test_nan_is_never_within_tolerance(side: str) -> None:
+    clean, broken = np.zeros((1, 1, 2, 2), np.float32), np.full((1, 1, 2, 2), np.nan, np.float32)
+    maps, answer = (broken, clean) if side == "torch" else (clean, broken)
+    difference = compare(maps, np.zeros(1, np.float32), 0.5, [Prediction(0.0, False, answer[0, 0])])
+    assert objections([difference], 1.0)
+
+
+differences = st.builds(Difference, st.just(8), st.floats(0, 1), st.floats(0, 1), st.integers(0, 3))
+
+
+@given(st.lists(differences, min_size=1, max_size=5), st.floats(0, 1))
+def test_batches_pass_together_exactly_if_each_passes(found: list[Difference], tolerance: float) -> None:
+    assert bool(objections([merge(found)], tolerance)) == any(objections([item], tolerance) for item in found)
+    assert (not objections(found, tolerance)) == all(
+        max(item.map, item.score) <= tolerance and not item.decision_flips for item in found
+    )
+
+
+def test_latency_is_measured_for_each_batch(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor(exported.path, threads=1)
+    sizes: list[int] = []
+    answer: Callable = predictor.predict
+    monkeypatch.setattr(predictor, "predict", lambda images: sizes.append(len(images)) or answer(images))
+    figures = measure_latency(predictor, exported.images, runs=5)
+    assert sizes == [1] * 7 + [8] * 7
+    for batch, figure in figures.items():
+        assert 0 < figure["p50_ms"] <= figure["p95_ms"]
+        assert figure["images_per_second"] == pytest.approx(int(batch) * 1000 / figure["p50_ms"], rel=0.2)

@@ -1,0 +1,270 @@
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flawsmith.inference.folder as folder_module
+from flawsmith.errors import UserError
+from flawsmith.images import read_image
+from flawsmith.inference.folder import FolderReport, Unreadable, find_images, predict_folder
+from flawsmith.inference.predictor import Predictor
+
+DARK, BRIGHT = 40, 220
+
+
+def plate(
+    path: Path, bright: bool = False, size: tuple[int, int] = (48, 64), mode: str = "RGB", **options: Any
+) -> Path:
+    """A dark plate, `size` = (width, height); a bright one has a bright patch: a defect to the brightness model."""
+    width, height = size
+    pixels = np.full((height, width, 3), DARK, np.uint8)
+    if bright:
+        pixels[height // 4 : height // 2, : width // 3] = BRIGHT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+def rows(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "results.csv").open(newline="") as stream:
+        return {row["file"]: row for row in csv.DictReader(stream)}
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Every kind of file a user's folder may hold."""
+    root = tmp_path / "parts"
+    plate(root / "a_good.png")
+    plate(root / "b_defect.jpg", bright=True, quality=95)
+    plate(root / "deep" / "er" / "c_gray.bmp", bright=True, mode="L")
+    plate(root / "d_cmyk.jpg", mode="CMYK")
+    plate(root / "e_alpha.png", bright=True, mode="RGBA")
+    plate(root / "f_palette.tif", mode="P")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    plate(root / "g_rotated.jpg", bright=True, size=(80, 40), exif=exif)
+    Image.fromarray(np.full((20, 30), 200 * 257, np.uint16)).save(root / "h_deep.png")
+    (root / "i_empty.png").touch()
+    (root / "j_text.jpg").write_text("no image")
+    whole = plate(root / "k_cut.png", size=(200, 200)).read_bytes()
+    (root / "k_cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "notes.txt").write_text("passed over")
+    plate(root / ".hidden" / "x.png")
+    return root
+
+
+def test_every_image_of_a_mixed_folder_gets_its_verdict(model: Path, mixed: Path, tmp_path: Path) -> None:
+    report = predict_folder(Predictor(model), [mixed], tmp_path / "out", batch=3)
+    found = rows(tmp_path / "out")
+    assert {name: row["verdict"] for name, row in found.items()} == {
+        "a_good.png": "good",
+        "b_defect.jpg": "defect",
+        "d_cmyk.jpg": "good",
+        "deep/er/c_gray.bmp": "defect",
+        "e_alpha.png": "defect",
+        "f_palette.tif": "good",
+        "g_rotated.jpg": "defect",
+        "h_deep.png": "defect",
+        "i_empty.png": "unreadable",
+        "j_text.jpg": "unreadable",
+        "k_cut.png": "unreadable",
+    }
+    assert list(found) == sorted(found)
+    assert float(found["h_deep.png"]["score"]) == pytest.approx(200 / 255, abs=1e-5)
+    assert (found["g_rotated.jpg"]["width"], found["g_rotated.jpg"]["height"]) == ("40", "80")
+    assert (report.good, report.defective, len(report.unreadable), report.total) == (3, 5, 3, 11)
+    for bad in report.unreadable:
+        assert bad.reason.startswith(bad.file)
+        assert str(tmp_path) not in bad.reason
+        assert found[bad.file]["error"] == bad.reason
+        assert found[bad.file]["score"] == ""
+
+
+def test_each_overlay_lies_in_its_folder_and_has_its_images_size(model: Path, mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_folder(Predictor(model), [mixed], out)
+    readable = [name for name, row in rows(out).items() if row["verdict"] != "unreadable"]
+    assert files_of(out / "overlays") == {str(Path(name).with_suffix(".png")) for name in readable}
+    for name in readable:
+        with Image.open((out / "overlays" / name).with_suffix(".png")) as overlay:
+            assert overlay.size == read_image(mixed / name).shape[:0:-1]
+
+
+def test_the_json_tells_where_the_defect_is(model: Path, tmp_path: Path) -> None:
+    plate(tmp_path / "in" / "part.png", bright=True, size=(96, 64))
+    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["model"]["category"] == "plate"
+    assert content["model"]["threshold"] == 0.5
+    (image,) = content["images"]
+    assert (image["file"], image["verdict"], image["region_count"]) == ("part.png", "defect", 1)
+    (region,) = image["regions"]
+    # the bright patch: x 0-32, y 16-32, seen through a map whose pixels are 3 x 2
+    assert region["x"] == 0
+    assert abs(region["y"] - 16) <= 2
+    assert abs(region["width"] - 32) <= 3
+    assert abs(region["height"] - 16) <= 4
+    assert 16 <= image["peak_y"] < 32
+    assert image["peak_x"] < 32
+
+
+def test_the_same_folder_gives_the_same_bytes_whatever_the_batch(model: Path, mixed: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out, batch in zip(outs, (1, 8), strict=True):
+        predict_folder(Predictor(model), [mixed], out, batch=batch)
+    assert files_of(outs[0]) == files_of(outs[1])
+    for name in files_of(outs[0]):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
+def test_overlays_can_be_left_out(model: Path, mixed: Path, tmp_path: Path) -> None:
+    predict_folder(Predictor(model), [mixed], tmp_path / "out", overlays=False)
+    assert files_of(tmp_path / "out") == {"results.csv", "results.json"}
+
+
+def test_a_folder_without_an_image_and_a_missing_one_are_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds no image"):
+        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        predict_folder(Predictor(model), [tmp_path / "nowhere"], tmp_path / "out")
+    with pytest.raises(UserError, match="No input"):
+        find_images([])
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_are_relative_to_what_holds_all_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = plate(tmp_path / "a" / "1.png"), plate(tmp_path / "b" / "1.png")
+    odd = tmp_path / "odd.dat"
+    odd.write_bytes(first.read_bytes())
+
+    def names(*inputs: Path) -> list[str]:
+        return [file.name for file in find_images(inputs)]
+
+    assert names(tmp_path / "a") == ["1.png"]
+    assert names(first) == ["1.png"]
+    assert names(tmp_path / "b", tmp_path / "a") == ["a/1.png", "b/1.png"]
+    assert names(first, tmp_path / "a", second) == ["a/1.png", "b/1.png"]  # each once
+    assert names(odd) == ["odd.dat"]  # named explicitly, so it is tried
+    monkeypatch.chdir(tmp_path / "a")
+    assert names(Path()) == names(Path("../a")) == ["1.png"]
+
+
+def test_linked_files_keep_the_names_of_their_links(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "part.png").symlink_to(plate(tmp_path / "cache" / "0a1b2c.png"))
+    assert [file.name for file in find_images([tmp_path / "in"])] == ["part.png"]
+
+
+def test_files_that_differ_in_their_suffix_alone_get_an_overlay_each(model: Path, tmp_path: Path) -> None:
+    for name in ("1.png", "1.jpg", "2.jpg"):
+        plate(tmp_path / "in" / name)
+    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    assert files_of(tmp_path / "out" / "overlays") == {"1.png.png", "1.jpg.png", "2.png"}
+
+
+def test_earlier_results_are_replaced_and_never_taken_for_inputs(model: Path, tmp_path: Path) -> None:
+    plate(tmp_path / "a.png")
+    old = plate(tmp_path / "b.png")
+    for _ in range(2):
+        report = predict_folder(Predictor(model), [tmp_path], tmp_path / "out")
+        assert report.total == 2
+    old.unlink()
+    predict_folder(Predictor(model), [tmp_path], tmp_path / "out")
+    assert files_of(tmp_path / "out") == {"results.csv", "results.json", "overlays/a.png"}
+
+
+def test_a_folder_of_the_users_own_files_is_never_overwritten(model: Path, tmp_path: Path) -> None:
+    image = plate(tmp_path / "in" / "a.png")
+    for out in (tmp_path / "in", tmp_path, image):
+        with pytest.raises(UserError, match=r"name a (new )?folder"):
+            predict_folder(Predictor(model), [tmp_path / "in"], out)
+    overlays = tmp_path / "out" / "overlays"
+    predict_folder(Predictor(model), [image], tmp_path / "out")
+    with pytest.raises(UserError, match="name a new folder"):  # scoring overlays into the folder they lie in
+        predict_folder(Predictor(model), [overlays / "a.png"], tmp_path / "out")
+    assert image.is_file()
+    assert (overlays / "a.png").is_file()
+
+
+def test_a_failure_half_way_leaves_the_earlier_results(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        plate(tmp_path / "in" / f"{name}.png")
+    out = tmp_path / "out"
+    predict_folder(Predictor(model), [tmp_path / "in"], out)
+    before = {name: (out / name).read_bytes() for name in files_of(out)}
+    written: list[Path] = []
+
+    def full_disk(path: Path, pixels: object) -> None:
+        if written:
+            raise OSError("No space left on device")
+        written.append(path)
+
+    monkeypatch.setattr(folder_module, "write_png", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        predict_folder(Predictor(model), [tmp_path / "in"], out, batch=1)
+    assert {name: (out / name).read_bytes() for name in files_of(out)} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "model.onnx", "out"]
+
+
+def test_memory_holds_one_batch_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(10):
+        plate(tmp_path / "in" / f"{index}.png", size=(20, 20))
+    predictor = Predictor(model)
+    sizes: list[int] = []
+    answer = predictor.predict
+
+    def counted(images: Any) -> Any:
+        sizes.append(len(images))
+        return answer(images)
+
+    monkeypatch.setattr(predictor, "predict", counted)
+    predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", batch=4)
+    assert sizes == [4, 4, 2]
+    sizes.clear()
+    monkeypatch.setattr(folder_module, "HELD_PIXELS", 800)  # two originals of 20 x 20
+    predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", batch=4)
+    assert sizes == [2] * 5
+
+
+def test_a_map_hot_all_over_lists_no_more_regions_than_are_of_use(
+    write_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    dots = np.zeros((32, 32, 3), np.uint8)
+    dots[::2, ::2] = 255
+    (tmp_path / "in").mkdir()
+    Image.fromarray(dots).save(tmp_path / "in" / "dots.png")
+    predict_folder(Predictor(write_model()), [tmp_path / "in"], tmp_path / "out")
+    (image,) = json.loads((tmp_path / "out" / "results.json").read_text())["images"]
+    assert image["region_count"] == 256
+    assert len(image["regions"]) == 100
+
+
+def test_an_image_over_the_size_limit_is_reported(model: Path, tmp_path: Path) -> None:
+    plate(tmp_path / "in" / "a.png")
+    report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", max_pixels=100)
+    assert "over the limit" in report.unreadable[0].reason
+    assert (tmp_path / "out" / "results.csv").is_file()
+    with pytest.raises(UserError, match="batch is 0"):
+        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", batch=0)
+
+
+@pytest.mark.parametrize(
+    ("defective", "bad", "strict", "code"),
+    [(0, 0, True, 0), (2, 0, False, 0), (2, 0, True, 3), (0, 1, True, 2), (2, 1, False, 2), (2, 1, True, 3)],
+)
+def test_the_exit_status_tells_unreadable_files_and_defects(defective: int, bad: int, strict: bool, code: int) -> None:
+    report = FolderReport(Path("out"), 5, defective, (Unreadable("a.png", "a.png is empty"),) * bad)
+    assert report.exit_code(fail_on_defect=strict) == code

@@ -1,0 +1,53 @@
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flawsmith.errors import UserError
+from flawsmith.inference.metadata import ModelMetadata
+
+KEYS = [item.name for item in fields(ModelMetadata)]
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.builds(
+        ModelMetadata,
+        threshold=finite,
+        pixel_threshold=finite,
+        false_alarm_rate=finite,
+        input_size=st.integers(1, 10_000),
+        map_low=finite,
+        map_high=finite,
+    )
+)
+def test_what_is_written_is_read_back_to_the_last_digit(metadata: ModelMetadata) -> None:
+    assert ModelMetadata.from_properties(metadata.to_properties(), "model.onnx") == metadata
+
+
+def test_other_tools_properties_do_not_disturb(metadata: ModelMetadata) -> None:
+    properties = {**metadata.to_properties(), "category": "somebody else's"}
+    assert ModelMetadata.from_properties(properties, "model.onnx") == metadata
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_property_is_named(metadata: ModelMetadata, key: str) -> None:
+    properties = metadata.to_properties()
+    del properties[f"flawsmith.{key}"]
+    with pytest.raises(UserError, match=rf"m\.onnx is not a flawsmith model .*`flawsmith\.{key}`"):
+        ModelMetadata.from_properties(properties, "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("threshold", "nan"), ("pixel_threshold", "high"), ("input_size", "0"), ("input_size", "32.5")]
+)
+def test_a_damaged_property_is_named(metadata: ModelMetadata, key: str, value: str) -> None:
+    properties = {**metadata.to_properties(), f"flawsmith.{key}": value}
+    with pytest.raises(UserError, match=rf"`flawsmith\.{key}` is '{value}'"):
+        ModelMetadata.from_properties(properties, "m.onnx")
+
+
+def test_float32_thresholds_survive_as_text(metadata: ModelMetadata) -> None:
+    third = replace(metadata, threshold=1 / 3)
+    assert ModelMetadata.from_properties(third.to_properties(), "m").threshold == 1 / 3

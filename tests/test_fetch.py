@@ -1,0 +1,311 @@
+import hashlib
+import io
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from flawsmith import fetch
+from flawsmith.errors import UserError
+from flawsmith.fetch import MVTEC_AD_CATEGORIES, fetch_mvtec_ad, mvtec_ad_url, unpack_category
+
+
+def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, mode: int = 0o644) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.mode = len(content), kind, mode
+    return info
+
+
+def archive_of(files: dict[str, bytes], extra: tuple[tarfile.TarInfo, ...] = ()) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
+        for name, content in files.items():
+            tar.addfile(member(name, content), io.BytesIO(content))
+        for info in extra:
+            tar.addfile(info)
+    return buffer.getvalue()
+
+
+# noise, so that xz does not shrink it to one chunk
+NOISE = b"".join(hashlib.sha256(i.to_bytes(4, "big")).digest() for i in range(20_000))
+FILES = {
+    "bottle/train/good/000.png": NOISE,
+    "bottle/test/broken_large/000.png": b"defect",
+    "bottle/ground_truth/broken_large/000_mask.png": b"mask",
+    "bottle/license.txt": b"CC BY-NC-SA 4.0",
+}
+ARCHIVE = archive_of(FILES)
+SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
+
+
+class Server(NamedTuple):
+    """A file server whose behaviour a test can change; `ranges` are the Range headers it saw."""
+
+    url: str
+    content: dict[str, bytes]
+    ranges: list[str | None]
+    budget: dict[str, int]  # bytes after which connections break off
+    honours_range: dict[str, bool]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    state = Server("", {"/bottle.tar.xz": ARCHIVE}, [], {}, {"yes": True})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            body, wanted = state.content.get(self.path), self.headers.get("Range")
+            state.ranges.append(wanted)
+            if body is None:
+                self.send_error(404)
+                return
+            start = 0
+            if wanted and state.honours_range["yes"]:
+                start = int(wanted.removeprefix("bytes=").rstrip("-"))
+                self.send_response(206 if start < len(body) else 416)
+                span = f"{start}-{len(body) - 1}" if start < len(body) else "*"
+                self.send_header("Content-Range", f"bytes {span}/{len(body)}")
+            else:
+                self.send_response(200)
+            rest = body[start:]
+            self.send_header("Content-Length", str(len(rest)))
+            self.end_headers()
+            allowed = min(len(rest), state.budget.get("bytes", len(rest)))
+            if "bytes" in state.budget:
+                state.budget["bytes"] -= allowed
+            self.wfile.write(rest[:allowed])  # fewer than promised: the client sees the connection break
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield state._replace(url=f"http://127.0.0.1:{http.server_address[1]}")
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+@pytest.fixture
+def get(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    original = fetch.ResumingDownloader.__init__
+
+    def hasty(self: fetch.ResumingDownloader, part: Path, progress: bool = False, pause: float = 0.0) -> None:
+        original(self, part, progress, pause)
+
+    monkeypatch.setattr(fetch.ResumingDownloader, "__init__", hasty)
+
+    def call(category: str = "bottle", sha256: str | None = SHA256, **options: str) -> Path:
+        options.setdefault("base_url", server.url)
+        notices: list[str] = []
+        folder = fetch_mvtec_ad(category, tmp_path / "data", sha256=sha256, notify=notices.append, **options)  # type: ignore[arg-type]
+        assert "CC BY-NC-SA 4.0" in notices[0]
+        return folder
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        f"{folder.name}/{file.relative_to(folder).as_posix()}": file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_a_category_arrives_whole_and_leaves_nothing_else(get: Callable[..., Path], tmp_path: Path) -> None:
+    folder = get()
+    assert folder == tmp_path / "data" / "bottle"
+    assert contents(folder) == FILES
+    assert list((tmp_path / "data").iterdir()) == [folder]
+
+
+def test_a_broken_connection_is_taken_up_where_it_stopped(get: Callable[..., Path], server: Server) -> None:
+    server.budget["bytes"] = 300_000
+
+    class Refill(dict[str, int]):
+        """The second connection gets all it wants."""
+
+    original = server.ranges.append
+    assert original is not None
+    server.ranges.clear()
+    thread_safe = server.budget
+
+    def refill_after_break() -> None:
+        while len(server.ranges) < 2:
+            pass
+        thread_safe.clear()
+
+    watcher = threading.Thread(target=refill_after_break)
+    watcher.start()
+    try:
+        assert contents(get()) == FILES
+    finally:
+        server.ranges.extend([None, None])
+        watcher.join()
+    assert server.ranges[0] is None
+    assert server.ranges[1] == "bytes=300000-"
+
+
+def test_a_later_call_resumes_what_an_earlier_one_left(
+    get: Callable[..., Path], server: Server, tmp_path: Path
+) -> None:
+    server.budget["bytes"] = 200_000
+    with pytest.raises(UserError, match="run the same command again to resume"):
+        get()
+    part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
+    assert part.read_bytes() == ARCHIVE[:200_000]
+    assert not (tmp_path / "data" / "bottle").exists()
+
+    server.budget.clear()
+    server.ranges.clear()
+    assert contents(get()) == FILES
+    assert server.ranges == ["bytes=200000-"]
+
+
+def test_a_finished_part_is_not_fetched_again(get: Callable[..., Path], server: Server, tmp_path: Path) -> None:
+    part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(ARCHIVE)
+    assert contents(get()) == FILES
+    assert server.ranges == [f"bytes={len(ARCHIVE)}-"]
+
+
+@pytest.mark.parametrize("left", [b"x" * 1000, b"x" * (len(ARCHIVE) + 1)])
+def test_a_server_without_range_or_with_a_shorter_file_starts_over(
+    get: Callable[..., Path], server: Server, tmp_path: Path, left: bytes
+) -> None:
+    server.honours_range["yes"] = len(left) > len(ARCHIVE)
+    part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(left)
+    assert contents(get()) == FILES
+
+
+def test_a_wrong_checksum_is_refused_and_the_file_dropped(
+    get: Callable[..., Path], server: Server, tmp_path: Path
+) -> None:
+    for sha256 in (None, "0" * 64):  # None: the official checksum, which this archive does not have
+        with pytest.raises(UserError, match="SHA-?256") as caught:
+            get(sha256=sha256)
+        assert SHA256 in str(caught.value)
+        assert not (tmp_path / "data" / "bottle").exists()
+        assert list((tmp_path / "data" / ".downloads").iterdir()) == []
+    with pytest.raises(UserError, match="64 hex digits"):
+        get(sha256="abc")
+
+
+def test_an_existing_folder_is_never_touched(get: Callable[..., Path], server: Server, tmp_path: Path) -> None:
+    (tmp_path / "data" / "bottle").mkdir(parents=True)
+    with pytest.raises(UserError, match="exists already"):
+        get()
+    assert server.ranges == []
+
+
+def test_a_moved_file_names_the_remedy(get: Callable[..., Path], server: Server) -> None:
+    with pytest.raises(UserError, match="404.*--url"):
+        get("cable")
+    server.content["/elsewhere/1234"] = ARCHIVE
+    assert contents(get(url=f"{server.url}/elsewhere/1234")) == FILES
+
+
+def test_offline_is_a_clear_error(get: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="cannot be reached.*check the network"):
+        get(base_url="http://127.0.0.1:1")
+
+
+def test_a_full_disk_is_found_before_the_download(get: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="MB are needed"):
+        get()
+
+
+def test_an_unknown_category_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean `bottle`"):
+        mvtec_ad_url("botle")
+    with pytest.raises(UserError, match="known are bottle"):
+        mvtec_ad_url("qqqq")
+
+
+def test_every_category_has_an_official_address_and_a_checksum_of_its_own() -> None:
+    assert len(MVTEC_AD_CATEGORIES) == 15
+    addresses = {mvtec_ad_url(name) for name in MVTEC_AD_CATEGORIES}
+    assert len(addresses) == 15
+    assert all(address.startswith("https://www.mydrive.ch/shares/") for address in addresses)
+    checksums = {sha256 for _, sha256 in fetch._ARCHIVES.values()}
+    assert len(checksums) == 15
+    assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in checksums)
+
+
+def linked(kind: bytes, target: str) -> tarfile.TarInfo:
+    info = member("bottle/train/good/link.png", kind=kind)
+    info.linkname = target
+    return info
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        member("../outside.png"),
+        member("bottle/../../outside.png"),
+        member("/tmp/outside.png"),  # noqa: S108
+        linked(tarfile.SYMTYPE, "/etc/passwd"),
+        linked(tarfile.SYMTYPE, "000.png"),
+        linked(tarfile.LNKTYPE, "bottle/train/good/000.png"),
+        member("bottle/device", kind=tarfile.CHRTYPE),
+        member("bottle/fifo", kind=tarfile.FIFOTYPE),
+    ],
+    ids=lambda info: f"{info.type.decode()} {info.name} {info.linkname}",
+)
+def test_an_archive_that_leads_outside_is_refused(tmp_path: Path, evil: tarfile.TarInfo) -> None:
+    archive = tmp_path / "bottle.tar.xz"
+    archive.write_bytes(archive_of(FILES, (evil,)))
+    with pytest.raises(UserError, match="leads outside"):
+        unpack_category(archive, "bottle", tmp_path / "in" / "bottle")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == ["bottle.tar.xz"]
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path) -> None:
+    archive = tmp_path / "bottle.tar.xz"
+    archive.write_bytes(archive_of({**FILES, "bottle/zeros.bin": bytes(2_000_000)}))
+    assert archive.stat().st_size < 1_000_000
+    for limits in ({"max_bytes": 1_000_000}, {"max_members": 2}):
+        with pytest.raises(UserError, match="unpacks to more than"):
+            unpack_category(archive, "bottle", tmp_path / "in" / "bottle", **limits)
+        assert list((tmp_path / "in").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [ARCHIVE[: len(ARCHIVE) // 2], b"no archive", b"", archive_of({"cable/a": b"1"})])
+def test_damaged_or_foreign_archives_are_refused(tmp_path: Path, content: bytes) -> None:
+    archive = tmp_path / "bottle.tar.xz"
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be unpacked|no images"):
+        unpack_category(archive, "bottle", tmp_path / "in" / "bottle")
+    assert not (tmp_path / "in" / "bottle").exists()
+
+
+def test_one_category_is_taken_out_of_the_archive_of_all_with_usable_permissions(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
+        tar.addfile(member("bottle/train", kind=tarfile.DIRTYPE, mode=0o555))  # MVTec's archives are read-only
+        for name, content in {**FILES, "cable/train/good/000.png": b"cable"}.items():
+            tar.addfile(member(name, content, mode=0o400), io.BytesIO(content))
+    archive = tmp_path / "all.tar.xz"
+    archive.write_bytes(buffer.getvalue())
+    unpack_category(archive, "bottle", tmp_path / "data" / "bottle")
+    assert contents(tmp_path / "data" / "bottle") == FILES
+    assert not (tmp_path / "data" / "cable").exists()
+    folder = tmp_path / "data" / "bottle" / "train"
+    assert folder.stat().st_mode & 0o700 == 0o700
+    assert (folder / "good" / "000.png").stat().st_mode & 0o600 == 0o600

@@ -1,0 +1,284 @@
+"""params.yaml: what is wrong is refused in one sentence that names the key; what is right comes back unchanged."""
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flawsmith.errors import UserError
+from flawsmith.settings import (
+    SECTIONS,
+    load_settings,
+    parse_section,
+    parse_settings,
+    section_values,
+    settings_digest,
+)
+
+SHIPPED = yaml.safe_load((Path(__file__).parent.parent / "params.yaml").read_text())
+
+
+def shipped() -> dict[str, Any]:
+    return copy.deepcopy(SHIPPED)
+
+
+def refusal(content: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_settings(content, "params.yaml")
+    message = str(caught.value)
+    assert message.startswith("params.yaml: ")
+    assert "\n" not in message
+    return message
+
+
+def keys() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    for name, section in SECTIONS.items():
+        hints = typing.get_type_hints(section)
+        for item in dataclasses.fields(section):
+            yield name, item, hints[item.name]
+
+
+def item_kind(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+
+
+ALL = [pytest.param(name, item, kind, id=f"{name}.{item.name}") for name, item, kind in keys()]
+BOUNDED = [
+    pytest.param(name, item, kind, id=f"{name}.{item.name}")
+    for name, item, kind in keys()
+    if item.metadata["low"] is not None
+]
+WRONG_TYPE: dict[Any, Any] = {int: 1.5, float: "much", str: 3, bool: 1}
+
+
+def test_the_shipped_file_is_valid() -> None:
+    settings = parse_settings(SHIPPED, "params.yaml")
+    assert settings.categories
+    for name in SECTIONS:
+        assert section_values(getattr(settings, name.replace("-", "_"))) == SHIPPED[name]
+
+
+@pytest.mark.parametrize(("section", "item", "kind"), ALL)
+def test_every_key_has_a_meaning_and_is_required(section: str, item: dataclasses.Field[Any], kind: Any) -> None:
+    content = shipped()
+    del content[section][item.name]
+    message = refusal(content)
+    assert f"`{section}.{item.name}` is missing" in message
+    assert item.metadata["meaning"] in message
+
+
+@pytest.mark.parametrize(("section", "item", "kind"), ALL)
+def test_every_key_refuses_another_type(section: str, item: dataclasses.Field[Any], kind: Any) -> None:
+    wrong: Any = WRONG_TYPE[item_kind(kind)]
+    if typing.get_origin(kind) is tuple:
+        for value in (wrong, [], [wrong] * len(SHIPPED[section][item.name])):
+            content = shipped()
+            content[section][item.name] = value
+            assert f"`{section}.{item.name}`" in refusal(content)
+    else:
+        for value in (wrong, None, [SHIPPED[section][item.name]], {}):
+            content = shipped()
+            content[section][item.name] = value
+            assert f"`{section}.{item.name}` must be" in refusal(content)
+
+
+@pytest.mark.parametrize(("section", "item", "kind"), BOUNDED)
+def test_every_bound_is_closed_and_enforced(section: str, item: dataclasses.Field[Any], kind: Any) -> None:
+    number = item_kind(kind)
+    for bound, outside in ((item.metadata["low"], -1), (item.metadata["high"], 1)):
+        if bound is None:
+            continue
+        beyond = bound + outside if number is int else bound + outside * max(abs(bound), 1e-6) * 1e-3
+        for value, allowed in ((number(bound), True), (number(beyond), False)):
+            content = {**SHIPPED[section], item.name: _shaped(kind, value, SHIPPED[section][item.name])}
+            if allowed:
+                parsed = getattr(parse_section(section, content, SECTIONS[section], "params.yaml"), item.name)
+                assert parsed == (tuple(content[item.name]) if isinstance(content[item.name], list) else value)
+            else:
+                with pytest.raises(UserError, match=rf"`{section}\.{item.name}` is .*; it must be"):
+                    parse_section(section, content, SECTIONS[section], "params.yaml")
+
+
+def _shaped(kind: Any, value: Any, shipped_value: Any) -> Any:
+    return [value] * len(shipped_value) if typing.get_origin(kind) is tuple else value
+
+
+@pytest.mark.parametrize(
+    ("section", "item", "kind"), [case for case in BOUNDED if item_kind(case.values[2]) is float]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_may_be_nan_or_infinite(section: str, item: dataclasses.Field[Any], kind: Any, value: float) -> None:
+    content = shipped()
+    content[section][item.name] = _shaped(kind, value, SHIPPED[section][item.name])
+    assert f"`{section}.{item.name}` is {value}" in refusal(content)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_unknown_key_names_the_nearest(section: str) -> None:
+    key = dataclasses.fields(SECTIONS[section])[0].name
+    content = shipped()
+    content[section][key + "x"] = 1
+    assert f"unknown key `{section}.{key}x`; did you mean `{key}`?" in refusal(content)
+
+
+def test_an_unknown_key_unlike_any_lists_what_is_known() -> None:
+    content = shipped()
+    content["tracking"]["zzzzzz"] = 1
+    assert "known are mode, experiment_prefix" in refusal(content)
+
+
+@pytest.mark.parametrize("section", ["categories", *SECTIONS])
+def test_every_section_is_required_and_typos_name_the_nearest(section: str) -> None:
+    content = shipped()
+    value = content.pop(section)
+    assert f"section `{section}` is missing" in refusal(content)
+    content[section + "s"] = value
+    assert f"unknown section `{section}s`; did you mean `{section}`?" in refusal(content)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("value", [None, 3, "text", [1]])
+def test_a_section_must_be_a_mapping(section: str, value: object) -> None:
+    assert f"section `{section}` must hold" in refusal({**shipped(), section: value})
+
+
+@pytest.mark.parametrize(
+    ("categories", "reason"),
+    [
+        ([], "empty"),
+        ("metal", "must be a list"),
+        (["a", "a"], "twice"),
+        (["../up"], "plain folder name"),
+        (["a\\b"], "plain folder name"),
+        ([".hidden"], "plain folder name"),
+        ([""], "plain folder name"),
+        ([7], "must be text"),
+    ],
+)
+def test_bad_categories(categories: object, reason: str) -> None:
+    assert reason in refusal({**shipped(), "categories": categories})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "reason"),
+    [
+        ("data", "image_size", 250, "multiple of 32"),
+        ("ddpm-train", "crop", 56, "`ddpm-train.crop` is 56; it must be a multiple of 16"),
+        ("ddpm-train", "crop", 512, "at most data.image_size"),
+        ("synthesize", "windows", [64, 72], "`synthesize.windows` is 72"),
+        ("synthesize", "strength", [0.2, 0.1], "write the lower bound first"),
+        ("synthesize", "strength", [0.1], "a range of two numbers"),
+        ("synthesize", "strength", [0.1, 0.2, 0.3], "a range of two numbers"),
+        ("teacher", "out_indices", [1, 2], "three levels"),
+        ("teacher", "out_indices", [3, 2, 1], "finest first"),
+        ("teacher", "out_indices", [1, 1, 2], "three levels"),
+        ("distill", "cosine_weights", [1.0], "need 3 values"),
+        ("distill", "decoder_channels", [16, 16], "need 3 values"),
+        ("synthesize", "rule", "realnt", "one of constant, realnet"),
+    ],
+)
+def test_bad_combinations_and_choices(section: str, key: str, value: object, reason: str) -> None:
+    content = shipped()
+    content[section][key] = value
+    assert reason in refusal(content)
+
+
+def test_true_is_no_whole_number() -> None:
+    content = shipped()
+    content["distill"]["batch"] = True
+    assert "`distill.batch` must be a whole number, not True" in refusal(content)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2E-4", 2e-4), ("1.5e-3", 1.5e-3), ("+1e-2", 1e-2)])
+def test_exponents_mean_numbers_as_they_do_for_dvc(params_path: Path, text: str, value: float) -> None:
+    # PyYAML (YAML 1.1) reads `1e-3` as text, DVC (YAML 1.2) as a number: a user must not have to know
+    params_path.write_text(params_path.read_text().replace("learning_rate: 0.001", f"learning_rate: {text}", 1))
+    assert load_settings(params_path).ddpm_train.learning_rate == value
+
+
+@pytest.mark.parametrize(("text", "mode"), [("on", "on"), ("off", "off"), ("'off'", "off")])
+def test_on_and_off_need_no_quotes(params_path: Path, text: str, mode: str) -> None:
+    assert "mode: 'off'" in params_path.read_text()
+    params_path.write_text(params_path.read_text().replace("mode: 'off'", f"mode: {text}"))
+    assert load_settings(params_path).tracking.mode == mode
+
+
+def test_overrides_replace_values_and_are_checked(params_path: Path) -> None:
+    assert load_settings(params_path, {"distill.batch": 3}).distill.batch == 3
+    assert load_settings(params_path, {"categories": ["mine"]}).categories == ("mine",)
+    with pytest.raises(UserError, match=r"unknown key `distill\.btach`; did you mean `batch`"):
+        load_settings(params_path, {"distill.btach": 3})
+    with pytest.raises(UserError, match="unknown section `distil`; did you mean `distill`"):
+        load_settings(params_path, {"distil.batch": 3})
+    with pytest.raises(UserError, match="`distill` must hold"):
+        load_settings(params_path, {"distill": 3, "distill.batch": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("a: [1", "not valid YAML"), ("- 1", "it holds list"), ("", "it holds NoneType"), ("a: \x00", "not valid YAML")],
+)
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=reason):
+        load_settings(path)
+
+
+def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist.*--params"):
+        load_settings(tmp_path / "params.yaml")
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"a: \xff\xfe")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_settings(path)
+
+
+def _values(kind: Any, metadata: Any, length: int) -> st.SearchStrategy[Any]:
+    if typing.get_origin(kind) is tuple:
+        item, *rest = typing.get_args(kind)
+        one = _values(item, metadata, 0)
+        if rest == [...]:
+            return st.lists(one, min_size=1, max_size=5)
+        return st.lists(one, min_size=1 + len(rest), max_size=1 + len(rest)).map(sorted)
+    if kind is bool:
+        return st.booleans()
+    if kind is str:
+        return st.sampled_from(metadata["choices"]) if metadata["choices"] else st.text(max_size=20)
+    low, high = metadata["low"], metadata["high"]
+    if kind is int:
+        return st.integers(low, high)
+    return st.floats(low, high, allow_nan=False, allow_infinity=False)
+
+
+@given(st.data())
+def test_what_is_inside_the_bounds_survives_the_round_trip(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(SECTIONS)))
+    section = SECTIONS[name]
+    hints = typing.get_type_hints(section)
+    content = {
+        item.name: data.draw(_values(hints[item.name], item.metadata, 3)) for item in dataclasses.fields(section)
+    }
+    parsed = parse_section(name, content, section, "params.yaml")
+    assert section_values(parsed) == content
+    again = parse_section(name, yaml.safe_load(yaml.safe_dump(section_values(parsed))), section, "params.yaml")
+    assert again == parsed
+    assert settings_digest(again) == settings_digest(parsed)
+
+
+def test_the_digest_tells_every_value_apart() -> None:
+    settings = parse_settings(SHIPPED, "params.yaml")
+    digest = settings_digest(settings.distill)
+    assert digest == settings_digest(parse_settings(shipped(), "elsewhere.yaml").distill)
+    assert digest != settings_digest(dataclasses.replace(settings.distill, seed=settings.distill.seed + 1))
+    assert digest != settings_digest(settings.distill, settings.teacher)
