@@ -32,7 +32,7 @@ def archive_of(files: dict[str, bytes], extra: tuple[tarfile.TarInfo, ...] = ())
 
 
 # noise, so that xz does not shrink it to one chunk
-NOISE = b"".join(hashlib.sha256(i.to_bytes(4, "big")).digest() for i in range(20_000))
+NOISE = b"".join(hashlib.sha256(i.to_bytes(4, "big")).digest() for i in range(6_000))
 FILES = {
     "bottle/train/good/000.png": NOISE,
     "bottle/test/broken_large/000.png": b"defect",
@@ -49,17 +49,17 @@ class Server(NamedTuple):
     url: str
     content: dict[str, bytes]
     ranges: list[str | None]
-    budget: dict[str, int]  # bytes after which connections break off
+    allowances: list[int]  # bytes after which the next connections break off
     honours_range: dict[str, bool]
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    state = Server("", {"/bottle.tar.xz": ARCHIVE}, [], {}, {"yes": True})
+    state = Server("", {"/bottle.tar.xz": ARCHIVE}, [], [], {"yes": True})
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             body, wanted = state.content.get(self.path), self.headers.get("Range")
             state.ranges.append(wanted)
             if body is None:
@@ -76,12 +76,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             rest = body[start:]
             self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
-            allowed = min(len(rest), state.budget.get("bytes", len(rest)))
-            if "bytes" in state.budget:
-                state.budget["bytes"] -= allowed
+            allowed = state.allowances.pop(0) if state.allowances else len(rest)
             self.wfile.write(rest[:allowed])  # fewer than promised: the client sees the connection break
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -130,46 +128,25 @@ def test_a_category_arrives_whole_and_leaves_nothing_else(get: Callable[..., Pat
 
 
 def test_a_broken_connection_is_taken_up_where_it_stopped(get: Callable[..., Path], server: Server) -> None:
-    server.budget["bytes"] = 300_000
-
-    class Refill(dict[str, int]):
-        """The second connection gets all it wants."""
-
-    original = server.ranges.append
-    assert original is not None
-    server.ranges.clear()
-    thread_safe = server.budget
-
-    def refill_after_break() -> None:
-        while len(server.ranges) < 2:
-            pass
-        thread_safe.clear()
-
-    watcher = threading.Thread(target=refill_after_break)
-    watcher.start()
-    try:
-        assert contents(get()) == FILES
-    finally:
-        server.ranges.extend([None, None])
-        watcher.join()
-    assert server.ranges[0] is None
-    assert server.ranges[1] == "bytes=300000-"
+    server.allowances.extend([fetch.CHUNK + 10, fetch.CHUNK + 10])
+    assert contents(get()) == FILES
+    assert server.ranges == [None, f"bytes={fetch.CHUNK}-", f"bytes={2 * fetch.CHUNK}-"]
 
 
 def test_a_later_call_resumes_what_an_earlier_one_left(
     get: Callable[..., Path], server: Server, tmp_path: Path
 ) -> None:
-    server.budget["bytes"] = 200_000
+    server.allowances.extend([fetch.CHUNK] + [0] * 10)
     with pytest.raises(UserError, match="run the same command again to resume"):
         get()
     part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
-    assert part.read_bytes() == ARCHIVE[:200_000]
+    assert part.read_bytes() == ARCHIVE[: fetch.CHUNK]
     assert not (tmp_path / "data" / "bottle").exists()
 
-    server.budget.clear()
+    server.allowances.clear()
     server.ranges.clear()
     assert contents(get()) == FILES
-    assert server.ranges == ["bytes=200000-"]
+    assert server.ranges == [f"bytes={fetch.CHUNK}-"]
 
 
 def test_a_finished_part_is_not_fetched_again(get: Callable[..., Path], server: Server, tmp_path: Path) -> None:
@@ -195,9 +172,8 @@ def test_a_wrong_checksum_is_refused_and_the_file_dropped(
     get: Callable[..., Path], server: Server, tmp_path: Path
 ) -> None:
     for sha256 in (None, "0" * 64):  # None: the official checksum, which this archive does not have
-        with pytest.raises(UserError, match="SHA-?256") as caught:
+        with pytest.raises(UserError, match=SHA256):
             get(sha256=sha256)
-        assert SHA256 in str(caught.value)
         assert not (tmp_path / "data" / "bottle").exists()
         assert list((tmp_path / "data" / ".downloads").iterdir()) == []
     with pytest.raises(UserError, match="64 hex digits"):
@@ -212,14 +188,14 @@ def test_an_existing_folder_is_never_touched(get: Callable[..., Path], server: S
 
 
 def test_a_moved_file_names_the_remedy(get: Callable[..., Path], server: Server) -> None:
-    with pytest.raises(UserError, match="404.*--url"):
+    with pytest.raises(UserError, match=r"404.*--url"):
         get("cable")
     server.content["/elsewhere/1234"] = ARCHIVE
     assert contents(get(url=f"{server.url}/elsewhere/1234")) == FILES
 
 
 def test_offline_is_a_clear_error(get: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="cannot be reached.*check the network"):
+    with pytest.raises(UserError, match=r"cannot be reached.*check the network"):
         get(base_url="http://127.0.0.1:1")
 
 
@@ -279,7 +255,7 @@ def test_an_archive_that_leads_outside_is_refused(tmp_path: Path, evil: tarfile.
 def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path) -> None:
     archive = tmp_path / "bottle.tar.xz"
     archive.write_bytes(archive_of({**FILES, "bottle/zeros.bin": bytes(2_000_000)}))
-    assert archive.stat().st_size < 1_000_000
+    assert archive.stat().st_size < 500_000
     for limits in ({"max_bytes": 1_000_000}, {"max_members": 2}):
         with pytest.raises(UserError, match="unpacks to more than"):
             unpack_category(archive, "bottle", tmp_path / "in" / "bottle", **limits)

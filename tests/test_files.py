@@ -22,7 +22,7 @@ from flawsmith.files import (
 )
 
 
-class Boom(Exception):
+class BoomError(Exception):
     pass
 
 
@@ -41,7 +41,7 @@ def test_a_file_appears_when_the_block_ends_and_leaves_nothing_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize("before", [None, "old"])
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, SystemExit])
 def test_a_file_stays_as_it_was_when_the_block_raises(
     tmp_path: Path, before: str | None, error: type[BaseException]
 ) -> None:
@@ -66,7 +66,7 @@ def test_a_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["stage"]
 
 
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, QualityGateError])
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, QualityGateError])
 def test_a_folder_stays_as_it_was_when_the_block_raises(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "stage"
     target.mkdir()
@@ -85,9 +85,9 @@ def test_keep_on_puts_the_report_in_place_and_still_raises(tmp_path: Path) -> No
         raise QualityGateError("critical")
     assert names(target) == ["verdict.json"]
     assert names(tmp_path) == ["validate"]
-    with pytest.raises(Boom), atomic_folder(target, keep_on=QualityGateError) as temporary:
+    with pytest.raises(BoomError), atomic_folder(target, keep_on=QualityGateError) as temporary:
         (temporary / "other.json").write_text("{}")
-        raise Boom
+        raise BoomError
     assert names(target) == ["verdict.json"]
 
 
@@ -126,9 +126,9 @@ def test_csv_keeps_seven_digits_and_unix_lines(tmp_path: Path) -> None:
 
     def rows() -> object:
         yield (1, 2.0, "x")
-        raise Boom
+        raise BoomError
 
-    with pytest.raises(Boom):
+    with pytest.raises(BoomError):
         write_csv(tmp_path / "a.csv", ["step", "loss", "name"], rows())  # type: ignore[arg-type]
     assert (tmp_path / "a.csv").read_text().startswith("step,loss,name\n1,0.3333333")
     assert names(tmp_path) == ["a.csv"]

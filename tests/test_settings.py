@@ -110,9 +110,7 @@ def _shaped(kind: Any, value: Any, shipped_value: Any) -> Any:
     return [value] * len(shipped_value) if typing.get_origin(kind) is tuple else value
 
 
-@pytest.mark.parametrize(
-    ("section", "item", "kind"), [case for case in BOUNDED if item_kind(case.values[2]) is float]
-)
+@pytest.mark.parametrize(("section", "item", "kind"), [case for case in BOUNDED if item_kind(case.values[2]) is float])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_no_number_may_be_nan_or_infinite(section: str, item: dataclasses.Field[Any], kind: Any, value: float) -> None:
     content = shipped()
@@ -233,7 +231,7 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, reason: str) -> No
 
 
 def test_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist.*--params"):
+    with pytest.raises(UserError, match=r"does not exist.*--params"):
         load_settings(tmp_path / "params.yaml")
 
 

@@ -235,14 +235,11 @@ def lineage(
 @app.command(rich_help_panel=HOUSE_PANEL)
 def doctor(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None) -> None:
     """Check what breaks silently: versions, stores, teacher weights, device. Exit 1 if something is wrong."""
-    from flawsmith.doctor import run_checks
+    from flawsmith.doctor import render_checks, run_checks, worst_status
 
-    settings = _settings(params, parse_overrides(overrides or []))
-    failed = 0
-    for check in run_checks(params.parent, settings):
-        print(f"{check.status.upper():5} {check.name}: {check.message}")
-        failed += check.status == "fail"
-    if failed:
+    checks = run_checks(_settings(params, parse_overrides(overrides or [])), params.parent)
+    print(render_checks(checks))
+    if worst_status(checks) == "fail":
         raise typer.Exit(1)
 
 
@@ -250,6 +247,15 @@ def doctor(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None) -
 def fetch(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="mvtec-ad")],
     category: Annotated[str, typer.Option("--category", "-c", metavar="NAME", help="E.g. bottle.")],
+    mirror: Annotated[
+        str | None, typer.Option("--mirror", metavar="URL", help="A folder on the web that holds CATEGORY.tar.xz.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="The archive's own address, where it has moved.")
+    ] = None,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="HEX", help="Demand this checksum instead of the known one.")
+    ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
 ) -> None:
@@ -262,7 +268,7 @@ def fetch(
     if dataset != "mvtec-ad":
         raise UserError(f"`{dataset}` is no dataset that can be fetched; use mvtec-ad.")
     settings = _settings(params, parse_overrides(overrides or []))
-    folder = fetch_mvtec_ad(category, params.parent / settings.data.root)
+    folder = fetch_mvtec_ad(category, params.parent / settings.data.root, base_url=mirror, url=url, sha256=sha256)
     print(f"{folder} is ready: run `dvc add {folder}`, add `{category}` to `categories` in {params}, then `dvc repro`.")
 
 

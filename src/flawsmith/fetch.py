@@ -94,7 +94,7 @@ _ARCHIVES = {
 }
 MVTEC_AD_CATEGORIES = tuple(_ARCHIVES)
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16  # what a broken connection may cost: the chunk it broke in is read again
 ATTEMPTS = 5  # downloads that break off are taken up again this often in one call
 TIMEOUT = 30.0  # seconds without a byte
 MAX_UNPACKED = 8 << 30  # the largest category unpacks to less than 1 GB
@@ -169,6 +169,11 @@ def fetch_mvtec_ad(
             )
         )
         unpack_category(archive, category, target)
+    except ValueError as error:  # pooch's word for a checksum that differs; it has dropped the file
+        raise UserError(
+            f"{source} is not the archive with SHA-256 {expected} ({error}). Try again; if it stays so, compare with "
+            f"{PAGE} and pass the new checksum with --sha256, if you trust it."
+        ) from error
     except OSError as error:
         raise UserError(
             f"{category} cannot be stored in {root} ({error}); free disk space or correct the path."

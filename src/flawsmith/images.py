@@ -31,13 +31,14 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> FloatImage:
     Raises:
         UserError: the file is missing, empty, truncated, no image, larger than `max_pixels`, or holds NaN.
     """
-    with _named(path), Image.open(path) as image:
+    # a stream, not a path: given a path, Pillow maps gray TIFFs into memory and then misreads the rotated ones
+    with _named(path), path.open("rb") as stream, Image.open(stream) as image:
         if image.width * image.height > max_pixels:
             raise UserError(
                 f"{path} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "
                 "crop or tile it first."
             )
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if upright.mode.startswith(("I", "F")):  # one channel of more than 8 bits: convert("RGB") would clip it
             pixels = np.repeat(_scale_deep(np.asarray(upright), path)[..., None], 3, axis=2)
         else:
@@ -118,6 +119,14 @@ def _named(path: Path) -> Iterator[None]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
         reason = str(error).replace(str(path), "the file") or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # outside the `try`: what is wrong with the pixels must not pass
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a camera's broken EXIF block raises SyntaxError, struct.error and more; the pixels are good
+        return image
 
 
 def _scale_deep(pixels: NDArray[np.generic], path: Path) -> FloatImage:

@@ -5,10 +5,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SIZE, Exported
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from toy_detector import SIZE, Exported
 
 from flawsmith.errors import FlawsmithError
 from flawsmith.export.onnx import export_onnx, map_range, strip_provenance

@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Exported
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_detector import Exported
 
 from flawsmith.errors import FlawsmithError
 from flawsmith.export.parity import (

@@ -67,13 +67,13 @@ def test_every_image_of_a_mixed_folder_gets_its_verdict(model: Path, mixed: Path
     found = rows(tmp_path / "out")
     assert {name: row["verdict"] for name, row in found.items()} == {
         "a_good.png": "good",
-        "b_defect.jpg": "defect",
+        "b_defect.jpg": "defective",
         "d_cmyk.jpg": "good",
-        "deep/er/c_gray.bmp": "defect",
-        "e_alpha.png": "defect",
+        "deep/er/c_gray.bmp": "defective",
+        "e_alpha.png": "defective",
         "f_palette.tif": "good",
-        "g_rotated.jpg": "defect",
-        "h_deep.png": "defect",
+        "g_rotated.jpg": "defective",
+        "h_deep.png": "defective",
         "i_empty.png": "unreadable",
         "j_text.jpg": "unreadable",
         "k_cut.png": "unreadable",
@@ -106,7 +106,7 @@ def test_the_json_tells_where_the_defect_is(model: Path, tmp_path: Path) -> None
     assert content["model"]["category"] == "plate"
     assert content["model"]["threshold"] == 0.5
     (image,) = content["images"]
-    assert (image["file"], image["verdict"], image["region_count"]) == ("part.png", "defect", 1)
+    assert (image["file"], image["verdict"], image["region_count"]) == ("part.png", "defective", 1)
     (region,) = image["regions"]
     # the bright patch: x 0-32, y 16-32, seen through a map whose pixels are 3 x 2
     assert region["x"] == 0
@@ -195,6 +195,16 @@ def test_a_folder_of_the_users_own_files_is_never_overwritten(model: Path, tmp_p
         predict_folder(Predictor(model), [overlays / "a.png"], tmp_path / "out")
     assert image.is_file()
     assert (overlays / "a.png").is_file()
+
+
+def test_results_can_go_where_a_link_points(model: Path, tmp_path: Path) -> None:
+    plate(tmp_path / "in" / "a.png")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert files_of(tmp_path / "disk") == {"results.csv", "results.json", "overlays/a.png"}
 
 
 def test_a_failure_half_way_leaves_the_earlier_results(

@@ -24,6 +24,7 @@ def correlation_length(field: FloatField) -> int:
     raise AssertionError("the field does not decorrelate")
 
 
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, period=st.sampled_from([2, 5, 8, 16]), top=st.integers(0, 7), left=st.integers(0, 7))
 def test_noise_vanishes_at_lattice_points_and_only_there(seed: int, period: int, top: int, left: int) -> None:
     field = noise(seed, (40, 56), float(period), origin=(float(top), float(left)))
@@ -32,6 +33,7 @@ def test_noise_vanishes_at_lattice_points_and_only_there(seed: int, period: int,
     assert (np.abs(field) > 1e-3).mean() > (0.4 if period > 2 else 0.2)
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     seed=SEEDS,
     height=st.integers(1, 70),
@@ -66,6 +68,7 @@ def test_the_range_is_used_and_the_mean_over_seeds_is_zero() -> None:
     assert fields.std() == pytest.approx(0.31, abs=0.02)
 
 
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, period=st.floats(4.0, 100.0), angle=st.floats(0.0, np.pi))
 def test_neighbouring_pixels_differ_by_no_more_than_the_lipschitz_bound(seed: int, period: float, angle: float) -> None:
     field = noise(seed, (48, 48), period, angle_rad=angle)
@@ -80,6 +83,7 @@ def test_the_slope_is_continuous_across_lattice_lines() -> None:
     assert bends.max() > 1 / 128**2  # else the bound would say nothing
 
 
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, octaves=st.integers(1, 3))
 def test_same_seed_same_noise_and_another_seed_another(seed: int, octaves: int) -> None:
     first = noise(seed, (24, 24), 6.0, octaves=octaves)
@@ -95,6 +99,7 @@ def test_the_generator_is_left_alike_whatever_shape_period_or_angle() -> None:
     assert len({generator.integers(2**62) for generator in generators}) == 1
 
 
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, period=st.floats(3.0, 40.0), angle=st.floats(0.0, np.pi))
 def test_a_larger_field_contains_the_smaller_one(seed: int, period: float, angle: float) -> None:
     small = noise(seed, (20, 31), period, angle_rad=angle, octaves=2)
@@ -102,6 +107,7 @@ def test_a_larger_field_contains_the_smaller_one(seed: int, period: float, angle
     np.testing.assert_allclose(large[:20, :31], small, atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, period=st.floats(3.0, 40.0), turns=st.integers(1, 3), angle=st.floats(0.0, 3.0))
 def test_a_quarter_turn_of_the_angle_turns_the_field(seed: int, period: float, turns: int, angle: float) -> None:
     options = {"origin": (16.0, 16.0), "octaves": 2}
@@ -169,7 +175,7 @@ def test_arguments_out_of_range_are_refused(
         noise(0, shape, period, **options)
 
 
-@settings(max_examples=20)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_far_from_the_origin_the_noise_is_the_same_kind(seed: int) -> None:
     field = noise(seed, (64, 64), 5.0, origin=(-990.7, 870.2), angle_rad=0.4)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from flawsmith.demo.fabric import OVERSAMPLING, PITCH, Fabric
+from flawsmith.demo.fabric import OVERSAMPLING, PITCH, Fabric, draw_hairs
 from flawsmith.demo.metal import Metal
 from flawsmith.demo.optics import Field, Overlay, pixel_grid
 from flawsmith.images import Mask
@@ -35,9 +35,7 @@ def somewhere(generator: Generator, size: int) -> NDArray[np.float64]:
     return generator.uniform(0.13, 0.87, 2) * size
 
 
-def draw_path(
-    generator: Generator, size: int, length: float, bend: float, heading: float | None = None
-) -> Path:
+def draw_path(generator: Generator, size: int, length: float, bend: float, heading: float | None = None) -> Path:
     """A curve through a random place: `bend` is how far its direction wanders, in radians over 30 pixels."""
     count = max(8, round(length * 4))
     start = generator.uniform(0, 2 * np.pi) if heading is None else heading
@@ -52,7 +50,8 @@ def near_path(path: Path, size: int, reach: float) -> tuple[Field, Field, Field]
     """Distance to a path (`reach` or more is inf), signed distance (positive on one side), and share of its length."""
     rows, columns = pixel_grid(size)
     points = np.stack(np.broadcast_arrays(rows, columns), axis=-1).reshape(-1, 2)
-    distance, nearest = cKDTree(path).query(points, distance_upper_bound=reach)
+    found = cKDTree(path).query(points, distance_upper_bound=reach)
+    distance, nearest = np.asarray(found[0]), np.asarray(found[1])
     known = np.isfinite(distance)
     nearest = np.where(known, nearest, 0)
     direction = np.gradient(path, axis=0)[nearest]
@@ -73,6 +72,7 @@ class Blob:
     """A closed irregular shape: `inside` (H, W) is the signed distance to its rim in pixels, positive inside."""
 
     inside: Field
+    relative: Field  # (H, W) distance from the centre, 1 at the rim
     centre: NDArray[np.float64]
     radius: float
 
@@ -90,11 +90,11 @@ def draw_blob(generator: Generator, size: int, radius: float, roughness: float, 
     for order in range(2, 9):
         weight = roughness * generator.standard_normal() / order
         rim = rim + weight * np.cos(order * angle + generator.uniform(0, 2 * np.pi))
-    inside = radius * np.maximum(rim, 0.3) - np.hypot(long, short)
-    return Blob(np.asarray(inside, np.float32), centre, radius)
+    rim, away = radius * np.maximum(rim, 0.3), np.hypot(long, short)
+    return Blob(np.asarray(rim - away, np.float32), np.asarray(away / rim, np.float32), centre, radius)
 
 
-def smooth_step(value: Field) -> Field:
+def smooth_step(value: NDArray[np.floating]) -> Field:
     """0 below 0, 1 above 1, smooth in between."""
     clipped = np.clip(value, 0, 1)
     return np.asarray(clipped * clipped * (3 - 2 * clipped), np.float32)
@@ -142,7 +142,7 @@ def _film(generator: Generator, blob: Blob, density: float, hue: NDArray[np.floa
     """Transmission `(H, W, 3)` of what a dried drop left: a thin film, densest in a ring at its rim (coffee ring)."""
     ring = generator.uniform(1.2, 2.6)
     rim = np.exp(-(((blob.inside - ring) / ring) ** 2))
-    film = smooth_step(blob.inside / 2) * generator.uniform(0.25, 0.7)
+    film = smooth_step(blob.inside / 2) * generator.uniform(0.4, 0.8)
     inner = np.exp(-(((blob.inside - blob.radius * generator.uniform(0.35, 0.6)) / (1.5 * ring)) ** 2))
     amount = density * (film + rim + generator.uniform(0, 0.35) * inner)
     return np.asarray(np.exp(-amount[..., None] * hue), np.float32)
@@ -156,7 +156,7 @@ def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     turn = generator.uniform(np.deg2rad(14), np.deg2rad(166))
     path = draw_path(generator, piece.size, generator.uniform(22, 120), generator.uniform(0, 0.12), piece.angle + turn)
     width = generator.uniform(0.55, 1.2)
-    steep = np.exp(generator.uniform(np.log(0.18), np.log(0.9)))  # slope of the flanks
+    steep = np.exp(generator.uniform(np.log(0.28), np.log(0.9)))  # slope of the flanks
     distance, _, share = near_path(path, piece.size, 10)
     fade = smooth_step(np.minimum(share, 1 - share) * 8) * wobble(generator, share, max(3, len(path) // 60), 0.5, 1.0)
     groove = np.exp(-((distance / width) ** 2) / 2)
@@ -169,17 +169,16 @@ def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
 def metal_dent(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """Something blunt pressed the sheet in; the brushing bends with it."""
     blob = draw_blob(generator, piece.size, generator.uniform(8, 24), 0.12)
-    steep = np.exp(generator.uniform(np.log(0.05), np.log(0.20)))
-    relative = 1 - blob.inside / blob.radius  # 0 near the centre, 1 at the rim
-    bowl = np.exp(-2 * np.maximum(relative, 0) ** 2) - 0.12 * np.exp(-(((relative - 1.25) / 0.3) ** 2))
-    return replace(piece, height=piece.height - steep * blob.radius * bowl), relative < 2.2
+    steep = np.exp(generator.uniform(np.log(0.06), np.log(0.20)))
+    bowl = np.exp(-2 * blob.relative**2) - 0.12 * np.exp(-(((blob.relative - 1.25) / 0.3) ** 2))
+    return replace(piece, height=piece.height - steep * blob.radius * bowl), blob.relative < 2.2
 
 
 def metal_stain(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """A drop of coolant dried."""
     blob = draw_blob(generator, piece.size, generator.uniform(9, 34), generator.uniform(0.1, 0.35))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.25, 0.0, 0.45])
-    density = np.exp(generator.uniform(np.log(0.05), np.log(0.28)))
+    density = np.exp(generator.uniform(np.log(0.08), np.log(0.30)))
     film = _film(generator, blob, density, hue)
     return replace(piece, tint=piece.tint * film), blob.inside > -6
 
@@ -190,9 +189,9 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     rows, columns = pixel_grid(piece.size)
     height, bare = piece.height, np.zeros((piece.size, piece.size), np.float32)
     rust = np.zeros_like(bare)
-    for _ in range(int(generator.integers(1, 8))):
+    for _ in range(int(generator.integers(2, 8))):
         place = centre + spread * generator.standard_normal(2)
-        radius = np.exp(generator.normal(np.log(1.2), 0.35))
+        radius = np.exp(generator.normal(np.log(1.35), 0.35))
         distance = np.hypot(rows - place[0], (columns - place[1]) / generator.uniform(0.8, 1.4)) / radius
         height = height - 0.8 * radius * np.exp(-(distance**2))
         bare = np.maximum(bare, np.exp(-(distance**4)) * generator.uniform(0.35, 0.85))
@@ -206,11 +205,10 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
 
 
 def _pixels(samples: NDArray[np.bool_]) -> Mask:
-    """A footprint in samples, in pixels and with a pixel to spare."""
+    """A footprint in samples, in pixels and with room for the shading around it."""
     side = samples.shape[0] // OVERSAMPLING
-    return ndimage.binary_dilation(
-        samples.reshape(side, OVERSAMPLING, side, OVERSAMPLING).any(axis=(1, 3)), iterations=4
-    )
+    touched = np.asarray(samples.reshape(side, OVERSAMPLING, side, OVERSAMPLING).any(axis=(1, 3)), np.bool_)
+    return np.asarray(ndimage.binary_dilation(touched, iterations=4), np.bool_)
 
 
 def _one_yarn(
@@ -245,10 +243,14 @@ def fabric_slub(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     place = piece.place[which]
     centre = np.median((place - across * pitch / 2)[samples & (segment > 0)])
     away = place - centre
-    bump = np.exp(-((away / (1.6 * pitch)) ** 2)) * segment
+    bump = np.exp(-((away / (1.3 * pitch)) ** 2)) * segment
     moved = [*piece.place]
     moved[which] = np.asarray(centre + away * (1 - swell * bump), np.float32)
-    return replace(piece, place=(moved[0], moved[1])), _pixels((bump > 0.01) & (np.abs(away) > 0))
+    swollen = replace(piece, place=(moved[0], moved[1]))
+    same = swollen.crossing()[which][0] == np.median(piece.crossing()[which][0][samples])
+    thickness = [*piece.thickness]
+    thickness[which] = np.where(same, 1 + np.float32(1.2 * swell) * segment, np.float32(1))
+    return replace(swollen, thickness=(thickness[0], thickness[1])), _pixels(bump > 0.01)
 
 
 def fabric_hole(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
@@ -258,14 +260,17 @@ def fabric_hole(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     for index, _ in piece.crossing():
         reach = generator.normal(0, 1.3, int(index.max()) + 1).astype(np.float32)
         thickness.append(smooth_step((1.0 - blob.inside - reach[index]) / 2.5))
-    return replace(piece, thickness=(thickness[0], thickness[1])), _pixels(blob.inside > -8)
+    around = generator.uniform(0, 2 * np.pi, round(2.5 * blob.radius) + 2)[:, None]
+    roots = blob.centre[::-1] + blob.radius * np.concatenate([np.cos(around), np.sin(around)], axis=1)
+    hairs = np.maximum(piece.hairs, draw_hairs(generator, piece.size, roots, (60, 170)))  # the cut ends fray
+    return replace(piece, thickness=(thickness[0], thickness[1]), hairs=hairs), _pixels(blob.inside > -12)
 
 
 def fabric_stain(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     """A liquid soaked in, followed the yarns and dried."""
     blob = draw_blob(generator, piece.size, generator.uniform(9, 32), generator.uniform(0.1, 0.3))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.3, 0.05, 0.5])
-    density = np.exp(generator.uniform(np.log(0.12), np.log(0.5)))
+    density = np.exp(generator.uniform(np.log(0.15), np.log(0.5)))
     wick = np.zeros((piece.size, piece.size), np.float32)
     for index, _ in piece.crossing():
         reach = generator.normal(0, 1.0, int(index.max()) + 1).astype(np.float32)

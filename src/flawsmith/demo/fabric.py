@@ -18,17 +18,19 @@ PITCH = (7.4, 8.2)  # pixels between warp yarns (vertical) and between weft yarn
 CLIMB = 0.45  # how far a yarn's centre line rises above the middle of the cloth, in yarn radii
 GROUND = -1.6  # height of the dark table under the cloth, in yarn radii
 _LUT = 16  # entries per pixel of the tables from place to yarn
-_TABLE = 256  # side of the fibre texture
+_TABLE = 256  # side of the fibre texture, a power of 2
+
+Index = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Yarns:
     """One set of parallel yarns: where each lies and how it looks."""
 
-    index: NDArray[np.intp]  # (places * _LUT,) which yarn is at a place
+    index: Index  # (places * _LUT,) which yarn is at a place
     across: Field  # (places * _LUT,) where on it, from -1 to 1
     tone: Field  # (yarns, steps) brightness along each yarn, around 1
-    offset: NDArray[np.intp]  # (yarns, 2) each yarn's own piece of the fibre texture
+    offset: Index  # (yarns, 2) each yarn's own piece of the fibre texture
     colour: Field  # (3,) reflectance
 
 
@@ -51,11 +53,11 @@ class Fabric:
     def size(self) -> int:
         return self.hairs.shape[0] // OVERSAMPLING
 
-    def crossing(self) -> tuple[tuple[NDArray[np.intp], Field], tuple[NDArray[np.intp], Field]]:
+    def crossing(self) -> tuple[tuple[Index, Field], tuple[Index, Field]]:
         """For the warp and for the weft: which yarn is at each sample, and where on it (-1 to 1); both `(S, S)`."""
         found = []
         for place, yarns in zip(self.place, self.yarns, strict=True):
-            entry = np.clip((place * _LUT).astype(np.intp), 0, len(yarns.index) - 1)
+            entry = np.clip((place * _LUT).astype(np.int32), 0, len(yarns.index) - 1)
             found.append((yarns.index[entry], yarns.across[entry]))
         return found[0], found[1]
 
@@ -71,13 +73,8 @@ class Fabric:
         height = np.maximum(np.maximum(warp, weft), np.float32(GROUND))
         bare = np.maximum(warp, weft) <= GROUND
 
-        reflectance = np.where(
-            top,
-            self._fibre(0, i, a, self.place[1]),
-            self._fibre(1, j, b, self.place[0]),
-        )
-        colour = np.where(top[..., None], self.yarns[0].colour, self.yarns[1].colour) * reflectance[..., None]
-        colour[bare] = np.float32(0.02)
+        colour = self._colour(top, i, a, j, b)
+        colour[bare] = np.float32(0.03)
 
         radius = np.float32(OVERSAMPLING * PITCH[0] / 2)
         down = (height[2:, 1:-1] - height[:-2, 1:-1]) * (radius / 2)
@@ -96,19 +93,21 @@ class Fabric:
             light = self.overlay.over(light, np.ones(light.shape[:2], np.float32))
         return np.asarray(light, np.float32)
 
-    def _fibre(self, which: int, index: NDArray[np.intp], across: Field, along: Field) -> Field:
-        """Reflectance factor of a yarn's surface: fibres run along it at the angle of its twist."""
-        yarns = self.yarns[which]
-        offset = yarns.offset[index]
-        sideways = across * np.float32(PITCH[which] / 2)
+    def _colour(self, top: NDArray[np.bool_], warp: Index, a: Field, weft: Index, b: Field) -> Field:
+        """Reflectance `(S, S, 3)` of the yarn on top: dye, unevenness, and fibres at the angle of its twist."""
+        first, second = self.yarns
+        yarn = np.where(top, warp, weft + len(first.tone))
+        along = np.where(top, self.place[1], self.place[0])
+        sideways = np.where(top, a * np.float32(PITCH[0] / 2), b * np.float32(PITCH[1] / 2))
         turn = np.float32(0.42)  # radians, the twist's angle
-        thread = (sideways * np.cos(turn) + along * np.sin(turn)) * np.float32(3)
-        length = (along * np.cos(turn) - sideways * np.sin(turn)) * np.float32(2)
-        texture = self.fibres[
-            (thread.astype(np.intp) + offset[..., 0]) % _TABLE, (length.astype(np.intp) + offset[..., 1]) % _TABLE
-        ]
-        step = np.clip((along * np.float32(1 / 4)).astype(np.intp), 0, yarns.tone.shape[1] - 1)
-        return np.asarray(yarns.tone[index, step] * texture, np.float32)
+        thread = ((sideways * np.cos(turn) + along * np.sin(turn)) * np.float32(3)).astype(np.int32)
+        length = ((along * np.cos(turn) - sideways * np.sin(turn)) * np.float32(2)).astype(np.int32)
+        offset = np.concatenate([first.offset, second.offset])
+        entry = ((thread + offset[:, 0][yarn]) & (_TABLE - 1)) * _TABLE + ((length + offset[:, 1][yarn]) & (_TABLE - 1))
+        tone = np.concatenate([first.tone, second.tone])
+        step = np.clip((along * np.float32(1 / 4)).astype(np.int32), 0, tone.shape[1] - 1)
+        factor = tone.ravel()[yarn * tone.shape[1] + step] * self.fibres.ravel()[entry]
+        return np.where(top[..., None], first.colour, second.colour) * factor[..., None]
 
 
 def draw_fabric(generator: np.random.Generator, size: int) -> Fabric:
@@ -138,7 +137,7 @@ def draw_fabric(generator: np.random.Generator, size: int) -> Fabric:
         phase=int(generator.integers(3)),
         fibres=np.asarray(np.exp(0.16 * fibres / fibres.std()), np.float32),
         thickness=(None, None),
-        hairs=_draw_hairs(generator, size, round(220 * (size / 256) ** 2)),
+        hairs=draw_hairs(generator, size, generator.uniform(0, size, (round(220 * (size / 256) ** 2), 2)), (30, 110)),
         lamp=(float(np.sin(direction)), float(np.cos(direction))),
         tint=None,
         camera=draw_camera(generator, size),
@@ -159,31 +158,34 @@ def _draw_yarns(
     along = ndimage.gaussian_filter1d(generator.standard_normal((count, steps)), 3.0, axis=1)
     tone = unevenness * (0.8 * generator.standard_normal((count, 1)) + 0.7 * along / along.std())
     return Yarns(
-        index=index,
+        index=index.astype(np.int32),
         across=np.asarray(np.clip((entries - middle[index]) / half[index], -1, 1), np.float32),
         tone=np.asarray(np.exp(tone), np.float32),
-        offset=generator.integers(0, _TABLE, (count, 2)),
+        offset=generator.integers(0, _TABLE, (count, 2), dtype=np.int32),
         colour=np.asarray(colour, np.float32),
     )
 
 
-def _draw_hairs(generator: np.random.Generator, size: int, count: int) -> Field:
-    """Opacity of short curled fibres that stand out of the yarns."""
-    samples = size * OVERSAMPLING
+def draw_hairs(
+    generator: np.random.Generator, size: int, roots: NDArray[np.float64], strength: tuple[int, int]
+) -> Field:
+    """Opacity `(S, S)` of short curled fibres that stand out of the yarns at `roots` (N, 2: column, row in pixels)."""
+    samples, count = size * OVERSAMPLING, len(roots)
     canvas = Image.new("L", (samples, samples))
     pen = ImageDraw.Draw(canvas)
-    start = generator.uniform(0, samples, (count, 1, 2))
     heading = generator.uniform(0, 2 * np.pi, (count, 1)) + np.cumsum(generator.normal(0, 0.35, (count, 5)), axis=1)
     stride = generator.uniform(2, 6, (count, 1, 1))
-    path = start + np.cumsum(stride * np.stack([np.cos(heading), np.sin(heading)], axis=2), axis=1)
-    for points, strength in zip(path, generator.integers(30, 110, count), strict=True):
-        pen.line([tuple(point) for point in points], fill=int(strength), width=1)
+    steps = stride * np.stack([np.cos(heading), np.sin(heading)], axis=2)
+    path = roots[:, None] * OVERSAMPLING + np.cumsum(steps, axis=1)
+    for points, shade in zip(path, generator.integers(*strength, count), strict=True):
+        pen.line([tuple(point) for point in points], fill=int(shade), width=1)
     return np.asarray(canvas, np.float32) / np.float32(255)
 
 
-def _up(warp: NDArray[np.intp], weft: NDArray[np.intp], phase: int) -> Field:
+def _up(warp: Index, weft: Index, phase: int) -> Field:
     """+1 where the warp yarn lies above the weft yarn, -1 where below: two over, one under, shifted by one a row."""
-    return np.where((warp + weft + phase) % 3 == 0, np.float32(-1), np.float32(1))
+    table = np.tile(np.array([-1, 1, 1], np.float32), warp.max() + weft.max() + 6)  # a lookup is faster than % 3
+    return np.asarray(table[warp + weft + (phase + 3)])
 
 
 def _rise(here: Field, there: Field, position: Field) -> Field:
@@ -195,13 +197,15 @@ def _rise(here: Field, there: Field, position: Field) -> Field:
 def _height(across: Field, rise: Field, thickness: Field | None) -> Field:
     """Height of a yarn's surface in yarn radii; far below everything where there is no yarn."""
     if thickness is not None:
-        across = across / np.maximum(thickness, np.float32(0.02))
+        across = np.asarray(across / np.maximum(thickness, np.float32(0.02)), np.float32)
     inside = 1 - (across / np.float32(0.98)) ** 2
-    bulge = np.sqrt(np.maximum(inside, 0))
+    bulge = np.sqrt(np.maximum(inside, np.float32(0)))
+    if thickness is not None:
+        bulge = np.asarray(bulge * np.maximum(thickness, np.float32(1)), np.float32)
     return np.asarray(np.where(inside > 0, CLIMB * rise + bulge, np.float32(2 * GROUND)), np.float32)
 
 
 def _halve(light: Field) -> Field:
-    """Mean over each pixel's samples."""
-    side = light.shape[0] // OVERSAMPLING
-    return light.reshape(side, OVERSAMPLING, side, OVERSAMPLING, 3).mean(axis=(1, 3))
+    """Mean over each pixel's 2 x 2 samples."""
+    halves = light[::2] + light[1::2]
+    return np.asarray((halves[:, ::2] + halves[:, 1::2]) / 4, np.float32)

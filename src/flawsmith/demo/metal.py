@@ -1,7 +1,8 @@
 """Brushed steel: a height field of countless directional scratches under a lamp.
 
-The sheen is Ward's anisotropic lobe (Ward 1992, eq. 5): narrow along the brushing, wide across it, centred where the
-local slope turns the surface halfway between lamp and camera; grooves therefore glint on one flank and darken on the other.
+The sheen is the Gaussian lobe of Ward's anisotropic model (Ward, SIGGRAPH 1992): narrow along the brushing, wide
+across it, centred where the local slope turns the surface halfway between lamp and camera. Grooves therefore glint on
+one flank and darken on the other.
 """
 
 from dataclasses import dataclass
@@ -41,15 +42,15 @@ class Metal:
     def lamp(self) -> tuple[float, float]:
         """Direction (row, column) in which the lamp lies, of length 1."""
         along, across = (float(field.mean()) for field in self.half)
-        row, column = along * np.sin(self.angle) + across * np.cos(self.angle), (
-            along * np.cos(self.angle) - across * np.sin(self.angle)
-        )
+        row = along * np.sin(self.angle) + across * np.cos(self.angle)
+        column = along * np.cos(self.angle) - across * np.sin(self.angle)
         norm = float(np.hypot(row, column)) + 1e-9
         return row / norm, column / norm
 
     def light(self) -> Field:
         """Linear light `(H, W, 3)` towards the camera."""
-        down, right = np.gradient(self.height)
+        padded = np.pad(self.height, 1, mode="reflect", reflect_type="odd")
+        down, right = (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2, (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
         cosine, sine = np.cos(self.angle), np.sin(self.angle)
         # the surface normal tilts against the slope
         along = -(right * cosine + down * sine)
@@ -78,7 +79,7 @@ def draw_metal(generator: np.random.Generator, size: int) -> Metal:
     half_across = 0.26 + 0.02 * generator.standard_normal() + across / 256 * 0.10
     tone = _tone(generator, size, angle)
     gloss = 1 + 0.07 * tone + 0.04 * smooth_field(generator, size, 2)
-    steel = np.array([0.985, 1.0, 1.02]) * (1 + 0.006 * generator.standard_normal(3))
+    steel = np.array([0.985, 1.0, 1.02]) * (1 + 0.003 * generator.standard_normal(3))
     return Metal(
         height=pressure * _brushing(generator, size, angle),
         angle=angle,
@@ -92,14 +93,14 @@ def draw_metal(generator: np.random.Generator, size: int) -> Metal:
 def _brushing(generator: np.random.Generator, size: int, angle: float) -> Field:
     """Height of the scratches: a dense fine grain, plus single grooves of exponential depth and finite length."""
     dense = np.zeros((size, size // 2 + 1), np.complex64)
-    for length, width, weight in ((50, 0.45, 1.0), (130, 0.8, 1.0), (260, 1.6, 0.9)):
+    for length, width, weight in ((40, 0.3, 1.3), (120, 0.5, 1.0), (260, 1.5, 0.6)):
         turned = angle + float(np.deg2rad(generator.normal(0, 0.6)))
         layer = strokes(generator.standard_normal((size, size), dtype=np.float32), turned, length, width)
         dense += np.complex64(weight * size / np.linalg.norm(layer)) * layer
-    height = 0.11 * unit(from_spectrum(dense, size))
+    height = 0.13 * unit(from_spectrum(dense, size))
     density = float(np.exp(0.2 * generator.standard_normal()))
     grooves = np.zeros_like(dense)
-    for length, width, rate in ((14, 0.5, 6e-3), (35, 0.5, 4e-3), (80, 0.6, 2e-3), (160, 0.7, 6e-4)):
+    for length, width, rate in ((12, 0.35, 1.2e-2), (30, 0.35, 8e-3), (70, 0.4, 3e-3), (160, 0.55, 6e-4)):
         for _ in range(2):
             turned = angle + float(np.deg2rad(generator.normal(0, 1.5)))
             hit = generator.random((size, size), dtype=np.float32) < rate * density / 2

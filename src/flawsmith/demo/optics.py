@@ -116,7 +116,7 @@ def draw_camera(generator: np.random.Generator, size: int) -> Camera:
     slope = (columns - size / 2) * np.cos(direction) + (rows - size / 2) * np.sin(direction)
     falloff = 1 - generator.uniform(0.06, 0.14) * squared + generator.uniform(0, 0.10) * slope / size
     falloff = falloff * (1 + 0.02 * smooth_field(generator, size, 3))
-    balance = np.exp(0.05 * generator.standard_normal()) * (1 + 0.008 * generator.standard_normal(3))
+    balance = np.exp(0.05 * generator.standard_normal()) * (1 + 0.004 * generator.standard_normal(3))
     noise = generator.standard_normal((size, size, 3), dtype=np.float32)
     # demosaicing correlates neighbours and channels: pure white noise is what gives a rendering away
     noise = 0.75 * noise + 0.5 * noise.mean(axis=2, keepdims=True)
@@ -124,7 +124,7 @@ def draw_camera(generator: np.random.Generator, size: int) -> Camera:
     return Camera(
         falloff=np.asarray(falloff, np.float32),
         balance=np.asarray(balance, np.float32),
-        blur=float(generator.uniform(0.55, 0.75)),
+        blur=float(generator.uniform(0.45, 0.62)),
         shot=float(generator.uniform(0.018, 0.024)),
         read=0.004,
         noise=np.asarray(noise / noise.std(), np.float32),

@@ -18,8 +18,9 @@ from flawsmith.settings import DemoDataSettings
 from flawsmith.surfaces import GOOD
 
 VISIBLE = 0.030  # change of a channel, of 1, that counts as visible: about 1.5 times the grain
-MIN_AREA = 14  # pixels; a defect that shows less is drawn anew
+MIN_AREA = 24  # pixels; a defect that shows less, or nowhere twice what counts as visible, is drawn anew
 TRIES = 50
+EIGHT = np.ones((3, 3), np.bool_)  # a pixel and its eight neighbours
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,21 @@ def render_defective(surface: str, defect: str, size: int, generator: np.random.
         damaged_light = np.where(footprint[..., None], damaged.light(), light)
         change = np.abs(piece.camera.develop(damaged_light, grain=False) - smooth).max(axis=0)
         mask = visible_mask(change)
-        if mask.sum() >= MIN_AREA:
+        if mask.sum() >= MIN_AREA and change.max() >= 2 * VISIBLE:
             return Twin(piece.camera.develop(light), piece.camera.develop(damaged_light), mask)
     raise FlawsmithError(f"no visible {defect} came out of {TRIES} draws on {surface} at {size} pixels; report this.")
 
 
 def visible_mask(change: np.ndarray[Any, np.dtype[np.float32]]) -> Mask:
-    """Where a change `(H, W)` is visible: above the threshold at a pixel or around it, without holes and specks."""
-    seen = (change > 1.5 * VISIBLE) | (ndimage.gaussian_filter(change, 1.0) > 0.8 * VISIBLE)
-    padded = np.pad(seen, 2)
-    closed = ndimage.binary_fill_holes(ndimage.binary_closing(padded, np.ones((3, 3), bool)))[2:-2, 2:-2]
-    labels, count = ndimage.label(closed, np.ones((3, 3), bool))
+    """Where a change `(H, W)` is visible: above the threshold at a pixel or around it, with the
+    fainter pixels that continue it, without holes and specks."""
+    around = ndimage.gaussian_filter(change, 1.0)
+    seen = (change > 1.2 * VISIBLE) | (around > 0.8 * VISIBLE)
+    # an eye follows a line over its faint stretches: grow what is seen along what is at least half as strong
+    candidates = (np.minimum(change, around) > 0.5 * VISIBLE) | (change > VISIBLE)
+    seen = ndimage.binary_propagation(seen & candidates, EIGHT, candidates)
+    closed = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(seen, 3), EIGHT, iterations=2))[3:-3, 3:-3]
+    labels, count = ndimage.label(closed, EIGHT)
     areas = ndimage.sum_labels(closed, labels, np.arange(count + 1))
     return np.asarray((areas >= 4)[labels] & closed, np.bool_)
 

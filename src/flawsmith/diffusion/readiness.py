@@ -1,8 +1,8 @@
 """Is the DDPM good enough to make defects from? Two measurements on plain (strength 0) samples, and a verdict in words.
 
-Distance: the unbiased squared MMD with the cubic kernel of KID (Binkowski et al. 2018, eq. 4) between teacher features
-of samples and of held-out normal crops, placed between a floor (two halves of real crops) and a ceiling (noise with
-the normals' mean and covariance of colour). Memorisation: how much nearer samples lie to training crops than held-out
+Distance: the energy distance (Szekely & Rizzo 2013, unbiased form) between teacher features of samples and of held-out
+normal crops, placed between a floor (training crops against held-out ones) and a ceiling (noise with the normals' mean
+and covariance of colour). Memorisation: how much nearer samples lie to training crops than held-out
 crops do.
 """
 
@@ -39,15 +39,15 @@ def judge_readiness(
     """Judge from pooled teacher features, each (n, d): plain samples, held-out and training crops, coloured noise."""
     scale = fit.std(axis=0) + 1e-8
     samples, heldout, fit, noise = ((part - fit.mean(axis=0)) / scale for part in (samples, heldout, fit, noise))
-    floor, distance, ceiling = mmd2(fit, heldout), mmd2(samples, heldout), mmd2(noise, heldout)
+    floor, distance, ceiling = (energy_distance(part, heldout) for part in (fit, samples, noise))
     relative = float(np.clip((distance - floor) / max(ceiling - floor, 1e-12), 0, None))
     ratio = _nearest(samples, fit) / max(_nearest(heldout, fit), 1e-12)
     if ratio < MEMORISED:
         ready, verdict = (
             False,
             (
-                f"Not ready: samples lie at {ratio:.2f} of the distance to the training crops at which unseen crops lie, "
-                "so the model repeats its training images; add normal images or lower ddpm-train.steps."
+                f"Not ready: samples lie at {ratio:.2f} of the distance to the training crops at which unseen crops "
+                "lie, so the model repeats its training images; add normal images or lower ddpm-train.steps."
             ),
         )
     elif relative > READY:
@@ -69,14 +69,10 @@ def judge_readiness(
     return Readiness(relative, distance, floor, ceiling, ratio, ready, verdict)
 
 
-def mmd2(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Unbiased squared MMD between (n, d) and (m, d) with the kernel (x.y / d + 1)^3; may be slightly negative."""
-
-    def kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(x, x), kernel(y, y))]
-    return float(within[0] + within[1] - 2 * kernel(x, y).mean())
+def energy_distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (n, d) and (m, d), unbiased, so it may be slightly negative."""
+    within = [cdist(part, part).sum() / (len(part) * (len(part) - 1)) for part in (x, y)]
+    return float(2 * cdist(x, y).mean() - within[0] - within[1])
 
 
 def colour_noise(crops: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from flawsmith.devices import autocast
 from flawsmith.diffusion.unet import Denoiser
 
+SPACING = 1.5  # exponent of the time grid
 STRENGTH_UNIT = 20  # strength is the standard deviation added per T / 20 of diffusion time
 
 
@@ -81,26 +82,29 @@ def sample_disturbed(
         variance = (1 - ratio) * (1 - then) / (1 - now)
         x = _column(weight_x0, x) * x0 + _column(weight_xt, x) * x
         x += _column(variance.sqrt(), x) * _noise(clean.shape[1:], generators, 1).to(device)
-        if times[k + 1].max() > 0 and s.any():
-            if disturbance.rule == "realnet":
-                extra = s * variance
-            else:
-                extra = s**2 * STRENGTH_UNIT * (times[k] - times[k + 1]) / total
-            active = times[k + 1] > disturbance.until * times[0]
-            noise = _noise(clean.shape[1:], generators, disturbance.octaves).to(device)
-            x += _column((extra * active).sqrt(), x) * noise
+        if disturbance.rule == "realnet":
+            extra = s * variance
+        else:
+            extra = s**2 * STRENGTH_UNIT * (times[k] - times[k + 1]) / total
+        extra = extra * (times[k + 1] > disturbance.until * times[0])
+        if extra.any():  # drawn by those samples alone that use it, so that no sample depends on its batch
+            used = [generator if e > 0 else None for generator, e in zip(generators, extra, strict=True)]
+            x += _column(extra.sqrt(), x) * _noise(clean.shape[1:], used, disturbance.octaves).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
     return x.clamp(-1, 1).cpu().contiguous()
 
 
 def _time_grid(start: Sequence[float], steps: int, total: int) -> Tensor:
-    """(steps + 1, B) integer times from t0 <= T down to 0, evenly spaced; time t is index t - 1 of the schedule.
+    """(steps + 1, B) integer times from t0 <= T down to 0; time t is index t - 1 of the schedule.
 
-    t0 is at least `steps`, so that every step moves.
+    Spaced as (1 - k / steps)^1.5, denser near 0: the last step answers the model's estimate of the clean image, which
+    is smooth below the noise of that step, so it must begin at little noise or the surface loses its grain.
+    Every step goes down by at least 1, so t0 is at least `steps`.
     """
     t0 = np.clip(np.rint(np.asarray(start) * total), min(steps, total), total)
-    grid = np.rint(t0[None] * (1 - np.arange(steps + 1) / steps)[:, None])
-    return torch.from_numpy(grid.astype(np.int64))
+    grid = np.rint(t0[None] * (1 - np.arange(steps + 1) / steps)[:, None] ** SPACING)
+    floor = np.arange(steps, -1, -1)[:, None]
+    return torch.from_numpy(np.maximum(grid, floor).astype(np.int64))
 
 
 def _predict_clean(x: Tensor, prediction: Tensor, alpha_bar: Tensor, kind: str) -> Tensor:
@@ -115,8 +119,9 @@ def _column(values: Tensor, like: Tensor | None = None) -> Tensor:
     return column if like is None else column.to(like.device, like.dtype)
 
 
-def _noise(shape: torch.Size, generators: Sequence[torch.Generator], octaves: int) -> Tensor:
-    return torch.stack([octave_noise(shape, octaves, generator) for generator in generators])
+def _noise(shape: torch.Size, generators: Sequence[torch.Generator | None], octaves: int) -> Tensor:
+    draws = [torch.zeros(shape) if g is None else octave_noise(shape, octaves, g) for g in generators]
+    return torch.stack(draws)
 
 
 def octave_noise(shape: Sequence[int], octaves: int, generator: torch.Generator) -> Tensor:

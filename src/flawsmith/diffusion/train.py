@@ -50,7 +50,7 @@ def train_denoiser(
         torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
         denoiser = Denoiser(settings).to(memory_format=torch.channels_last)
     average = copy.deepcopy(denoiser).to(accelerator.device).requires_grad_(False)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     scheduler = build_scheduler(settings)
     parts = {"model": accelerator.unwrap_model(model), "average": average, "optimizer": optimizer}
@@ -113,5 +113,4 @@ def random_crops(
 @torch.no_grad()
 def _update_average(average: Denoiser, model: Denoiser, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))  # a young average forgets its random start quickly
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value.detach(), 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), [value.detach() for value in model.parameters()], 1 - decay)

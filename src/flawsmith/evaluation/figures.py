@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from flawsmith.evaluation.assess import Assessment, Example, Performance
+from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS
 from flawsmith.images import FloatImage, Mask, to_uint8
 from flawsmith.surfaces import GOOD
 
@@ -85,7 +86,7 @@ def heat_panel(image: FloatImage, anomaly_map: NDArray[np.float32], scale: HeatS
     heat = scale(anomaly_map)
     colours = np.asarray(colormaps["inferno"](heat))[..., :3]
     gray = np.repeat(image.mean(axis=0)[..., None], 3, axis=2)
-    opacity = (0.55 + 0.4 * heat)[..., None]
+    opacity = (0.3 + 0.6 * heat)[..., None]
     mixed = np.rint(255 * np.clip((1 - opacity) * gray + opacity * colours, 0, 1)).astype(np.uint8)
     mixed[_outline(anomaly_map > scale.threshold)] = REGION
     return mixed
@@ -194,7 +195,7 @@ def sheet(examples: Sequence[Example], scale: HeatScale, title: str, side: int =
 
 def _outline(mask: Mask) -> Mask:
     """Pixels just outside a mask, so that an outline never hides the defect it shows."""
-    return ndimage.binary_dilation(mask, np.ones((3, 3))) & ~mask
+    return ndimage.binary_dilation(mask, EIGHT_NEIGHBOURS) & ~mask
 
 
 def _shorten(text: str, width: int) -> str:

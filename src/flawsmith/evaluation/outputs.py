@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from flawsmith.evaluation.assess import KEYS, Assessment, Performance, spread
 from flawsmith.evaluation.intervals import Estimate
+from flawsmith.evaluation.metrics import Curve
 from flawsmith.evaluation.scoring import Item
 from flawsmith.files import write_csv, write_json
 from flawsmith.images import write_png
@@ -54,19 +55,15 @@ def write_data(folder: Path, result: Assessment, labelled: bool) -> None:
     """metrics.json, the curves for `dvc plots`, scores.csv and calibration_scores.csv."""
     write_json(folder / "metrics.json", metrics_content(result, labelled))
     detector, baseline = result.detector, result.baseline
-    for prefix, ours, theirs in (
-        ("", detector.image_curve, baseline.image_curve),
-        ("pixel_", detector.pixel_curve, baseline.pixel_curve),
+    for roc, pr, ours, theirs in (
+        ("roc.csv", "pr.csv", detector.image_curve, baseline.image_curve),
+        ("curves/pixel_roc.csv", "curves/pixel_pr.csv", detector.pixel_curve, baseline.pixel_curve),
     ):
-        roc = [_recall_at(curve.false_positive_rate, curve.recall) for curve in (ours, theirs)]
-        _write_curve(folder / f"{prefix}roc.csv", "false_positive_rate", "true_positive_rate", roc, labelled)
+        _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in (ours, theirs)], labelled)
         precision = [curve.precision[np.searchsorted(curve.recall, GRID)] for curve in (ours, theirs)]
-        _write_curve(folder / f"{prefix}pr.csv", "recall", "precision", precision, labelled)
-    overlap = [
-        _recall_at(performance.region_curve.false_positive_rate, performance.region_curve.recall)
-        for performance in (detector, baseline)
-    ]
-    _write_curve(folder / "pro.csv", "false_positive_rate", "region_overlap", overlap, labelled)
+        _write_curve(folder / pr, "recall", "precision", precision, labelled)
+    overlap = [_recall_at(curve) for curve in (detector.region_curve, baseline.region_curve)]
+    _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, labelled)
     write_csv(
         folder / "scores.csv",
         ["file", "defect", "score", "verdict", "baseline_score"],
@@ -122,9 +119,9 @@ def _flat(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     return flat
 
 
-def _recall_at(rates: NDArray[np.float64], recalls: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The recall reached without a higher rate than each of GRID: a curve's step, never its interpolation."""
-    return recalls[np.searchsorted(rates, GRID, side="right") - 1]
+def _recall_at(curve: Curve) -> NDArray[np.float64]:
+    """The recall reached without a higher false positive rate than each of GRID: a curve's step, no interpolation."""
+    return curve.recall[np.searchsorted(curve.false_positive_rate, GRID, side="right") - 1]
 
 
 def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64]], labelled: bool) -> None:

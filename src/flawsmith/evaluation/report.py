@@ -40,7 +40,7 @@ NAMES = {
     "aupro": ("AUPRO", "mean overlap with each defect region while few normal pixels are marked"),
 }
 HEADLINE = ("image_auroc", "pixel_auroc", "aupro")
-SHEET_ROWS = 16
+SHEET_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Subject:
 
 
 def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
-    """report.html, and curves.png, pixel_curves.png, scores.png and gallery.png for DVC and MLflow."""
+    """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves}.png and gallery/{worst,typical}.png."""
     title = figure_title(result, subject)
     drawings: dict[str, Callable[[Theme], bytes]] = {
         "scores": lambda theme: histogram_png(result, title, theme),
@@ -65,10 +65,14 @@ def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
     }
     light = {name: draw(LIGHT) for name, draw in drawings.items()}
     for name, picture in light.items():
-        with atomic_file(folder / f"{name}.png") as path:
+        with atomic_file(folder / "figures" / f"{name}.png") as path:
             path.write_bytes(picture)
     scale = HeatScale.of(result.detector)
-    write_png(folder / "gallery.png", sheet(result.gallery[:SHEET_ROWS], scale, f"{title}: worst first"))
+    for name, examples, words in (
+        ("worst", result.gallery[:SHEET_EXAMPLES], "worst first"),
+        ("typical", result.typical, "the median-scored image of each kind"),
+    ):
+        write_png(folder / "gallery" / f"{name}.png", sheet(examples, scale, f"{title}; {words}"))
     figures = {name: (_uri(light[name], "png"), _uri(draw(DARK), "png")) for name, draw in drawings.items()}
     with atomic_file(folder / "report.html") as path:
         path.write_text(render_report(result, subject, figures), encoding="utf-8")
@@ -101,7 +105,7 @@ def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple
         keys=KEYS,
         headline=HEADLINE,
         axis=axis,
-        place=lambda value: round(100 * (max(value, axis) - axis) / (1 - axis), 2),
+        place=lambda value, start: round(100 * (max(value, start) - start) / (1 - start), 2),
         good=counts["good"],
         defective=len(result.items) - counts["good"],
         counts=counts,
@@ -130,7 +134,9 @@ def summary(result: Assessment) -> str:
 
 def compare(result: Assessment) -> str:
     """Whether the detector beats the baseline, as far as the paired bootstrap can tell."""
-    better, worse, open_ = [], [], []
+    better: list[str] = []
+    worse: list[str] = []
+    open_: list[str] = []
     for key in HEADLINE:
         advantage = result.advantage[key]
         side = better if advantage.low > 0 else worse if advantage.high < 0 else open_

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -16,8 +17,9 @@ from tqdm import tqdm
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.intervals import blocks
-from flawsmith.images import FloatImage, Mask, read_mask, resize_mask
+from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
 from flawsmith.surfaces import GOOD, LabelledImage, load_image, load_labelled
+from flawsmith.triplets import VALIDATION, TripletFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,11 +46,7 @@ class Item:
 def labelled_items(images: Sequence[LabelledImage], size: int, max_pixels: int) -> tuple[Item, ...]:
     """The labelled test set at the model's size; nothing is read yet."""
     return tuple(
-        Item(
-            f"{image.defect}/{image.path.name}",
-            image.defect,
-            lambda image=image: load_labelled(image, size, max_pixels),  # type: ignore[misc]
-        )
+        Item(f"{image.defect}/{image.path.name}", image.defect, partial(load_labelled, image, size, max_pixels))
         for image in images
     )
 
@@ -59,14 +57,14 @@ def normal_items(paths: Sequence[Path], size: int, max_pixels: int) -> tuple[Ite
     def load(path: Path) -> tuple[FloatImage, Mask]:
         return load_image(path, size, max_pixels), np.zeros((size, size), np.bool_)
 
-    return tuple(Item(path.name, GOOD, lambda path=path: load(path)) for path in paths)  # type: ignore[misc]
+    return tuple(Item(path.name, GOOD, partial(load, path)) for path in paths)
 
 
-def triplet_items(folder: Path, sources: Mapping[str, str], size: int) -> tuple[Item, ...]:
+def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int) -> tuple[Item, ...]:
     """Held-out triplets as a test set: each defect image with its mask, and each distinct normal once, as good.
 
     Args:
-        folder: the synthesize stage's output, with `normal`, `defect` and `mask`.
+        triplets: what the synthesize stage wrote.
         sources: triplet id → file name of its normal image, of the triplets to score.
         size: side of the model's input in pixels.
 
@@ -75,27 +73,25 @@ def triplet_items(folder: Path, sources: Mapping[str, str], size: int) -> tuple[
     """
     if not sources:
         raise UserError(
-            f"{folder} holds no held-out (`val-`) triplets and there is no labelled test set, so nothing can be "
-            "scored; raise synthesize.validation_fraction or synthesize.triplets."
+            f"{triplets.folder} holds no held-out (`{VALIDATION}-`) triplets and there is no labelled test set, so "
+            "nothing can be scored; raise synthesize.validation_fraction or synthesize.triplets."
         )
 
     def normal(identity: str) -> tuple[FloatImage, Mask]:
-        return load_image(folder / "normal" / f"{identity}.png", size), np.zeros((size, size), np.bool_)
+        return resize_image(triplets.read(identity)[0], size), np.zeros((size, size), np.bool_)
 
     def defect(identity: str) -> tuple[FloatImage, Mask]:
-        mask = resize_mask(read_mask(folder / "mask" / f"{identity}.png"), size)
-        return load_image(folder / "defect" / f"{identity}.png", size), mask
+        _, image, mask = triplets.read(identity)
+        return resize_image(image, size), resize_mask(mask, size)
 
     first_of_source = {source: identity for identity, source in sorted(sources.items(), reverse=True)}
-    items = [
-        Item(f"normal/{identity}.png", GOOD, lambda identity=identity: normal(identity))  # type: ignore[misc]
-        for identity in sorted(first_of_source.values())
-    ]
-    items += [
-        Item(f"defect/{identity}.png", SYNTHETIC, lambda identity=identity: defect(identity))  # type: ignore[misc]
-        for identity in sorted(sources)
-    ]
-    return tuple(items)
+    return (
+        *(
+            Item(f"normal/{identity}.png", GOOD, partial(normal, identity))
+            for identity in sorted(first_of_source.values())
+        ),
+        *(Item(f"defect/{identity}.png", SYNTHETIC, partial(defect, identity)) for identity in sorted(sources)),
+    )
 
 
 def torch_scorer(detector: "nn.Module", device: str | None = None) -> Scorer:

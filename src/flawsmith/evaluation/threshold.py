@@ -44,7 +44,7 @@ class Threshold:
         if self.is_reachable:
             return (
                 f"The threshold is the {_ordinal(self.rank)} smallest of {n} scores of normal calibration images that "
-                f"never trained anything: at most {target} of normal parts from the same process are expected above it."
+                f"trained no network: at most {target} of normal parts from the same process are expected above it."
             )
         needed = math.ceil(1 / self.target_rate - 1e-9) - 1
         return (

@@ -134,7 +134,7 @@ def predict_folder(
     if batch < 1:
         raise UserError(f"batch is {batch}; it must be 1 or more.")
     files = find_images(inputs, leave_out=out)
-    target = _absolute(out)
+    target = out.resolve()  # what a link points to is replaced, not the link
     _check_out(target, out, files)
     pictures = _overlay_names(files) if overlays else {}
     counts: Counter[str] = Counter()
@@ -177,7 +177,7 @@ def predict_folder(
                 held = 0
         if pending:
             flush()
-    return FolderReport(out, counts["good"], counts["defect"], tuple(unreadable))
+    return FolderReport(out, counts["good"], counts["defective"], tuple(unreadable))
 
 
 def describe(prediction: Prediction, predictor: Predictor, height: int, width: int) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def describe(prediction: Prediction, predictor: Predictor, height: int, width: i
     peak, peak_x, peak_y = find_peak(prediction.anomaly_map, height, width)
     regions = find_regions(prediction.anomaly_map, predictor.pixel_threshold, height, width)
     return {
-        "verdict": "defect" if prediction.is_defective else "good",
+        "verdict": "defective" if prediction.is_defective else "good",
         "score": _short(prediction.score),
         "threshold": _short(predictor.threshold),
         "peak_x": peak_x,
@@ -237,7 +237,7 @@ class _Results:
 
 
 def _overlay(image: FloatImage, prediction: Prediction, predictor: Predictor) -> Any:
-    verdict = "DEFECT" if prediction.is_defective else "good"
+    verdict = "DEFECTIVE" if prediction.is_defective else "good"
     relation = ">" if prediction.is_defective else "<="
     return draw_overlay(
         image,
@@ -261,7 +261,7 @@ def _check_out(target: Path, given: Path, files: Iterable[InputFile]) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{given} is a file; name a folder for the results.")
     others = {path.name for path in target.iterdir()} - {CSV, JSON, OVERLAYS} if target.is_dir() else set()
-    if others or any(file.path.is_relative_to(target) for file in files):
+    if others or any(file.path.resolve().is_relative_to(target) for file in files):
         example = f" (such as {sorted(others)[0]})" if others else ""
         raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")
 

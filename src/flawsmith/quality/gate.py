@@ -14,7 +14,7 @@ from flawsmith.quality.sheet import draw_sheet, rank_worst
 from flawsmith.quality.verdict import Verdict, rules
 from flawsmith.settings import ValidateSettings
 
-KINDS = {str: "string", bool: "bool", float: "float64"}
+KINDS: dict[object, str] = {str: "string", bool: "bool", bool | None: "boolean", float: "float64"}
 
 
 def read_manifest_ids(path: Path) -> list[str]:
@@ -37,7 +37,7 @@ def to_frame(rows: list[Measures]) -> pd.DataFrame:
     """One row a triplet; the columns and their types are the same for no rows at all."""
     names = Measures.__dataclass_fields__
     frame = pd.DataFrame([asdict(row) for row in rows], columns=list(names))
-    return frame.astype({name: KINDS[field.type] for name, field in names.items() if isinstance(field.type, type)})
+    return frame.astype({name: KINDS[field.type] for name, field in names.items()})
 
 
 def inspect_triplets(triplets: Path, report: Path, settings: ValidateSettings, side: int) -> Verdict:

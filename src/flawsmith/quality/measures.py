@@ -29,7 +29,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 with L = 1
 
 @dataclass(frozen=True)
 class Measures:
-    """One triplet. Shares and changes are of 1; NaN means that it could not be measured.
+    """One triplet. Shares and changes are of 1; NaN (or None) means that it could not be measured.
 
     Attributes:
         triplet_id: name of the triplet's three files.
@@ -53,8 +53,8 @@ class Measures:
     in_manifest: bool
     on_disk: bool
     decodable: bool
-    size_agrees: bool = False
-    finite: bool = False
+    size_agrees: bool | None = None
+    finite: bool | None = None
     mask_area: float = NAN
     components: float = NAN
     change_inside: float = NAN
@@ -101,19 +101,18 @@ def measure_triplet(
 
     An empty mask leaves the measures over its pixels NaN; sizes that disagree or NaN pixels leave all of them NaN.
     """
-    row = replace(row, defect_sha256=_digest_pixels(defect))
-    expected = (scale.side, scale.side)
-    if not normal.shape[1:] == defect.shape[1:] == mask.shape == expected:
-        return row
-    row = replace(row, size_agrees=True)
-    if not (np.isfinite(normal).all() and np.isfinite(defect).all()):
+    sizes = {normal.shape[1:], defect.shape[1:], mask.shape}
+    finite = bool(np.isfinite(normal).all() and np.isfinite(defect).all())
+    row = replace(
+        row, defect_sha256=_digest_pixels(defect), size_agrees=sizes == {(scale.side, scale.side)}, finite=finite
+    )
+    if not row.size_agrees or not finite:
         return row
     change = np.abs(defect.astype(np.float64) - normal.astype(np.float64))  # (3, H, W)
     largest = change.max(axis=0)  # (H, W)
     outside = ~_dilate(mask, scale.outside_margin)
     row = replace(
         row,
-        finite=True,
         mask_area=float(mask.mean()),
         components=float(ndimage.label(mask, np.ones((3, 3)))[1]),
         change_outside=float(largest[outside].max(initial=0.0)),

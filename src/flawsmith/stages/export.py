@@ -41,7 +41,12 @@ def run(layout: Layout) -> None:
     with stage_run(layout, "export", inputs, section_values(settings.export)) as tracked:
         detector = load_detector(weights.parent)
         metrics = read_json(metrics_path)
-        size = settings.data.image_size
+        for key in ("threshold", "pixel_threshold", "false_alarm_rate"):
+            if key not in metrics:
+                raise UserError(
+                    f"{metrics_path} has no `{key}`; run `flawsmith evaluate --category {layout.category}` again."
+                )
+        size = detector.config.image_size
         images = load_images(sources, size, settings.data.max_pixels)
         maps = np.concatenate([run_detector(detector, image[None])[0] for image in images])
         low, high = map_range(maps, metrics["pixel_threshold"])
@@ -49,12 +54,12 @@ def run(layout: Layout) -> None:
             category=layout.category,
             threshold=metrics["threshold"],
             pixel_threshold=metrics["pixel_threshold"],
-            false_alarm_rate=settings.evaluate.false_alarm_rate,
+            false_alarm_rate=metrics["false_alarm_rate"],
             input_size=size,
             map_low=low,
             map_high=high,
             detector_digest=digest_path(weights),
-            teacher=settings.teacher.backbone,
+            teacher=detector.config.backbone,
             flawsmith_version=__version__,
         )
         with atomic_folder(layout.stage("export")) as folder:

@@ -28,6 +28,7 @@ from flawsmith.triplets import FIT, VALIDATION
 
 CHUNK_BATCHES = 4  # candidates are drawn in chunks of so many batches, then grouped by window size
 MAX_TRIES = 5  # candidates drawn for each triplet wanted before giving up
+CLOSING = 2  # pixels: radius of the square that closes gaps in the mask of changed pixels
 MIN_PIXELS = 4  # a visible defect has at least so many changed pixels
 
 
@@ -131,6 +132,8 @@ class Workshop:
         defect = normal.copy()
         _window(defect, item)[:] = np.rint(np.clip(inside + weight * (texture - inside), 0, 255)).astype(np.uint8)
         mask = changed_mask(normal, defect, alpha > 0, settings.visibility)
+        # what changed too little to be marked is put back, so that nothing changes far from the mask
+        defect = np.where(ndimage.distance_transform_edt(~mask) <= settings.feather + 1, defect, normal)
         wanted = max(MIN_PIXELS, settings.min_changed * int(item.outline.mask.sum()))
         return Triplet(item, normal, defect, mask) if mask.sum() >= wanted else None
 
@@ -173,10 +176,12 @@ def changed_mask(
 ) -> NDArray[np.bool_]:
     """Where a defect can be seen: pixels of `region` (S, S) moved by more than `visibility` in any channel.
 
-    Pinholes of one pixel between changed pixels are closed; lone specks of fewer than four pixels are dropped.
+    Gaps of up to four pixels between changed pixels are closed (texture crosses its own brightness there); lone specks
+    of fewer than four pixels are dropped.
     """
     change = np.abs(defect.astype(np.int16) - normal.astype(np.int16)).max(axis=0)
-    mask = ndimage.binary_closing(np.pad(change > visibility * 255, 1), np.ones((3, 3), bool))[1:-1, 1:-1] & region
+    closed = ndimage.binary_closing(np.pad(change > visibility * 255, CLOSING), np.ones((2 * CLOSING + 1,) * 2, bool))
+    mask = closed[CLOSING:-CLOSING, CLOSING:-CLOSING] & region
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0

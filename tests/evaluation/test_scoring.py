@@ -1,0 +1,163 @@
+"""The streaming pass: every image once, nothing kept in memory, nonsense refused."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.evaluation.memory import contrast_scorer, synthetic_item
+from flawsmith.evaluation.scoring import (
+    SYNTHETIC,
+    Item,
+    labelled_items,
+    normal_items,
+    open_spools,
+    score_items,
+    torch_scorer,
+    triplet_items,
+)
+from flawsmith.images import write_png
+from flawsmith.surfaces import Surface
+from flawsmith.triplets import TripletFolder
+
+ITEMS = [synthetic_item(index, 32) for index in range(7)]
+
+
+class ToyDetector(nn.Module):
+    """The detector's forward with nothing learnt: distance from the mean gray."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)  # tells train mode from eval mode
+
+    def forward(self, image):  # (B, 3, H, W)
+        gray = self.dropout(image.mean(dim=1, keepdim=True))
+        maps = (gray - gray.mean(dim=(2, 3), keepdim=True)).abs()
+        return maps, maps.flatten(1).amax(dim=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_result_does_not_depend_on_the_batch(batch):
+    with open_spools(2) as (maps, masks):
+        (found,) = score_items([contrast_scorer], ITEMS, batch, [maps], masks)
+        for index, item in enumerate(ITEMS):
+            image, mask = item.load()
+            expected_map, expected_score = contrast_scorer(image[None])
+            np.testing.assert_allclose(maps.read(index), expected_map[0], atol=1e-6)
+            np.testing.assert_array_equal(masks.read(index), mask)
+            assert found.scores[index] == pytest.approx(expected_score[0], abs=1e-6)
+            assert found.peaks[index] == maps.read(index).max()
+        assert len(maps) == len(masks) == len(ITEMS)
+
+
+def test_each_image_is_loaded_once_for_all_scorers():
+    loads = []
+    items = [
+        Item(item.name, item.defect, lambda item=item: (loads.append(item.name), item.load())[1]) for item in ITEMS
+    ]
+    score_items([contrast_scorer, contrast_scorer], items, 2)
+    assert loads == [item.name for item in ITEMS]
+
+
+def test_torch_module_is_scored_in_eval_mode():
+    module = ToyDetector().train()
+    images = np.stack([item.load()[0] for item in ITEMS[:2]])
+    maps, scores = torch_scorer(module, "cpu")(images)
+    assert maps.shape == (2, 32, 32)
+    assert maps.dtype == scores.dtype == np.float32
+    gray = images.mean(axis=1)
+    np.testing.assert_allclose(maps, np.abs(gray - gray.mean(axis=(1, 2), keepdims=True)), atol=1e-6)
+
+
+def test_nan_names_the_image():
+    def broken(images):
+        maps, scores = contrast_scorer(images)
+        maps[1, 0, 0] = np.nan
+        return maps, scores
+
+    with pytest.raises(FlawsmithError, match=ITEMS[1].name):
+        score_items([broken], ITEMS, 4)
+
+
+def test_wrong_shapes_are_refused():
+    def broken(images):
+        maps, scores = contrast_scorer(images)
+        return maps[:, ::2, ::2], scores
+
+    with pytest.raises(FlawsmithError, match="map of the image's size"):
+        score_items([broken], ITEMS, 4)
+
+
+def test_spool_gives_back_what_it_took_and_refuses_a_misfit():
+    arrays = np.random.default_rng(0).random((5, 4, 6))
+    with open_spools(1) as (spool,):
+        for array in arrays:
+            spool.append(array)
+        for index in (3, 0, 4, 3):
+            np.testing.assert_array_equal(spool.read(index), arrays[index])
+        spool.append(arrays[0])  # appending after reading goes to the end
+        np.testing.assert_array_equal(spool.read(5), arrays[0])
+        with pytest.raises(ValueError, match="spool holds"):
+            spool.append(np.zeros((4, 5)))
+
+
+def write_surface(folder, normals=6, defects=("dent", "scratch")):
+    """A tiny category with bright squares as defects."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train/good", normals), ("test/good", 4)):
+        for index in range(count):
+            write_png(folder / part / f"{index:03d}.png", generator.integers(90, 110, (40, 40, 3), np.uint8))
+    for defect in defects:
+        for index in range(3):
+            pixels = generator.integers(90, 110, (40, 40, 3), np.uint8)
+            mask = np.zeros((40, 40), np.bool_)
+            mask[8 : 16 + index, 10:18] = True
+            pixels[mask] = 200
+            write_png(folder / "test" / defect / f"{index:03d}.png", pixels)
+            write_png(folder / "ground_truth" / defect / f"{index:03d}_mask.png", mask)
+    return Surface(folder)
+
+
+def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):
+    surface = write_surface(tmp_path / "tiles")
+    items = labelled_items(surface.labelled_test(), 32, 10**6)
+    assert [item.name for item in items][:2] == ["dent/000.png", "dent/001.png"]
+    assert sum(item.is_defective for item in items) == 6
+    for item in items:
+        image, mask = item.load()
+        assert image.shape == (3, 32, 32)
+        assert mask.shape == (32, 32)
+        assert mask.any() == item.is_defective
+        if item.is_defective:
+            assert image[:, mask].mean() > image[:, ~mask].mean() + 0.2
+    normals = normal_items(surface.normals(), 32, 10**6)
+    assert len(normals) == 6
+    assert not normals[0].load()[1].any()
+    assert normals[1].name == "001.png"
+
+
+def write_triplets(folder, sources):
+    triplets = TripletFolder(folder)
+    generator = np.random.default_rng(1)
+    for name in sources:
+        normal = generator.integers(90, 110, (3, 32, 32), np.uint8)
+        mask = np.zeros((32, 32), np.bool_)
+        mask[5:12, 5:12] = True
+        triplets.write(name, normal, np.where(mask, np.uint8(220), normal), mask)
+    return triplets
+
+
+def test_triplets_become_a_test_set_with_each_normal_once(tmp_path):
+    sources = {"val-00000": "a.png", "val-00001": "b.png", "val-00002": "a.png"}
+    items = triplet_items(write_triplets(tmp_path, sources), sources, 32)
+    assert [item.name for item in items if not item.is_defective] == ["normal/val-00000.png", "normal/val-00001.png"]
+    assert [item.name for item in items if item.defect == SYNTHETIC] == [f"defect/{name}.png" for name in sources]
+    for item in items:
+        image, mask = item.load()
+        assert mask.any() == item.is_defective
+        assert (image.max() > 0.8) == item.is_defective
+
+
+def test_without_any_test_image_the_remedy_is_named(tmp_path):
+    with pytest.raises(UserError, match="validation_fraction"):
+        triplet_items(TripletFolder(tmp_path), {}, 32)

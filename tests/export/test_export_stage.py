@@ -1,0 +1,93 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from toy_detector import SIZE, Exported
+
+import flawsmith.stages.export as stage
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.files import digest_path, write_json
+from flawsmith.inference.predictor import Predictor
+from flawsmith.settings import load_settings
+from flawsmith.stages.layout import Layout
+
+
+@pytest.fixture
+def layout(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A project whose earlier stages are done, but for the detector's own file format."""
+    exported.detector.config = SimpleNamespace(image_size=SIZE, backbone="toy")  # type: ignore[assignment]
+    monkeypatch.setattr(stage, "load_detector", lambda folder: exported.detector)
+    settings = load_settings(
+        Path(__file__).parents[2] / "params.yaml", {"tracking.mode": "off", "export.latency_runs": 3}
+    )
+    layout = Layout(settings, "toy", tmp_path)
+    weights = layout.stage("distill") / "detector.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    kept = ("threshold", "pixel_threshold", "false_alarm_rate")
+    write_json(layout.stage("evaluate") / "metrics.json", {key: getattr(exported.metadata, key) for key in kept})
+    parity = layout.stage("evaluate") / "parity"
+    parity.mkdir()
+    for source in exported.sources:
+        (parity / source.name).write_bytes(source.read_bytes())
+    return layout
+
+
+def test_the_stage_leaves_a_proven_model(layout: Layout, exported: Exported) -> None:
+    stage.run(layout)
+    out = layout.stage("export")
+    assert sorted(path.name for path in out.iterdir()) == ["latency.json", "model.onnx", "parity.json"]
+    predictor = Predictor(out / "model.onnx")
+    expected = replace(
+        exported.metadata,
+        detector_digest=digest_path(layout.stage("distill") / "detector.safetensors"),
+        map_low=predictor.metadata.map_low,
+        map_high=predictor.metadata.map_high,
+    )
+    assert predictor.metadata == expected
+    proof = json.loads((out / "parity.json").read_text())
+    assert proof["model_digest"] == digest_path(out / "model.onnx")
+    assert [image["file"] for image in proof["images"]] == [path.name for path in exported.sources]
+    latency = json.loads((out / "latency.json").read_text())
+    assert set(latency["batches"]) == {"1", "8"}
+
+
+def test_a_model_that_disagrees_leaves_the_earlier_export(
+    layout: Layout, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = layout.stage("export")
+    out.mkdir()
+    (out / "model.onnx").write_bytes(b"the proven one")
+    real = stage.export_onnx
+
+    def disturbed(detector: object, metadata: object, opset: int, path: Path) -> None:
+        real(exported.detector, exported.metadata, opset, path)
+        model = onnx.load(path)
+        (weight,) = (item for item in model.graph.initializer if item.name.endswith("decoder.3.weight"))
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.5, weight.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(stage, "export_onnx", disturbed)
+    with pytest.raises(FlawsmithError, match="does not agree with the trained detector"):
+        stage.run(layout)
+    assert [path.name for path in layout.stage("export").parent.iterdir() if "export" in path.name] == ["export"]
+    assert [path.read_bytes() for path in out.iterdir()] == [b"the proven one"]
+
+
+@pytest.mark.parametrize("missing", ["distill/detector.safetensors", "evaluate/metrics.json", "evaluate/parity/*.png"])
+def test_what_is_missing_is_named(layout: Layout, missing: str) -> None:
+    folder = layout.root / "artifacts" / "toy"
+    for path in folder.glob(missing):
+        path.unlink()
+    with pytest.raises(UserError, match=missing.split("/")[0]):
+        stage.run(layout)
+    assert not layout.stage("export").exists()
+
+
+def test_metrics_without_a_threshold_are_refused(layout: Layout) -> None:
+    write_json(layout.stage("evaluate") / "metrics.json", {"image_auroc": 0.9})
+    with pytest.raises(UserError, match=r"metrics\.json has no `threshold`"):
+        stage.run(layout)

@@ -1,0 +1,141 @@
+"""Triplets: local, visible, in roles that share no source, and made again bit for bit."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from flawsmith.diffusion.unet import Denoiser, build_scheduler
+from flawsmith.errors import UserError
+from flawsmith.foreground import Foreground
+from flawsmith.settings import load_settings
+from flawsmith.synthesis.generate import Workshop, changed_mask, generate, manifest_row, remake, role_counts
+from flawsmith.synthesis.sheet import contact_sheet, triplet_row, zoom
+from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder
+
+PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
+DDPM = dataclasses.replace(PARAMS.ddpm_train, crop=16, patch=2, channels=(8, 16), fine_channels=8)
+SETTINGS = dataclasses.replace(
+    PARAMS.synthesize, triplets=12, steps=3, windows=(32, 48), batch=3, area=(0.004, 0.08), visibility=0.02,
+    perlin_periods=(8, 16),
+)  # fmt: skip
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Workshop:
+    torch.manual_seed(0)
+    normals = np.random.default_rng(0).integers(90, 150, (10, 3, SIZE, SIZE)).astype(np.uint8)
+    return Workshop(
+        denoiser=Denoiser(DDPM).eval(),
+        scheduler=build_scheduler(DDPM),
+        normals=normals,
+        names=[f"{i:03d}.png" for i in range(10)],
+        foreground=Foreground.estimate(normals.astype(np.float32) / 255),
+        settings=SETTINGS,
+        device=torch.device("cpu"),
+    )
+
+
+def test_a_triplet_differs_where_its_mask_is_and_nowhere_far_from_it(workshop: Workshop) -> None:
+    triplets = list(generate(workshop, FIT, 8))
+    assert len(triplets) == 8
+    for triplet in triplets:
+        change = np.abs(triplet.defect.astype(int) - triplet.normal.astype(int)).max(axis=0)
+        near = ndimage.binary_dilation(triplet.mask, iterations=int(np.ceil(SETTINGS.feather)) + 2)
+        assert triplet.mask.any()
+        assert change[~near].max(initial=0) == 0
+        seen = change[triplet.mask] > SETTINGS.visibility * 255
+        assert seen.mean() >= SETTINGS.min_changed
+        assert np.array_equal(triplet.normal, workshop.normals[triplet.candidate.source])
+
+
+def test_any_triplet_is_made_again_bit_for_bit(workshop: Workshop) -> None:
+    for triplet in list(generate(workshop, FIT, 7))[::3]:
+        again = remake(workshop, FIT, triplet.candidate.number)
+        assert again is not None
+        assert np.array_equal(again.defect, triplet.defect)
+        assert np.array_equal(again.mask, triplet.mask)
+        assert manifest_row(workshop, "a", again) == manifest_row(workshop, "a", triplet)
+
+
+def test_roles_share_no_source(workshop: Workshop) -> None:
+    fit, validation = set(workshop.sources(FIT)), set(workshop.sources(VALIDATION))
+    assert fit
+    assert validation
+    assert not fit & validation
+    assert fit | validation == set(range(10))
+    for role, sources in ((FIT, fit), (VALIDATION, validation)):
+        assert {triplet.candidate.source for triplet in generate(workshop, role, 4)} <= sources
+
+
+def test_another_seed_gives_other_triplets(workshop: Workshop) -> None:
+    other = dataclasses.replace(workshop, settings=dataclasses.replace(SETTINGS, seed=1))
+    assert workshop.candidate(FIT, 0) != other.candidate(FIT, 0)
+
+
+def test_gray_surfaces_get_gray_defects(workshop: Workshop) -> None:
+    gray = np.repeat(workshop.normals[:, :1], 3, axis=1)
+    for triplet in generate(dataclasses.replace(workshop, normals=gray), FIT, 3):
+        assert (triplet.defect == triplet.defect[:1]).all()
+
+
+def test_invisible_defects_end_in_one_clear_error(workshop: Workshop) -> None:
+    strict = dataclasses.replace(workshop, settings=dataclasses.replace(SETTINGS, visibility=1.0))
+    with pytest.raises(UserError, match=r"synthesize\.strength"):
+        list(generate(strict, FIT, 3))
+
+
+@given(share=st.floats(0, 0.5), count=st.integers(2, 1000))
+@settings(max_examples=30, deadline=None)
+def test_roles_add_up(share: float, count: int) -> None:
+    counts = role_counts(dataclasses.replace(SETTINGS, triplets=count, validation_fraction=share))
+    assert sum(counts.values()) == count
+    assert counts[FIT] > 0
+
+
+def test_an_unchanged_image_has_an_empty_mask() -> None:
+    image = np.full((3, 32, 32), 100, np.uint8)
+    assert not changed_mask(image, image, np.ones((32, 32), bool), 0.0).any()
+
+
+def test_specks_are_no_defect_and_gaps_are_closed() -> None:
+    image = np.full((3, 32, 32), 100, np.uint8)
+    defect = image.copy()
+    defect[:, 4, 4] = 200  # one pixel
+    defect[:, 10:20, 10:20] = 200
+    defect[:, 14:16, 14:16] = 100  # the texture crosses its own brightness
+    mask = changed_mask(image, defect, np.ones((32, 32), bool), 0.03)
+    assert mask.sum() == 100
+    assert mask[10:20, 10:20].all()
+
+
+def test_triplets_come_back_from_disk_as_they_went(workshop: Workshop, tmp_path: Path) -> None:
+    folder = TripletFolder(tmp_path)
+    made = list(generate(workshop, FIT, 3))
+    for index, triplet in enumerate(made):
+        folder.write(f"fit-{index:05d}", triplet.normal, triplet.defect, triplet.mask)
+    arrays = TripletArrays.load(folder, folder.ids(FIT))
+    for index, triplet in enumerate(made):
+        assert np.array_equal(arrays.normal[index], triplet.normal)
+        assert np.array_equal(arrays.defect[index], triplet.defect)
+        assert np.array_equal(arrays.mask[index], triplet.mask)
+    with pytest.raises(UserError, match="role 'val'"):
+        folder.ids(VALIDATION)
+    (tmp_path / "normal" / "fit-00001.png").unlink()
+    with pytest.raises(UserError, match=r"fit-00001\.png"):
+        folder.read("fit-00001")
+
+
+def test_sheets_hold_every_triplet(workshop: Workshop) -> None:
+    strips = [triplet_row(t.normal, t.defect, t.mask) for t in generate(workshop, FIT, 3)]
+    sheet = contact_sheet(strips, columns=2)
+    assert sheet.shape == (2 * SIZE + 4, 2 * 5 * SIZE + 4, 3)
+    empty = np.zeros((SIZE, SIZE), bool)
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    assert zoom(image, empty, SIZE).shape == (SIZE, SIZE, 3)

@@ -1,0 +1,307 @@
+"""The front door: which function a command reaches with what, and how it ends when something is wrong."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flawsmith import __version__, cli, doctor
+from flawsmith.errors import FlawsmithError, QualityGateError, UserError
+from flawsmith.settings import SECTIONS, load_settings
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call `main()` as the installed command would; returns exit status, stdout and stderr."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flawsmith", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+class Recorder:
+    """Stands in for a stage module, so that what the command hands over can be seen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+        def import_module(name: str) -> SimpleNamespace:
+            return SimpleNamespace(run=lambda *arguments: self.calls.append((name, arguments)))
+
+        monkeypatch.setattr(cli, "import_module", import_module)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_a_stage_runs_for_every_category_of_the_params(
+    run: Run, recorder: Recorder, params_path: Path, stage: str
+) -> None:
+    code, _, _ = run(stage, "--params", params_path, "--set", "categories=[a, b]", "--set", "distill.batch=3")
+    assert code == 0
+    assert [name for name, _ in recorder.calls] == [f"flawsmith.stages.{stage.replace('-', '_')}"] * 2
+    layouts = [arguments[0] for _, arguments in recorder.calls]
+    assert [layout.category for layout in layouts] == ["a", "b"]
+    assert {layout.root for layout in layouts} == {params_path.parent}
+    assert {layout.settings.distill.batch for layout in layouts} == {3}
+
+
+def test_named_categories_need_not_stand_in_the_params(run: Run, recorder: Recorder, params_path: Path) -> None:
+    code, _, _ = run("distill", "--params", params_path, "-c", "mine", "--category", "other", "-c", "mine")
+    assert code == 0
+    assert [arguments[0].category for _, arguments in recorder.calls] == ["mine", "other"]
+
+
+def test_demo_data_renders_the_named_surfaces(run: Run, recorder: Recorder, params_path: Path) -> None:
+    assert run("demo-data", "--params", params_path)[0] == 0
+    assert [arguments[2] for _, arguments in recorder.calls] == list(load_settings(params_path).demo_data.surfaces)
+    recorder.calls.clear()
+    assert run("demo-data", "--params", params_path, "--surface", "woven_fabric")[0] == 0
+    (name, (_, root, surface)) = recorder.calls[0]
+    assert (name, root, surface) == ("flawsmith.stages.demo_data", params_path.parent, "woven_fabric")
+
+
+def test_every_stage_of_the_command_line_exists() -> None:
+    for stage in [*cli.STAGES, "demo-data"]:  # looked for, not imported: that would take a minute
+        assert find_spec(f"flawsmith.stages.{stage.replace('-', '_')}")
+
+
+def one_line(err: str) -> str:
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert err.startswith("flawsmith: ")
+    return err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("bad\n   input"), 2),
+        (FlawsmithError("broken"), 1),
+        (QualityGateError("critical"), 1),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("odd\nand long " * 1000), 1),
+        (OSError(28, "No space left on device"), 1),
+        (ValueError(), 1),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_whatever_goes_wrong_ends_in_one_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch, params_path: Path, error: BaseException, status: int, debug: bool
+) -> None:
+    def stage(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=stage))
+    if debug:
+        monkeypatch.setenv("FLAWSMITH_DEBUG", "1")
+    code, out, err = run("distill", "--params", params_path)
+    assert code == status
+    assert out == ""
+    if isinstance(error, KeyboardInterrupt):
+        assert "Traceback" not in err or debug
+        return
+    assert ("Traceback" in err) == debug
+    if not debug:
+        one_line(err)
+        assert len(err) < 600
+    if not isinstance(error, FlawsmithError):
+        assert type(error).__name__ in err
+        assert "FLAWSMITH_DEBUG=1" in err
+    assert " ".join(str(error).split())[:100] in err
+
+
+def test_an_interrupt_of_the_real_command_exits_130(params_path: Path) -> None:
+    code = (
+        "import sys, types; from flawsmith import cli\n"
+        "def stage(_): raise KeyboardInterrupt\n"
+        "cli.import_module = lambda _: types.SimpleNamespace(run=stage)\n"
+        f"sys.argv = ['flawsmith', 'distill', '--params', {str(params_path)!r}]\n"
+        "cli.main()"
+    )
+    result = in_a_process(code)
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "distill.btach=3"], "did you mean `batch`"),
+        (["--set", "distill.batch"], "section.key=value"),
+        (["--set", "=3"], "section.key=value"),
+        (["--set", "distill.batch=[1"], "not valid YAML"),
+        (["--category", "../etc"], "plain folder name"),
+        (["--category", "nowhere"], "does not exist"),
+    ],
+)
+def test_bad_arguments_are_the_users_fault(run: Run, params_path: Path, arguments: list[str], words: str) -> None:
+    code, _, err = run("ddpm-train", "--params", params_path, *arguments)
+    assert code == 2
+    assert words in one_line(err)
+
+
+def test_a_missing_params_file(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("distill", "--params", tmp_path / "params.yaml")
+    assert code == 2
+    assert "pass --params" in one_line(err)
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["distill", "--no-such-option"], ["predict", "model.onnx"]])
+def test_wrong_usage_exits_2(run: Run, arguments: list[str]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Usage: flawsmith" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("distill.batch=4", 4),
+        ("synthesize.strength=[0.1, 0.2]", [0.1, 0.2]),
+        ("ddpm-train.flip=false", False),
+        ("teacher.weights=a=b", "a=b"),
+        ("teacher.weights=", None),
+        ("tracking.mode='off'", "off"),
+    ],
+)
+def test_override_values_are_yaml(text: str, value: object) -> None:
+    assert cli.parse_overrides([text]) == {text.partition("=")[0]: value}
+
+
+def test_later_overrides_win_and_exponents_are_numbers(run: Run, recorder: Recorder, params_path: Path) -> None:
+    settings = ["--set", "distill.learning_rate=5", "--set", "distill.learning_rate=1e-3"]
+    assert run("distill", "--params", params_path, *settings)[0] == 0
+    assert recorder.calls[0][1][0].settings.distill.learning_rate == 1e-3
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"{__version__}\n", "")
+    for arguments in (["--help"], ["-h"]):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        for command in [*cli.STAGES, "demo-data", "predict", "explain", "lineage", "doctor", "fetch", "params"]:
+            assert command in out
+        places = [out.index(f" {stage} ") for stage in ["demo-data", *cli.STAGES]]
+        assert places == sorted(places)  # in the order in which they run
+
+
+@pytest.mark.parametrize(
+    "command", [*cli.STAGES, "demo-data", "predict", "explain", "lineage", "doctor", "fetch", "params"]
+)
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"Usage: flawsmith {command}" in out
+
+
+def test_params_prints_every_key_with_value_and_meaning(run: Run, params_path: Path) -> None:
+    import dataclasses
+
+    code, out, _ = run("params", "--params", params_path)
+    assert code == 0
+    for section in SECTIONS.values():
+        for item in dataclasses.fields(section):
+            assert f" {item.name} " in out
+            assert item.metadata["meaning"] in out
+    code, out, _ = run("params", "distill", "--params", params_path, "--set", "distill.batch=77")
+    assert code == 0
+    assert out.startswith("distill: ")
+    assert "77" in out
+    assert "(1 to 1024)" in out
+    assert "readiness" not in out
+    code, _, err = run("params", "distil", "--params", params_path)
+    assert code == 2
+    assert "no section" in one_line(err)
+
+
+def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
+    code = (
+        "import sys, time; start = time.process_time(); from flawsmith import cli\n"
+        "sys.argv = ['flawsmith', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'mlflow', 'dvc', 'pandas', 'onnxruntime', 'matplotlib', 'timm'}\n"
+        "print(sorted(heavy & set(sys.modules)), time.process_time() - start, file=sys.stderr)"
+    )
+    result = in_a_process(code)
+    loaded, _, seconds = result.stderr.rpartition(" ")
+    assert loaded == "[]"
+    assert float(seconds) < 2  # 0.35 s of CPU on the slow machine this was written on
+
+
+def test_predict_does_not_import_torch(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    code = (
+        "import sys; from flawsmith import cli\n"
+        f"sys.argv = ['flawsmith', 'predict', {str(tmp_path / 'model.onnx')!r}, {str(tmp_path)!r}, '--out', 'out']\n"
+        "sys.modules['torch'] = None  # any import of it fails\n"
+        "cli.main()"
+    )
+    result = in_a_process(code)
+    assert result.returncode == 2
+    assert "cannot be loaded as an ONNX model" in one_line(result.stderr)
+
+
+def test_lineage_without_a_store_says_so(run: Run, params_path: Path) -> None:
+    code, _, err = run("lineage", "abcdef", "--params", params_path)
+    assert code == 2
+    assert "no runs are recorded" in one_line(err)
+
+
+def test_fetch_knows_its_datasets(run: Run, params_path: Path) -> None:
+    code, _, err = run("fetch", "cifar", "--category", "bottle", "--params", params_path)
+    assert code == 2
+    assert "use mvtec-ad" in one_line(err)
+    code, _, err = run("fetch", "mvtec-ad", "--category", "botle", "--params", params_path)
+    assert code == 2
+    assert "bottle" in one_line(err)
+
+
+def test_explain_needs_one_category(run: Run, params_path: Path) -> None:
+    code, _, err = run("explain", "fit-00000", "--params", params_path, "--set", "categories=[a, b]")
+    assert code == 2
+    assert "--category" in one_line(err)
+
+
+@pytest.mark.parametrize(("worst", "status"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_doctor_prints_its_findings_and_fails_on_the_worst(
+    run: Run, monkeypatch: pytest.MonkeyPatch, params_path: Path, worst: doctor.Status, status: int
+) -> None:
+    checks = [doctor.Check("first", "ok", "fine"), doctor.Check("second", worst, "as found", "the remedy")]
+    monkeypatch.setattr(doctor, "run_checks", lambda settings, root: checks)
+    code, out, _ = run("doctor", "--params", params_path)
+    assert code == status
+    assert out == doctor.render_checks(checks) + "\n"
+
+
+def test_the_installed_command_is_this_one() -> None:
+    start = time.monotonic()
+    command = Path(sys.executable).with_name("flawsmith")
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"{__version__}\n")
+    assert time.monotonic() - start < 30

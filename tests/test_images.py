@@ -1,0 +1,371 @@
+"""The one door for pixels: every format a user may bring comes in right, every broken file is named and refused."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from flawsmith.errors import UserError
+from flawsmith.images import (
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+    to_uint8,
+    write_png,
+)
+
+H, W = 6, 4
+ORIENTATION = 0x0112
+RGB = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+GRAY = RGB[..., 0]
+DEEP = np.random.default_rng(1).integers(0, 65536, (H, W), dtype=np.uint16)
+
+
+def as_float(pixels: np.ndarray) -> np.ndarray:
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return (pixels / np.float32(np.iinfo(pixels.dtype).max)).astype(np.float32).transpose(2, 0, 1)
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def check_float_image(image: np.ndarray, height: int = H, width: int = W) -> None:
+    assert image.shape == (3, height, width)
+    assert image.dtype == np.float32
+    assert image.flags.c_contiguous
+    assert image.min() >= 0
+    assert image.max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".PNG"])
+def test_lossless_colour(tmp_path: Path, suffix: str) -> None:
+    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(RGB)))
+    check_float_image(image)
+    np.testing.assert_array_equal(image, as_float(RGB))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_lossless_gray_is_repeated(tmp_path: Path, suffix: str) -> None:
+    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(GRAY)))
+    np.testing.assert_array_equal(image, as_float(GRAY))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bit_gray_keeps_all_its_bits(tmp_path: Path, suffix: str) -> None:
+    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(DEEP)))
+    check_float_image(image)
+    np.testing.assert_allclose(image, as_float(DEEP), atol=1e-7)
+    assert len(np.unique(image)) == len(np.unique(DEEP))
+
+
+def test_big_endian_sixteen_bit_tiff(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(big_endian_tiff(DEEP))
+    np.testing.assert_allclose(read_image(path), as_float(DEEP), atol=1e-7)
+
+
+def big_endian_tiff(pixels: np.ndarray) -> bytes:
+    """A minimal uncompressed `MM` TIFF with 16 bits a sample, which Pillow does not write itself."""
+    height, width = pixels.shape
+    data = pixels.astype(">u2").tobytes()
+    entries = [
+        (256, 4, width), (257, 4, height), (258, 3, 16), (259, 3, 1), (262, 3, 1),
+        (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data)),
+    ]  # fmt: skip
+    directory = struct.pack(">H", len(entries))
+    for tag, kind, value in entries:
+        directory += struct.pack(">HHI", tag, kind, 1)
+        directory += struct.pack(">I", value) if kind == 4 else struct.pack(">HH", value, 0)
+    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + directory + struct.pack(">I", 0)
+
+
+def test_sixteen_bit_colour_png(tmp_path: Path) -> None:
+    deep = np.random.default_rng(2).integers(0, 65536, (H, W, 3), dtype=np.uint16)
+    path = tmp_path / "a.png"
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    path.write_bytes(png(W, H, 16, (b"IDAT", zlib.compress(rows))))
+    image = read_image(path)
+    check_float_image(image)
+    np.testing.assert_allclose(image, as_float(deep), atol=1 / 255)  # Pillow keeps 8 of the 16 bits
+
+
+def png(width: int, height: int, bits: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A colour PNG put together by hand, for what Pillow does not write."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    packed = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in (header, *chunks, (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg(tmp_path: Path, mode: str) -> None:
+    smooth = np.full((32, 48, 3), (200, 120, 40), np.uint8)
+    image = read_image(save(tmp_path / "a.jpg", Image.fromarray(smooth).convert(mode), quality=95))
+    check_float_image(image, 32, 48)
+    expected = np.asarray(Image.fromarray(smooth).convert(mode).convert("RGB"), np.float32) / 255
+    np.testing.assert_allclose(image, expected.transpose(2, 0, 1), atol=0.03)
+
+
+def test_palette_and_bilevel(tmp_path: Path) -> None:
+    palette = Image.fromarray(GRAY).convert("RGB").quantize(256)
+    expected = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(read_image(save(tmp_path / "p.png", palette)), as_float(expected))
+    bilevel = Image.fromarray(GRAY > 127)
+    assert bilevel.mode == "1"
+    np.testing.assert_array_equal(read_image(save(tmp_path / "b.png", bilevel))[0], (GRAY > 127).astype(np.float32))
+
+
+def test_a_palette_with_transparency_reads_without_a_warning(tmp_path: Path) -> None:
+    palette = Image.fromarray(RGB).quantize(16)
+    path = save(tmp_path / "p.png", palette, transparency=bytes([0, 128] + [255] * 14))
+    np.testing.assert_array_equal(read_image(path), as_float(np.asarray(palette.convert("RGB"))))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped(tmp_path: Path, mode: str) -> None:
+    opaque = Image.fromarray(RGB if mode == "RGBA" else GRAY)
+    with_alpha = opaque.convert(mode)
+    with_alpha.putalpha(Image.fromarray(GRAY))
+    image = read_image(save(tmp_path / "a.png", with_alpha))
+    np.testing.assert_array_equal(image, as_float(np.asarray(opaque.convert("RGB"))))
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """What EXIF 2.32, 4.6.5.A, says a viewer must show for stored `pixels` (H, W, ...)."""
+    transposed = pixels.swapaxes(0, 1)
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: transposed,
+        6: transposed[:, ::-1],
+        7: transposed[::-1, ::-1],
+        8: transposed[::-1],
+    }[orientation]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("pixels", [RGB, GRAY, DEEP], ids=["rgb8", "gray8", "gray16"])
+def test_exif_rotation_at_both_depths(tmp_path: Path, orientation: int, suffix: str, pixels: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(pixels), exif=exif))
+    np.testing.assert_allclose(image, as_float(upright(pixels, orientation)), atol=1e-7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_of_jpeg(tmp_path: Path, orientation: int) -> None:
+    quadrants = np.zeros((32, 64, 3), np.uint8)
+    quadrants[:16, :32], quadrants[:16, 32:], quadrants[16:, :32] = 255, 170, 85
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = read_image(save(tmp_path / "a.jpg", Image.fromarray(quadrants), exif=exif, quality=95))
+    np.testing.assert_allclose(image, as_float(upright(quadrants, orientation)), atol=0.06)
+
+
+def test_broken_exif_does_not_stop_a_good_image(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(RGB), exif=b"Exif\0\0" + b"\xff" * 40)
+    np.testing.assert_array_equal(read_image(path), as_float(RGB))
+
+
+def test_float_tiff(tmp_path: Path) -> None:
+    values = np.random.default_rng(3).random((H, W), np.float32)
+    image = read_image(save(tmp_path / "a.tif", Image.fromarray(values)))
+    np.testing.assert_array_equal(image, np.repeat(values[None], 3, axis=0))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_float_tiff_with_nan_or_infinity(tmp_path: Path, bad: float) -> None:
+    values = np.full((H, W), 0.5, np.float32)
+    values[1, 1] = bad
+    with pytest.raises(UserError, match=r"a\.tif holds NaN or infinite pixels"):
+        read_image(save(tmp_path / "a.tif", Image.fromarray(values)))
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, 255.0])
+def test_float_tiff_out_of_range(tmp_path: Path, bad: float) -> None:
+    values = np.full((H, W), bad, np.float32)
+    with pytest.raises(UserError, match=r"a\.tif has values outside its range"):
+        read_image(save(tmp_path / "a.tif", Image.fromarray(values)))
+
+
+def test_the_first_frame_of_several_counts(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((H, W, 3), value, np.uint8)) for value in (10, 200)]
+    path = save(tmp_path / "a.tif", frames[0], save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(read_image(path), np.full((3, H, W), np.float32(10) / np.float32(255)))
+
+
+def test_the_suffix_does_not_decide(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, format="PNG")
+    path = tmp_path / "really-a-png.jpg"
+    path.write_bytes(buffer.getvalue())
+    np.testing.assert_array_equal(read_image(path), as_float(RGB))
+
+
+def refused(path: Path, max_pixels: int = 10_000_000) -> str:
+    with pytest.raises(UserError) as caught:
+        read_image(path, max_pixels)
+    message = str(caught.value)
+    assert str(path) in message
+    assert message.count(str(path)) == 1
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(("suffix", "form"), [(".png", "PNG"), (".jpg", "JPEG"), (".bmp", "BMP"), (".tif", "TIFF")])
+@pytest.mark.parametrize("kept", [0, 1, 7, 0.3, 0.6, 0.9])
+def test_truncated_files_are_refused(tmp_path: Path, suffix: str, form: str, kept: float) -> None:
+    noise = np.random.default_rng(4).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, format=form)
+    whole = buffer.getvalue()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(whole[: kept if isinstance(kept, int) else int(len(whole) * kept)])
+    assert "cannot be read as an image" in refused(path)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 100])
+def test_other_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert "cannot be read as an image" in refused(path)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    assert "cannot be read as an image" in refused(tmp_path / "b.png")
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(np.zeros((100, 100), np.uint8)))
+    read_image(path, 10_000)
+    assert "100 x 100 pixels, over the limit of 9,999" in refused(path, 9_999)
+
+
+def test_a_bomb_is_refused_whatever_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(40_000, 40_000, 8, (b"IDAT", b"")))  # 4.8 GB if the header were believed
+    assert "crop or tile it first" in refused(path)
+    assert "crop or tile it first" in refused(path, 10**12)
+
+
+def test_a_bomb_of_text_is_refused(tmp_path: Path) -> None:
+    megabyte = b"key\0\0" + zlib.compress(b"a" * 1_000_000)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(W, H, 8, *[(b"zTXt", megabyte)] * 80, (b"IDAT", zlib.compress(b"\0" * 99))))
+    assert path.stat().st_size < 200_000
+    assert "cannot be read as an image" in refused(path)
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
+def test_what_is_written_is_read_back_bit_for_bit(pixels: np.ndarray) -> None:
+    with Scratch() as path:
+        write_png(path, pixels)
+        image = read_image(path)
+        np.testing.assert_array_equal(to_uint8(image), pixels)
+        write_png(path, image)
+        np.testing.assert_array_equal(read_image(path), image)
+
+
+@given(arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+def test_masks_are_written_and_read_back(mask: np.ndarray) -> None:
+    with Scratch() as path:
+        write_png(path, mask)
+        np.testing.assert_array_equal(read_mask(path), mask)
+        with Image.open(path) as stored:
+            assert stored.mode == "L"
+            assert set(np.unique(np.asarray(stored))) <= {0, 255}
+
+
+class Scratch:
+    """A path that does not outlive one example (hypothesis runs many inside one tmp_path)."""
+
+    def __enter__(self) -> Path:
+        import tempfile
+
+        self._folder = tempfile.TemporaryDirectory()
+        return Path(self._folder.name) / "a.png"
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_masks_of_zero_and_one_and_of_full_scale(tmp_path: Path, scale: int) -> None:
+    mask = GRAY > 127
+    path = save(tmp_path / "a.png", Image.fromarray(mask.astype(np.uint8) * np.uint8(scale)))
+    np.testing.assert_array_equal(read_mask(path), mask)
+
+
+def test_masks_of_other_kinds(tmp_path: Path) -> None:
+    mask = GRAY > 127
+    deep = save(tmp_path / "deep.png", Image.fromarray(mask.astype(np.uint16) * np.uint16(65535)))
+    np.testing.assert_array_equal(read_mask(deep), mask)
+    red = np.zeros((H, W, 3), np.uint8)
+    red[mask, 0] = 255
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "red.png", Image.fromarray(red))), mask)
+    assert not read_mask(save(tmp_path / "empty.png", Image.fromarray(np.zeros((H, W), np.uint8)))).any()
+    soft = save(tmp_path / "soft.png", Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)))
+    np.testing.assert_array_equal(read_mask(soft), [[False, False, True, True]])
+
+
+@given(st.floats(0, 1, width=32), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+def test_resizing_keeps_a_constant_and_the_range(value: float, height: int, width: int, size: int) -> None:
+    resized = resize_image(np.full((3, height, width), value, np.float32), size)
+    check_float_image(resized, size, size)
+    np.testing.assert_allclose(resized, value, atol=1e-6)
+
+
+def test_resizing_to_the_same_size_changes_nothing() -> None:
+    image = as_float(np.random.default_rng(5).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert resize_image(image, 8) is image
+    mask = image[0] > 0.5
+    assert resize_mask(mask, 8) is mask
+
+
+@given(
+    arrays(np.bool_, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.just(False)),
+    st.data(),
+    st.integers(1, 40),
+)
+def test_a_defect_of_one_pixel_never_vanishes(mask: np.ndarray, data: st.DataObject, size: int) -> None:
+    assert not resize_mask(mask, size).any()
+    mask[data.draw(st.integers(0, mask.shape[0] - 1)), data.draw(st.integers(0, mask.shape[1] - 1))] = True
+    resized = resize_mask(mask, size)
+    assert resized.shape == (size, size)
+    assert resized.dtype == np.bool_
+    assert resized.any()
+    assert resize_mask(np.ones_like(mask), size).all()
+
+
+def test_a_mask_keeps_its_place_and_share() -> None:
+    mask = np.zeros((64, 64), np.bool_)
+    mask[16:32, 32:64] = True
+    resized = resize_mask(mask, 32)
+    np.testing.assert_array_equal(np.argwhere(resized).min(axis=0), [8, 16])
+    assert resized.mean() == mask.mean()
+
+
+def test_eight_bits_round_and_clip() -> None:
+    image = np.array([-1.0, 0.0, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 1.0, 2.0], np.float32)
+    pixels = to_uint8(np.broadcast_to(image, (3, 1, 6)))
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 0, 0, 1, 255, 255])
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(as_float(every[None]))[0, :, 0], every)

@@ -1,0 +1,183 @@
+"""A category folder: what is found, how it is split, and which mistakes of a user are named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flawsmith.errors import UserError
+from flawsmith.images import write_png
+from flawsmith.surfaces import Surface, load_image, load_images, load_labelled
+
+SIZE = 8
+
+
+def picture(path: Path, value: int = 100, height: int = SIZE, width: int = SIZE) -> Path:
+    write_png(path, np.full((height, width, 3), value, np.uint8))
+    return path
+
+
+def empty_files(folder: Path, names: list[str]) -> None:
+    """Listing and splitting look at names alone, so the files need no pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def category(root: Path, normals: int = 10) -> Surface:
+    empty_files(root / "bottle" / "train" / "good", [f"{index:03d}.png" for index in range(normals)])
+    return Surface(root / "bottle")
+
+
+def labelled(root: Path) -> Surface:
+    surface = category(root)
+    picture(surface.folder / "test" / "good" / "000.png")
+    picture(surface.folder / "test" / "scratch" / "000.png")
+    mask = np.zeros((SIZE, SIZE), np.bool_)
+    mask[2:4, 2:4] = True
+    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", mask)
+    return surface
+
+
+def test_normals_are_images_sorted_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "bottle" / "train" / "good"
+    empty_files(
+        folder, ["b.JPG", "a.png", "c.jpeg", "d.bmp", "e.tif", "f.TIFF", "notes.txt", ".hidden.png", "Thumbs.db"]
+    )
+    (folder / "g.png").mkdir()
+    surface = Surface(tmp_path / "bottle")
+    assert [path.name for path in surface.normals()] == ["a.png", "b.JPG", "c.jpeg", "d.bmp", "e.tif", "f.TIFF"]
+    assert surface.category == "bottle"
+
+
+@pytest.mark.parametrize("build", [lambda folder: None, lambda folder: folder.mkdir(parents=True)])
+def test_no_normals_names_folder_and_remedy(tmp_path: Path, build: object) -> None:
+    folder = tmp_path / "bottle" / "train" / "good"
+    build(folder)  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"train/good holds no image \(\.png.*'bottle'") as caught:
+        Surface(tmp_path / "bottle").normals()
+    assert str(folder) in str(caught.value)
+
+
+def split_names(folder: Path, fraction: float, seed: int) -> tuple[set[str], set[str]]:
+    split = Surface(folder).split(fraction, seed)
+    for part in (split.fit, split.calibration):
+        assert list(part) == sorted(part)
+    return {path.name for path in split.fit}, {path.name for path in split.calibration}
+
+
+@given(st.integers(3, 60), st.floats(0.01, 0.5), st.integers(0, 5))
+def test_the_split_is_deterministic_disjoint_and_complete(
+    tmp_path_factory: pytest.TempPathFactory, count: int, fraction: float, seed: int
+) -> None:
+    root = tmp_path_factory.mktemp("split")
+    folder = category(root, count).folder
+    expected = max(1, round(count * fraction))
+    if count - expected < 2:
+        with pytest.raises(UserError, match="too few to learn from"):
+            Surface(folder).split(fraction, seed)
+        return
+    fit, calibration = split_names(folder, fraction, seed)
+    assert (fit, calibration) == split_names(folder, fraction, seed)
+    assert not fit & calibration
+    assert len(fit | calibration) == count
+    assert len(calibration) == expected
+
+
+@given(st.integers(5, 40), st.text("abcdefgh", min_size=1, max_size=8), st.integers(0, 5))
+def test_adding_an_image_moves_at_most_one_other(
+    tmp_path_factory: pytest.TempPathFactory, count: int, name: str, seed: int
+) -> None:
+    folder = category(tmp_path_factory.mktemp("grow"), count).folder
+    fit, calibration = split_names(folder, 0.2, seed)
+    (folder / "train" / "good" / f"{name}.png").touch()
+    fit_after, calibration_after = split_names(folder, 0.2, seed)
+    assert len(fit & calibration_after) + len(calibration & fit_after) <= 1
+
+
+def test_another_seed_is_another_split_and_the_place_does_not_matter(tmp_path: Path) -> None:
+    one, other = category(tmp_path / "one", 40).folder, category(tmp_path / "elsewhere", 40).folder
+    assert split_names(one, 0.2, 0) == split_names(other, 0.2, 0)
+    assert split_names(one, 0.2, 0) != split_names(one, 0.2, 1)
+
+
+def test_the_labelled_test_set(tmp_path: Path) -> None:
+    surface = labelled(tmp_path)
+    found = surface.labelled_test()
+    assert [(item.path.name, item.defect, item.is_defective) for item in found] == [
+        ("000.png", "good", False),
+        ("000.png", "scratch", True),
+    ]
+    assert found[0].mask_path is None
+    assert found[1].mask_path == surface.folder / "ground_truth" / "scratch" / "000_mask.png"
+    image, mask = load_labelled(found[0], SIZE)
+    assert image.shape == (3, SIZE, SIZE)
+    assert not mask.any()
+    _, mask = load_labelled(found[1], SIZE)
+    assert mask.sum() == 4
+    _, mask = load_labelled(found[1], SIZE // 2)
+    assert mask.sum() == 1
+
+
+def test_no_test_folder_is_no_labelled_test_set(tmp_path: Path) -> None:
+    surface = category(tmp_path)
+    assert surface.labelled_test() == ()
+    (surface.folder / "test" / "good").mkdir(parents=True)
+    assert surface.labelled_test() == ()
+
+
+def test_masks_may_have_another_suffix_or_the_images_own_name(tmp_path: Path) -> None:
+    surface = labelled(tmp_path)
+    folder = surface.folder / "ground_truth" / "scratch"
+    (folder / "000_mask.png").rename(folder / "000.png")
+    assert surface.labelled_test()[1].mask_path == folder / "000.png"
+    (folder / "000.png").rename(folder / "000_mask.bmp")
+    assert surface.labelled_test()[1].mask_path == folder / "000_mask.bmp"
+
+
+def test_a_missing_mask_is_named(tmp_path: Path) -> None:
+    surface = labelled(tmp_path)
+    (surface.folder / "ground_truth" / "scratch" / "000_mask.png").unlink()
+    with pytest.raises(UserError, match=r"scratch/000\.png has no mask; expected .*scratch/000_mask\.png"):
+        surface.labelled_test()
+
+
+@pytest.mark.parametrize(("removed", "missing"), [("good", "test/good"), ("scratch", "test/<defect>")])
+def test_a_one_sided_test_set_is_refused(tmp_path: Path, removed: str, missing: str) -> None:
+    surface = labelled(tmp_path)
+    (surface.folder / "test" / removed / "000.png").unlink()
+    with pytest.raises(UserError, match=f"without any image in {missing}"):
+        surface.labelled_test()
+
+
+def test_an_empty_mask_is_refused(tmp_path: Path) -> None:
+    surface = labelled(tmp_path)
+    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.zeros((SIZE, SIZE), np.bool_))
+    with pytest.raises(UserError, match=r"000_mask\.png marks no pixel; move its image to test/good"):
+        load_labelled(surface.labelled_test()[1], SIZE)
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
+    surface = labelled(tmp_path)
+    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.ones((4, 6), np.bool_))
+    with pytest.raises(UserError, match=r"is 6 x 4 pixels but 000\.png is 8 x 8"):
+        load_labelled(surface.labelled_test()[1], SIZE)
+
+
+def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / "a.png", 10, 5, 9), picture(tmp_path / "b.png", 20, 16, 16)]
+    images = load_images(paths, SIZE)
+    assert images.shape == (2, 3, SIZE, SIZE)
+    np.testing.assert_allclose(images[0], 10 / 255, atol=1e-6)
+    np.testing.assert_array_equal(images[1], load_image(paths[1], SIZE))
+
+
+def test_the_size_limit_reaches_every_reader(tmp_path: Path) -> None:
+    surface = labelled(tmp_path)
+    for item in surface.labelled_test():
+        with pytest.raises(UserError, match="over the limit of 63"):
+            load_labelled(item, SIZE, max_pixels=63)
+    with pytest.raises(UserError, match="over the limit of 63"):
+        load_image(surface.labelled_test()[0].path, SIZE, max_pixels=63)
