@@ -156,13 +156,19 @@ def test_an_interrupt_of_the_real_command_exits_130(params_path: Path) -> None:
         (["--set", "=3"], "section.key=value"),
         (["--set", "distill.batch=[1"], "not valid YAML"),
         (["--category", "../etc"], "plain folder name"),
-        (["--category", "nowhere"], "does not exist"),
     ],
 )
 def test_bad_arguments_are_the_users_fault(run: Run, params_path: Path, arguments: list[str], words: str) -> None:
     code, _, err = run("ddpm-train", "--params", params_path, *arguments)
     assert code == 2
     assert words in one_line(err)
+
+
+def test_a_category_without_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch, params_path: Path) -> None:
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=lambda layout: layout.surface()))
+    code, _, err = run("ddpm-train", "--params", params_path, "--category", "nowhere")
+    assert code == 2
+    assert "data/nowhere does not exist; put the images of 'nowhere' there" in one_line(err)
 
 
 def test_a_missing_params_file(run: Run, tmp_path: Path) -> None:

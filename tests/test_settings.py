@@ -197,7 +197,9 @@ def test_true_is_no_whole_number() -> None:
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2E-4", 2e-4), ("1.5e-3", 1.5e-3), ("+1e-2", 1e-2)])
 def test_exponents_mean_numbers_as_they_do_for_dvc(params_path: Path, text: str, value: float) -> None:
     # PyYAML (YAML 1.1) reads `1e-3` as text, DVC (YAML 1.2) as a number: a user must not have to know
-    params_path.write_text(params_path.read_text().replace("learning_rate: 0.001", f"learning_rate: {text}", 1))
+    content = shipped()
+    content["ddpm-train"]["learning_rate"] = "HERE"
+    params_path.write_text(yaml.safe_dump(content).replace("HERE", text))
     assert load_settings(params_path).ddpm_train.learning_rate == value
 
 

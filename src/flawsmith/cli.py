@@ -101,13 +101,18 @@ def _fail(sentence: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-@app.callback()
-def _front(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _front(
+    _version: Annotated[  # eager: answered before a missing command is complained of
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     logger = logging.getLogger("flawsmith")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
@@ -205,10 +210,11 @@ def explain(
     overrides: SetOption = None,
 ) -> None:
     """Make one triplet again from its manifest row, compare it bit for bit, and draw how it came about."""
+    layout = _one_layout(params, category, overrides)
     from flawsmith.stages.explain import explain as draw
 
     target = out or Path(f"{triplet_id}.png")
-    matched = draw(_one_layout(params, category, overrides), triplet_id, target)
+    matched = draw(layout, triplet_id, target)
     print(f"{triplet_id}: drawn in {target}; {'identical to' if matched else 'DIFFERS from'} the stored triplet.")
     if not matched:
         raise typer.Exit(1)

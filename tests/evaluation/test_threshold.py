@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flawsmith.errors import UserError
@@ -10,7 +10,6 @@ from flawsmith.evaluation.threshold import conformal_threshold
 
 
 @given(st.integers(1, 400), st.floats(0.001, 0.5))
-@settings(deadline=None)
 def test_rank_is_the_conformal_one_or_the_last(count, rate):
     scores = np.random.default_rng(count).standard_normal(count).astype(np.float32)
     found = conformal_threshold(scores, rate)

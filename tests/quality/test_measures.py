@@ -95,7 +95,7 @@ def test_changes_are_those_that_were_made(change: float) -> None:
     defect[:, 24, 12] += 0.5  # 5 px below it, one more than the margin
     defect[:, 23, 12] += 0.75  # within the margin
     row = measure(normal, defect, mask)
-    assert row.change_inside == pytest.approx(change / 6, abs=1e-6)
+    assert row.change_inside == pytest.approx(change / 2, abs=1e-6)
     assert row.visible_share == 0.5
     assert row.change_outside == 0.5
     assert row.components == 2

@@ -48,6 +48,9 @@ def test_reason_gives_value_and_bound() -> None:
     assert reason == "warning: ssim 0.25 < 0.5"
     ((_, reason),) = rank_worst([row("a")], verdict(decodable=("a",)), 1)
     assert reason == "critical: decodable"
+    few = decide([Outcome(RULES["ssim"], True, ("a",), None)], 50)
+    ((_, reason),) = rank_worst([replace(row("a"), ssim=0.25)], few, 1)
+    assert reason == "tolerated: ssim 0.25 < 0.5"
     ((_, reason),) = rank_worst([row("a", 0.0456)], decide([], 1), 1)
     assert reason == "no rule broken; change inside 0.046"
 

@@ -26,6 +26,7 @@ def test_a_run_replaces_what_an_earlier_one_left(settings: Settings, tmp_path: P
     stale.touch()
     run(settings, tmp_path, "brushed_metal")
     assert len(Surface(tmp_path / settings.data.root / "brushed_metal").normals()) == 4
+    assert not stale.exists()
 
 
 def test_a_crash_midway_leaves_the_old_category_and_nothing_half_written(

@@ -18,7 +18,7 @@ from flawsmith.settings import DemoDataSettings
 from flawsmith.surfaces import GOOD
 
 VISIBLE = 0.030  # change of a channel, of 1, that counts as visible: about 1.5 times the grain
-MIN_AREA = 24  # pixels; a defect that shows less, or nowhere twice what counts as visible, is drawn anew
+MIN_AREA = 24  # pixels in one piece; a defect that shows less, or nowhere twice what is visible, is drawn anew
 TRIES = 50
 EIGHT = np.ones((3, 3), np.bool_)  # a pixel and its eight neighbours
 
@@ -83,7 +83,7 @@ def render_defective(surface: str, defect: str, size: int, generator: np.random.
         damaged_light = np.where(footprint[..., None], damaged.light(), light)
         change = np.abs(piece.camera.develop(damaged_light, grain=False) - smooth).max(axis=0)
         mask = visible_mask(change)
-        if mask.sum() >= MIN_AREA and change.max() >= 2 * VISIBLE:
+        if largest_part(mask) >= MIN_AREA and change.max() >= 2 * VISIBLE:
             return Twin(piece.camera.develop(light), piece.camera.develop(damaged_light), mask)
     raise FlawsmithError(f"no visible {defect} came out of {TRIES} draws on {surface} at {size} pixels; report this.")
 
@@ -100,6 +100,12 @@ def visible_mask(change: np.ndarray[Any, np.dtype[np.float32]]) -> Mask:
     labels, count = ndimage.label(closed, EIGHT)
     areas = ndimage.sum_labels(closed, labels, np.arange(count + 1))
     return np.asarray((areas >= 4)[labels] & closed, np.bool_)
+
+
+def largest_part(mask: Mask) -> int:
+    """Pixels of the largest connected part of a mask."""
+    labels, _ = ndimage.label(mask, EIGHT)
+    return int(np.bincount(labels.ravel())[1:].max(initial=0))
 
 
 def write_category(folder: Path, surface: str, settings: DemoDataSettings) -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from flawsmith.evaluation.assess import Assessment, Example, Performance
-from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS
+from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS, Curve
 from flawsmith.images import FloatImage, Mask, to_uint8
 from flawsmith.surfaces import GOOD
 
@@ -107,9 +107,7 @@ def curves_png(result: Assessment, title: str, theme: Theme = LIGHT) -> bytes:
         shape = performance.image_curve
         label, values = _label(style), performance.values
         _line(roc, shape.false_positive_rate, shape.recall, style, theme, f"{label} {values['image_auroc'].value:.3f}")
-        _line(
-            recall, shape.recall, shape.precision, style, theme, f"{label} {values['image_ap'].value:.3f}", steps=True
-        )
+        _precision_line(recall, shape, style, theme, f"{label} {values['image_ap'].value:.3f}")
     detector = result.detector
     spot = {"marker": "o", "ms": 7, "mfc": theme.bad, "mec": theme.paper, "ls": "none", "zorder": 5}
     roc.plot(detector.test_false_alarms.value, detector.test_detections.value, label="at the threshold", **spot)
@@ -131,9 +129,7 @@ def pixel_curves_png(result: Assessment, title: str, aupro_limit: float, theme: 
             _label(style),
         )
         _line(roc, pixel.false_positive_rate, pixel.recall, style, theme, f"{label} {values['pixel_auroc'].value:.3f}")
-        _line(
-            recall, pixel.recall, pixel.precision, style, theme, f"{label} {values['pixel_ap'].value:.3f}", steps=True
-        )
+        _precision_line(recall, pixel, style, theme, f"{label} {values['pixel_ap'].value:.3f}")
         _line(overlap, region.false_positive_rate, region.recall, style, theme, f"{label} {values['aupro'].value:.3f}")
     _dress(roc, "Pixels: ROC (area)", "normal pixels flagged", "defect pixels flagged", theme)
     _dress(recall, "Pixels: precision-recall (average precision)", "defect pixels flagged", "precision", theme)
@@ -210,6 +206,14 @@ def _figure(width: float, height: float, title: str, theme: Theme) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor=theme.paper)
     figure.suptitle(title, color=theme.ink, fontsize=11, x=0.01, ha="left")
     return figure
+
+
+def _precision_line(axes: Axes, shape: Curve, style: str, theme: Theme, label: str) -> None:
+    """Precision holds from the recall before, as average precision counts it; without any hit there is no line."""
+    hit = shape.recall > 0
+    recall = np.concatenate([[0.0], shape.recall[hit]])
+    precision = np.concatenate([shape.precision[hit][:1], shape.precision[hit]])
+    _line(axes, recall, precision, style, theme, label, steps=True)
 
 
 def _line(

@@ -40,7 +40,7 @@ class Measures:
         finite: no NaN and no infinite pixel.
         mask_area: share of the image that the mask covers.
         components: connected parts of the mask (8 neighbours).
-        change_inside: mean absolute change over the mask's pixels and channels.
+        change_inside: mean over the mask's pixels of the absolute change of the channel that changed most.
         change_outside: largest absolute change of a pixel further from the mask than the margin.
         visible_share: share of the mask's pixels in which some channel changed by more than the visible change.
         ssim: mean SSIM between normal and defect.
@@ -108,8 +108,7 @@ def measure_triplet(
     )
     if not row.size_agrees or not finite:
         return row
-    change = np.abs(defect.astype(np.float64) - normal.astype(np.float64))  # (3, H, W)
-    largest = change.max(axis=0)  # (H, W)
+    largest = np.abs(defect.astype(np.float64) - normal.astype(np.float64)).max(axis=0)  # (H, W)
     outside = ~_dilate(mask, scale.outside_margin)
     row = replace(
         row,
@@ -122,7 +121,7 @@ def measure_triplet(
         return row
     return replace(
         row,
-        change_inside=float(change[:, mask].mean()),
+        change_inside=float(largest[mask].mean()),
         visible_share=float((largest[mask] > scale.visible_change).mean()),
         foreground_overlap=float(foreground[mask].mean()),
     )

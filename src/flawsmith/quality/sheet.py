@@ -83,12 +83,13 @@ def _reason(row: Measures, broken: Sequence[Outcome]) -> str:
         return f"no rule broken; change inside {row.change_inside:.3f}"
     # A measure that is missing because the file is broken says less than the broken file.
     rule = broken[0].rule
+    severity = "tolerated" if broken[0].passed else rule.severity  # few enough triplets break the rule
     more = f" (+{len(broken) - 1} more)" if len(broken) > 1 else ""
     if rule.kind != "range":
-        return f"{rule.severity}: {rule.name}{more}"
+        return f"{severity}: {rule.name}{more}"
     value = float(getattr(row, rule.column))
     bound = f"< {rule.low:g}" if rule.low is not None and value < rule.low else f"> {rule.high:g}"
-    return f"{rule.severity}: {rule.name} {value:.4g} {bound}{more}"
+    return f"{severity}: {rule.name} {value:.4g} {bound}{more}"
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -107,6 +107,7 @@ def _sheet(samples: NDArray[np.float32], fit: NDArray[np.uint8], settings: DdpmT
     """Two rows of real crops above two rows of plain samples."""
     generator = numpy_generator(settings.seed, "readiness", "sheet")
     real = (random_crops(fit, settings.crop, SHEET_SAMPLES, generator).numpy() + np.float32(1)) / np.float32(2)
-    tiles = [to_uint8(tile) for tile in (*real, *samples[:SHEET_SAMPLES])]
-    width = SHEET_SAMPLES // 2
+    width = min(SHEET_SAMPLES // 2, len(samples))
+    shown = min(SHEET_SAMPLES, len(samples)) // width * width  # whole rows
+    tiles = [to_uint8(tile) for tile in (*real[: 2 * width], *samples[:shown])]
     return np.concatenate([np.concatenate(tiles[i : i + width], axis=1) for i in range(0, len(tiles), width)], axis=0)
