@@ -112,9 +112,9 @@ def wobble(generator: Generator, share: Field, knots: int, low: float, high: flo
 def fibre(piece: Piece, generator: Generator) -> tuple[Piece, Mask]:
     """A foreign fibre lies on top and casts a soft shadow."""
     path = draw_path(generator, piece.size, generator.uniform(25, 100), generator.uniform(0.3, 1.0))
-    half = generator.uniform(0.45, 0.95)
+    half = generator.uniform(0.35, 0.9)
     colour = LINT[generator.integers(len(LINT))] * generator.uniform(0.8, 1.2)
-    opacity = generator.uniform(0.55, 0.95)
+    opacity = generator.uniform(0.4, 0.95)
     return _lay(piece, path, half, colour, opacity, lift=generator.uniform(0.6, 2.2), dark=generator.uniform(0.15, 0.4))
 
 
@@ -153,10 +153,10 @@ def _film(generator: Generator, blob: Blob, density: float, hue: NDArray[np.floa
 
 def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """A point was dragged over the surface: a groove with burrs, its depth changing along the way."""
-    turn = generator.uniform(np.deg2rad(14), np.deg2rad(166))
+    turn = generator.uniform(np.deg2rad(10), np.deg2rad(170))
     path = draw_path(generator, piece.size, generator.uniform(22, 120), generator.uniform(0, 0.12), piece.angle + turn)
     width = generator.uniform(0.55, 1.2)
-    steep = np.exp(generator.uniform(np.log(0.28), np.log(0.9)))  # slope of the flanks
+    steep = np.exp(generator.uniform(np.log(0.20), np.log(0.8)))  # slope of the flanks
     distance, _, share = near_path(path, piece.size, 10)
     fade = smooth_step(np.minimum(share, 1 - share) * 8) * wobble(generator, share, max(3, len(path) // 60), 0.5, 1.0)
     groove = np.exp(-((distance / width) ** 2) / 2)
@@ -169,7 +169,7 @@ def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
 def metal_dent(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """Something blunt pressed the sheet in; the brushing bends with it."""
     blob = draw_blob(generator, piece.size, generator.uniform(8, 24), 0.12)
-    steep = np.exp(generator.uniform(np.log(0.06), np.log(0.20)))
+    steep = np.exp(generator.uniform(np.log(0.04), np.log(0.18)))
     bowl = np.exp(-2 * blob.relative**2) - 0.12 * np.exp(-(((blob.relative - 1.25) / 0.3) ** 2))
     return replace(piece, height=piece.height - steep * blob.radius * bowl), blob.relative < 2.2
 
@@ -178,7 +178,7 @@ def metal_stain(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """A drop of coolant dried."""
     blob = draw_blob(generator, piece.size, generator.uniform(9, 34), generator.uniform(0.1, 0.35))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.25, 0.0, 0.45])
-    density = np.exp(generator.uniform(np.log(0.08), np.log(0.30)))
+    density = np.exp(generator.uniform(np.log(0.055), np.log(0.25)))
     film = _film(generator, blob, density, hue)
     return replace(piece, tint=piece.tint * film), blob.inside > -6
 
@@ -189,9 +189,9 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     rows, columns = pixel_grid(piece.size)
     height, bare = piece.height, np.zeros((piece.size, piece.size), np.float32)
     rust = np.zeros_like(bare)
-    for _ in range(int(generator.integers(2, 8))):
+    for _ in range(int(generator.integers(1, 7))):
         place = centre + spread * generator.standard_normal(2)
-        radius = np.exp(generator.normal(np.log(1.35), 0.35))
+        radius = np.exp(generator.normal(np.log(1.15), 0.35))
         distance = np.hypot(rows - place[0], (columns - place[1]) / generator.uniform(0.8, 1.4)) / radius
         height = height - 0.8 * radius * np.exp(-(distance**2))
         bare = np.maximum(bare, np.exp(-(distance**4)) * generator.uniform(0.35, 0.85))
@@ -238,7 +238,7 @@ def fabric_missing_thread(piece: Fabric, generator: Generator) -> tuple[Fabric, 
 def fabric_slub(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     """A yarn was spun too thick for a while: it swells and pushes its neighbours aside."""
     which, samples, across, segment = _one_yarn(piece, generator, (16, 48))
-    swell = generator.uniform(0.3, 0.55)
+    swell = generator.uniform(0.4, 0.62)
     pitch = PITCH[which]
     place = piece.place[which]
     centre = np.median((place - across * pitch / 2)[samples & (segment > 0)])
@@ -270,7 +270,7 @@ def fabric_stain(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     """A liquid soaked in, followed the yarns and dried."""
     blob = draw_blob(generator, piece.size, generator.uniform(9, 32), generator.uniform(0.1, 0.3))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.3, 0.05, 0.5])
-    density = np.exp(generator.uniform(np.log(0.15), np.log(0.5)))
+    density = np.exp(generator.uniform(np.log(0.22), np.log(0.7)))
     wick = np.zeros((piece.size, piece.size), np.float32)
     for index, _ in piece.crossing():
         reach = generator.normal(0, 1.0, int(index.max()) + 1).astype(np.float32)

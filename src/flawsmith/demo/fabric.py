@@ -14,7 +14,7 @@ from scipy import ndimage
 from flawsmith.demo.optics import Camera, Field, Overlay, draw_camera, smooth_field
 
 OVERSAMPLING = 2
-PITCH = (7.4, 8.2)  # pixels between warp yarns (vertical) and between weft yarns (horizontal)
+PITCH = (5.8, 6.4)  # pixels between warp yarns (vertical) and between weft yarns (horizontal)
 CLIMB = 0.45  # how far a yarn's centre line rises above the middle of the cloth, in yarn radii
 GROUND = -1.6  # height of the dark table under the cloth, in yarn radii
 _LUT = 16  # entries per pixel of the tables from place to yarn
@@ -114,9 +114,9 @@ def draw_fabric(generator: np.random.Generator, size: int) -> Fabric:
     """A new piece: the loom's timing, the yarns, the dye, the cloth's lie and the lamp vary a little."""
     samples = size * OVERSAMPLING
     line = (np.arange(samples, dtype=np.float32) + np.float32(0.5)) / OVERSAMPLING
-    turn = float(np.deg2rad(generator.normal(0, 1.2)))
-    skew = float(np.deg2rad(generator.normal(0, 0.6)))
-    lie = [1.3 * smooth_field(generator, samples, max(2, size // 80)) for _ in range(2)]
+    turn = float(np.deg2rad(generator.normal(0, 0.8)))
+    skew = float(np.deg2rad(generator.normal(0, 0.4)))
+    lie = [0.9 * smooth_field(generator, samples, max(2, size // 80)) for _ in range(2)]
     margin = 24.0  # pixels, so that no sample falls off the cloth
     columns, rows = line[None, :] - size / 2, line[:, None] - size / 2
     across_warp = columns * np.cos(turn) + rows * np.sin(turn) + lie[0] + size / 2 + margin
@@ -131,8 +131,8 @@ def draw_fabric(generator: np.random.Generator, size: int) -> Fabric:
     return Fabric(
         place=(np.asarray(across_warp, np.float32), np.asarray(across_weft, np.float32)),
         yarns=(
-            _draw_yarns(generator, reach, PITCH[0], dye, 0.10),
-            _draw_yarns(generator, reach, PITCH[1], raw, 0.06),
+            _draw_yarns(generator, reach, PITCH[0], dye, 0.06),
+            _draw_yarns(generator, reach, PITCH[1], raw, 0.04),
         ),
         phase=int(generator.integers(3)),
         fibres=np.asarray(np.exp(0.16 * fibres / fibres.std()), np.float32),
@@ -149,7 +149,7 @@ def _draw_yarns(
 ) -> Yarns:
     """Yarns side by side over `reach` pixels, each of its own width and tone."""
     count = int(reach / pitch) + 3
-    widths = pitch * (1 + 0.05 * generator.standard_normal(count))
+    widths = pitch * (1 + 0.03 * generator.standard_normal(count))
     edges = np.cumsum(widths) - pitch * generator.random()
     entries = (np.arange(reach * _LUT) + 0.5) / _LUT
     index = np.clip(np.searchsorted(edges, entries), 0, count - 1)

@@ -4,7 +4,11 @@ from pathlib import Path
 
 from flawsmith.demo.render import kind_of, write_category
 from flawsmith.files import atomic_folder
-from flawsmith.settings import Settings
+from flawsmith.settings import Settings, section_values
+from flawsmith.stages.layout import Layout
+from flawsmith.tracking import stage_run
+
+STAGE = "demo-data"
 
 
 def run(settings: Settings, root: Path, surface: str) -> None:
@@ -14,5 +18,8 @@ def run(settings: Settings, root: Path, surface: str) -> None:
         UserError: there is no such surface.
     """
     kind_of(surface)  # before a folder of a user's own of that name could be touched
-    with atomic_folder(root / settings.data.root / surface) as folder:
-        write_category(folder, surface, settings.demo_data)
+    target = root / settings.data.root / surface
+    with stage_run(Layout(settings, surface, root), STAGE, {}, {STAGE: section_values(settings.demo_data)}) as tracked:
+        with atomic_folder(target) as folder:
+            write_category(folder, surface, settings.demo_data)
+        tracked.set_outputs({"data": target})
