@@ -1,6 +1,7 @@
 """Which device computes, in which precision and memory layout: decided once, by what the machine has."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -25,9 +26,14 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def prepare(device: torch.device) -> None:
-    """Process-wide switches of a training stage: denormals are flushed because they stall CPU kernels."""
+@contextmanager
+def fast_math(device: torch.device) -> Iterator[None]:
+    """Switches for heavy work, put back afterwards: denormals, which stall a CPU, are flushed; a GPU may use TF32."""
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

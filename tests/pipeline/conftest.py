@@ -1,10 +1,10 @@
 """The real pipeline, run small: a project of its own, DVC, every stage, through the installed command."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "data": {"image_size": 64, "calibration_fraction": 0.3},
     "demo-data": {"surfaces": [CATEGORY], "image_size": 128, "train_good": 8, "test_good": 2, "test_per_defect": 1},
     "ddpm-train": {
-        "crop": 32, "channels": [16, 16], "steps": 8, "batch": 2, "warmup": 2, "checkpoint_every": 2,
+        "crop": 32, "channels": [16, 16], "steps": 12, "batch": 2, "warmup": 2, "checkpoint_every": 3,
         "train_timesteps": 50, "readiness_samples": 4,
     },
     "synthesize": {
@@ -38,20 +38,25 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"bootstrap": 20, "batch": 4, "gallery": 4, "baseline_vectors": 200, "parity_images": 8},
     "export": {"latency_runs": 3},
-    "tracking": {"mode": "off"},
 }  # fmt: skip
 
-# Notes which files below a data folder each `flawsmith` process opens or lists.
+# Loaded by every `flawsmith` process of the project: notes which files below data/<category> it opens or lists, and
+# kills it with SIGKILL, on wish, at the n-th time that it is about to put a file of a given name in place.
 WATCH = """
-import sys
+import os, signal, sys
 if sys.argv[0].endswith("flawsmith"):
-    import os
     record = os.open({record!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    name, _, times = os.environ.get("KILL_AT", "").partition(":")
+    seen = []
     def watch(event, arguments):
         if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
             path = os.fsdecode(arguments[0]).replace(os.sep, "/")
-            if "/test" in path or "/ground_truth" in path or "/train" in path:
-                os.write(record, f"{{sys.argv[1]}}\\t{{path}}\\n".encode(errors="replace"))
+            if any(part in path for part in ("/train", "/test", "/ground_truth")):
+                os.write(record, (sys.argv[1] + "\\t" + path + "\\n").encode(errors="replace"))
+        if name and event == "os.rename" and os.path.basename(os.fsdecode(arguments[1])) == name:
+            seen.append(event)
+            if len(seen) == int(times):
+                os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(watch)
 """
 
@@ -73,9 +78,7 @@ class Project:
         project = cls(folder)
         project.set_params(SMALL)
         (folder / "watch").mkdir()
-        (folder / "watch" / "sitecustomize.py").write_text(
-            textwrap.dedent(WATCH).format(record=str(folder / "watch" / "opened.tsv"))
-        )
+        (folder / "watch" / "sitecustomize.py").write_text(WATCH.format(record=str(folder / "watch" / "opened.tsv")))
         subprocess.run(["git", "init", "-q", folder], check=True)
         return project
 
@@ -99,9 +102,14 @@ class Project:
             "DVC_SYSTEM_CONFIG_DIR": str(self.folder / "watch"),
         }
 
-    def run(self, *command: str, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, succeeds: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the project, with tools of this Python first on PATH.
+
+        Raises:
+            AssertionError: it failed although it should succeed; the message holds what it said.
+        """
         result = subprocess.run(
-            command, cwd=self.folder, env=self.environment(), capture_output=True, text=True, check=False
+            command, cwd=self.folder, env=self.environment() | environment, capture_output=True, text=True, check=False
         )
         if succeeds and result.returncode:
             raise AssertionError(f"{' '.join(command)} exited {result.returncode}:\n{result.stdout}\n{result.stderr}")
@@ -109,6 +117,10 @@ class Project:
 
     def stage(self, name: str) -> Path:
         return self.folder / "artifacts" / CATEGORY / name
+
+    def ran(self, result: subprocess.CompletedProcess[str]) -> list[str]:
+        """The stages that `dvc repro` started, in order."""
+        return re.findall(r"^Running stage '(.+)'", result.stdout, re.MULTILINE)
 
     def opened(self) -> dict[str, set[str]]:
         """Stage → paths it opened or listed below a data folder."""

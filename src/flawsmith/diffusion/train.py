@@ -45,7 +45,6 @@ def train_denoiser(
     accelerator = Accelerator(mixed_precision="no")
     if has_fast_bf16(accelerator.device):
         accelerator = Accelerator(mixed_precision="bf16")
-    torch.set_flush_denormal(True)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
         denoiser = Denoiser(settings).to(memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from flawsmith.detector.teacher import Teacher, build_teacher
-from flawsmith.devices import best_device, prepare
+from flawsmith.devices import best_device, fast_math
 from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, train_denoiser
@@ -29,8 +29,7 @@ def run(layout: Layout) -> None:
     settings, data = layout.settings.ddpm_train, layout.settings.data
     train_folder = layout.surface().folder / "train"
     params = {STAGE: section_values(settings), "data": section_values(data)}
-    with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked:
-        prepare(best_device())
+    with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked, fast_math(best_device()):
         split = layout.split()
         fit = load_images_uint8(split.fit, data.image_size, data.max_pixels)
         heldout = load_images_uint8(split.calibration, data.image_size, data.max_pixels)

@@ -9,7 +9,7 @@ from torch import Tensor
 from flawsmith.detector.distill import LOSS_COLUMNS, as_batch, distill
 from flawsmith.detector.model import Detector, DetectorConfig, save_detector
 from flawsmith.detector.teacher import build_teacher
-from flawsmith.devices import best_device, prepare
+from flawsmith.devices import best_device, fast_math
 from flawsmith.errors import QualityGateError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
 from flawsmith.resume import ResumePoint
@@ -33,9 +33,8 @@ def run(layout: Layout) -> None:
         raise QualityGateError(f"The triplets of {layout.category} did not pass the quality gate; see {verdict}.")
     inputs = {"synthesize": triplets, "verdict": verdict, "data": layout.surface().folder / "train"}
     params = {STAGE: section_values(settings), "teacher": section_values(teacher), "data": section_values(data)}
-    with stage_run(layout, STAGE, inputs, params) as tracked:
-        device = best_device()
-        prepare(device)
+    device = best_device()
+    with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(device):
         folder = TripletFolder(triplets)
         fit, validation = (TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION))
         size = fit.mask.shape[-1]

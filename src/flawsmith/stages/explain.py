@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flawsmith.devices import prepare
+from flawsmith.devices import fast_math
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import to_uint8, write_png
 from flawsmith.stages.layout import Layout
@@ -30,8 +30,8 @@ def explain(layout: Layout, triplet_id: str, out: Path) -> bool:
             "or run `dvc repro` to make the triplets anew."
         )
     workshop = build_workshop(layout)
-    prepare(workshop.device)
-    again = remake(workshop, row["role"], row["candidate"])
+    with fast_math(workshop.device):
+        again = remake(workshop, row["role"], row["candidate"])
     if again is None:
         raise FlawsmithError(f"{triplet_id} left no visible change when made again; the device or library has changed.")
     for key, value in manifest_row(workshop, triplet_id, again).items():

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flawsmith.devices import best_device, prepare
+from flawsmith.devices import best_device, fast_math
 from flawsmith.diffusion.unet import build_scheduler, load_denoiser
 from flawsmith.files import atomic_file, atomic_folder
 from flawsmith.foreground import Foreground
@@ -32,8 +32,7 @@ def run(layout: Layout) -> None:
     settings, data = layout.settings.synthesize, layout.settings.data
     inputs = {"data": layout.surface().folder / "train", "ddpm-train": layout.stage("ddpm-train")}
     params = {STAGE: section_values(settings), "data": section_values(data)}
-    with stage_run(layout, STAGE, inputs, params) as tracked:
-        prepare(best_device())
+    with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(best_device()):
         workshop = build_workshop(layout)
         rows: list[dict[str, Any]] = []
         strips = []
