@@ -191,7 +191,7 @@ def predict(
         max_pixels=int(max_megapixels * 1e6),
     )
     for item in report.unreadable:
-        print(f"skipped {item.file}: {item.reason}", file=sys.stderr)
+        print(f"skipped: {item.reason}", file=sys.stderr)
     print(
         f"{report.total} files: {report.good} good, {report.defective} defective, {len(report.unreadable)} unreadable. "
         f"Results: {report.out}"

@@ -26,7 +26,7 @@ from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.errors import UserError
 from flawsmith.images import resize_image
 from flawsmith.resume import ResumePoint
-from flawsmith.settings import DistillSettings, TeacherSettings, load_settings
+from flawsmith.settings import TeacherSettings, load_settings
 from flawsmith.triplets import TripletArrays
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
@@ -218,7 +218,7 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
     assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6
     assert rows[7][2] < rows[0][2]
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     for death in (5, 11):  # in either phase
@@ -226,9 +226,9 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
 
         def die(step: int, metrics: object, death: int = death) -> None:
             if step == death:
-                raise Killed
+                raise KilledError
 
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             distill(fresh(), fit, validation, SETTINGS, point, cpu, die)
         resumed = fresh()
         again = distill(resumed, fit, validation, SETTINGS, point, cpu)
@@ -239,9 +239,7 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
 
 def test_distillation_stops_early_and_keeps_the_best(detector: Detector, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, student_steps=60, learning_rate=2.0, patience=1, validate_every=1)
-    rows = distill(
-        detector, triplets(8, 0), triplets(4, 1), settings, ResumePoint(tmp_path, "a"), torch.device("cpu")
-    )
+    rows = distill(detector, triplets(8, 0), triplets(4, 1), settings, ResumePoint(tmp_path, "a"), torch.device("cpu"))
     student = [row for row in rows if row[0] == "student"]
     assert len(student) < 60
     best = int(np.nanargmin([row[3] for row in student]))
@@ -255,7 +253,7 @@ def test_knn_finds_the_odd_patch(teacher: Teacher) -> None:
     baseline = KnnBaseline.fit(teacher, [normal[:3], normal[3:]], 300, generator)
     assert baseline.memory.shape[0] == 300 or baseline.memory.shape[0] == 6 * 64
     with torch.inference_mode():
-        good, good_scores = baseline(normal)
+        _, good_scores = baseline(normal)
         bad, bad_scores = baseline(torch.from_numpy(data.defect).float() / 255)
     assert bad_scores.min() > good_scores.max()
     mask = torch.from_numpy(data.mask)

@@ -52,9 +52,9 @@ def test_strength_zero_is_the_strided_ddpm_of_diffusers(prediction: str, start: 
 def test_constant_rule_adds_the_same_variance_whatever_the_number_of_steps() -> None:
     """With a model that changes nothing but the scale, the extra variance can be followed step by step."""
     for steps in (5, 10):
-        clean = torch.zeros(1, 3, 64, 64)
+        clean, plain = torch.zeros(1, 3, 64, 64), Disturbance()
         disturbed = [
-            sample_disturbed(Nothing(), scheduler("v_prediction"), clean, [0.2], [s], steps, Disturbance(), generators(1))
+            sample_disturbed(Nothing(), scheduler("v_prediction"), clean, [0.2], [s], steps, plain, generators(1))
             for s in (0.0, 0.05)
         ]
         extra = disturbed[1].var() - disturbed[0].var()

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from flawsmith.diffusion.readiness import colour_noise, judge_readiness, energy_distance
+from flawsmith.diffusion.readiness import colour_noise, energy_distance, judge_readiness
 from flawsmith.diffusion.train import random_crops, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, load_denoiser, save_denoiser
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.resume import ResumePoint
-from flawsmith.settings import DdpmTrainSettings, load_settings
+from flawsmith.settings import load_settings
 
 SETTINGS = dataclasses.replace(
     load_settings(Path(__file__).parents[2] / "params.yaml").ddpm_train,

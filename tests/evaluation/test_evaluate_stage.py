@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from flawsmith.errors import UserError
+from flawsmith.evaluation.assess import KEYS
 from flawsmith.images import write_png
 from flawsmith.settings import load_settings
 from flawsmith.stages import evaluate
@@ -91,8 +92,13 @@ def test_labelled_surface_leaves_its_files(layout):
     assert content["n_good"] == content["n_defective"] == 5
     assert {path.name for path in out.iterdir()} == {
         *("metrics.json", "roc.csv", "pr.csv", "curves", "scores.csv", "calibration_scores.csv"),
-        *("figures", "gallery", "parity", "report.html"),
+        *("figures", "gallery", "parity", "report.html", "summary"),
     }
+    summary = {path.stem: json.loads(path.read_text()) for path in (out / "summary").iterdir()}
+    assert set(summary) == {"detector", "knn-baseline"}
+    for name, values in summary.items():  # the same keys in every row of `dvc metrics show`, and metrics.json's values
+        source = content if name == "detector" else content["baseline"]
+        assert values == {key: pytest.approx(source[key], abs=1e-4) for key in KEYS}
     assert len(list((out / "parity").iterdir())) == 8
     assert fitted == [list(made.split().fit)]
     assert str(made.root) not in (out / "report.html").read_text()

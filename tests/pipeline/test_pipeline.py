@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ OUTPUTS = {
     "distill": ["config.json", "detector.safetensors", "losses.csv"],
     "evaluate": [
         "calibration_scores.csv", "curves", "figures", "gallery", "metrics.json", "parity", "pr.csv", "report.html",
-        "roc.csv", "scores.csv",
+        "roc.csv", "scores.csv", "summary",
     ],
     "export": ["latency.json", "model.onnx", "parity.json"],
 }  # fmt: skip
@@ -50,7 +51,7 @@ def restored(project: Project) -> Iterator[Project]:
 def test_a_stage_leaves_what_dvc_knows_of_and_nothing_else(project: Project, stage: str) -> None:
     assert sorted(path.name for path in project.stage(stage).iterdir() if path.name[0] != ".") == OUTPUTS[stage]
     lock = yaml.safe_load((project.folder / "dvc.lock").read_text())
-    outs = [Path(out["path"]).name for out in lock["stages"][target(stage)]["outs"]]
+    outs = {Path(out["path"]).parts[3] for out in lock["stages"][target(stage)]["outs"]}
     assert sorted(outs) == OUTPUTS[stage]
 
 
@@ -136,7 +137,8 @@ def test_the_lineage_of_the_model_leads_back_to_the_data(project: Project) -> No
     assert result.returncode == 0, result.stdout + result.stderr
     for stage in STAGES:
         assert f"<- {stage} ({CATEGORY})" in result.stdout
-    assert "source data" in result.stdout
+    assert f"data/{CATEGORY}/train" in result.stdout
+    assert f"<- demo-data ({CATEGORY})" in result.stdout
 
 
 def test_a_triplet_is_explained_bit_for_bit(project: Project, tmp_path: Path) -> None:
@@ -147,8 +149,11 @@ def test_a_triplet_is_explained_bit_for_bit(project: Project, tmp_path: Path) ->
 
 
 def test_dvc_shows_metrics_plots_and_the_graph(project: Project) -> None:
-    metrics = json.loads(project.run("dvc", "metrics", "show", "--json").stdout)
-    assert "image_auroc" in json.dumps(metrics)
+    table = project.run("dvc", "metrics", "show").stdout
+    assert re.search(r"evaluate/summary/detector\.json +[01]\.", table)
+    assert re.search(r"evaluate/summary/knn-baseline\.json +[01]\.", table)
+    assert "image_auroc" in table
+    assert max(map(len, table.splitlines())) < 200  # a table a person can read
     assert target("export") in project.run("dvc", "dag").stdout
     project.run("dvc", "plots", "show", "--out", "plots")
     html = (project.folder / "plots" / "index.html").read_text()
@@ -162,6 +167,8 @@ def test_git_keeps_the_small_results_and_ignores_the_rest(project: Project) -> N
     assert sorted(path for path in listed if path.startswith(("artifacts", "data", "mlflow", "dvc.lock"))) == [
         f"artifacts/{CATEGORY}/ddpm-train/readiness.json",
         f"artifacts/{CATEGORY}/evaluate/metrics.json",
+        f"artifacts/{CATEGORY}/evaluate/summary/detector.json",
+        f"artifacts/{CATEGORY}/evaluate/summary/knn-baseline.json",
         f"artifacts/{CATEGORY}/export/latency.json",
         f"artifacts/{CATEGORY}/export/parity.json",
         f"artifacts/{CATEGORY}/validate/verdict.json",

@@ -20,6 +20,7 @@ from flawsmith.images import Mask
 
 Piece = TypeVar("Piece", Metal, Fabric)
 Generator = np.random.Generator
+Range = tuple[float, float]
 Path = NDArray[np.float64]  # (N, 2) rows and columns, a quarter of a pixel apart
 
 LINT = np.array(  # reflectance of foreign fibres: dark wool, cotton, blue, red, brown hair
@@ -109,12 +110,14 @@ def wobble(generator: Generator, share: Field, knots: int, low: float, high: flo
 # --- on both surfaces -------------------------------------------------------------------------------------------------
 
 
-def fibre(piece: Piece, generator: Generator) -> tuple[Piece, Mask]:
+def _fibre(
+    piece: Piece, generator: Generator, length: Range, half_width: Range, opacities: Range
+) -> tuple[Piece, Mask]:
     """A foreign fibre lies on top and casts a soft shadow."""
-    path = draw_path(generator, piece.size, generator.uniform(25, 100), generator.uniform(0.3, 1.0))
-    half = generator.uniform(0.35, 0.9)
+    path = draw_path(generator, piece.size, generator.uniform(*length), generator.uniform(0.3, 1.0))
+    half = generator.uniform(*half_width)
     colour = LINT[generator.integers(len(LINT))] * generator.uniform(0.8, 1.2)
-    opacity = generator.uniform(0.4, 0.95)
+    opacity = generator.uniform(*opacities)
     return _lay(piece, path, half, colour, opacity, lift=generator.uniform(0.6, 2.2), dark=generator.uniform(0.15, 0.4))
 
 
@@ -151,12 +154,17 @@ def _film(generator: Generator, blob: Blob, density: float, hue: NDArray[np.floa
 # --- on metal ---------------------------------------------------------------------------------------------------------
 
 
+def metal_fibre(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
+    """Lint from a wiping cloth."""
+    return _fibre(piece, generator, (25, 100), (0.35, 0.9), (0.4, 0.95))
+
+
 def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """A point was dragged over the surface: a groove with burrs, its depth changing along the way."""
-    turn = generator.uniform(np.deg2rad(10), np.deg2rad(170))
+    turn = generator.uniform(np.deg2rad(12), np.deg2rad(168))
     path = draw_path(generator, piece.size, generator.uniform(22, 120), generator.uniform(0, 0.12), piece.angle + turn)
     width = generator.uniform(0.55, 1.2)
-    steep = np.exp(generator.uniform(np.log(0.20), np.log(0.8)))  # slope of the flanks
+    steep = np.exp(generator.uniform(np.log(0.22), np.log(0.8)))  # slope of the flanks
     distance, _, share = near_path(path, piece.size, 10)
     fade = smooth_step(np.minimum(share, 1 - share) * 8) * wobble(generator, share, max(3, len(path) // 60), 0.5, 1.0)
     groove = np.exp(-((distance / width) ** 2) / 2)
@@ -189,9 +197,9 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     rows, columns = pixel_grid(piece.size)
     height, bare = piece.height, np.zeros((piece.size, piece.size), np.float32)
     rust = np.zeros_like(bare)
-    for _ in range(int(generator.integers(1, 7))):
+    for _ in range(int(generator.integers(2, 7))):
         place = centre + spread * generator.standard_normal(2)
-        radius = np.exp(generator.normal(np.log(1.15), 0.35))
+        radius = np.exp(generator.normal(np.log(1.2), 0.35))
         distance = np.hypot(rows - place[0], (columns - place[1]) / generator.uniform(0.8, 1.4)) / radius
         height = height - 0.8 * radius * np.exp(-(distance**2))
         bare = np.maximum(bare, np.exp(-(distance**4)) * generator.uniform(0.35, 0.85))
@@ -204,6 +212,11 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
 # --- on cloth ---------------------------------------------------------------------------------------------------------
 
 
+def fabric_fibre(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
+    """A thread end or a hair: on a weave a thinner one is lost to any eye."""
+    return _fibre(piece, generator, (30, 110), (0.55, 1.2), (0.5, 0.95))
+
+
 def _pixels(samples: NDArray[np.bool_]) -> Mask:
     """A footprint in samples, in pixels and with room for the shading around it."""
     side = samples.shape[0] // OVERSAMPLING
@@ -211,11 +224,11 @@ def _pixels(samples: NDArray[np.bool_]) -> Mask:
     return np.asarray(ndimage.binary_dilation(touched, iterations=4), np.bool_)
 
 
-def _one_yarn(
-    piece: Fabric, generator: Generator, length: tuple[float, float]
+def _yarn_segment(
+    piece: Fabric, generator: Generator, length: Range, yarns: int = 1
 ) -> tuple[int, NDArray[np.bool_], Field, Field]:
-    """A yarn near a random place: which set, its samples, the position on it (-1..1), and 0 at both ends of a
-    segment of random length, rising to 1 inside."""
+    """A yarn (or some side by side) near a random place: which set, its samples, the position on it (-1..1), and a
+    field that is 1 in a segment of random length and falls to 0 at its ends."""
     which = int(generator.integers(2))
     place = (somewhere(generator, piece.size) * OVERSAMPLING).astype(int)
     index, across = piece.crossing()[which]
@@ -223,13 +236,14 @@ def _one_yarn(
     middle = along[place[0], place[1]]
     half = generator.uniform(*length) / 2
     segment = smooth_step((half - np.abs(along - middle)) / 3)
-    return which, index == index[place[0], place[1]], across, segment
+    count = index - index[place[0], place[1]]
+    return which, (count >= 0) & (count < yarns), across, segment
 
 
 def fabric_missing_thread(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
-    """A yarn broke and left a gap, or thins out for a while."""
-    which, samples, _, segment = _one_yarn(piece, generator, (14, 70))
-    least = 0.0 if generator.random() < 0.6 else generator.uniform(0.3, 0.6)
+    """A yarn or two broke and left a gap, or thin out for a while."""
+    which, samples, _, segment = _yarn_segment(piece, generator, (20, 90), int(generator.integers(1, 3)))
+    least = 0.0 if generator.random() < 0.75 else generator.uniform(0.25, 0.5)
     thickness = [*piece.thickness]
     thickness[which] = np.where(samples, 1 - (1 - np.float32(least)) * segment, np.float32(1))
     return replace(piece, thickness=(thickness[0], thickness[1])), _pixels(samples & (segment > 0))
@@ -237,8 +251,8 @@ def fabric_missing_thread(piece: Fabric, generator: Generator) -> tuple[Fabric, 
 
 def fabric_slub(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     """A yarn was spun too thick for a while: it swells and pushes its neighbours aside."""
-    which, samples, across, segment = _one_yarn(piece, generator, (16, 48))
-    swell = generator.uniform(0.4, 0.62)
+    which, samples, across, segment = _yarn_segment(piece, generator, (16, 48))
+    swell = generator.uniform(0.38, 0.6)
     pitch = PITCH[which]
     place = piece.place[which]
     centre = np.median((place - across * pitch / 2)[samples & (segment > 0)])
@@ -270,7 +284,7 @@ def fabric_stain(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     """A liquid soaked in, followed the yarns and dried."""
     blob = draw_blob(generator, piece.size, generator.uniform(9, 32), generator.uniform(0.1, 0.3))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.3, 0.05, 0.5])
-    density = np.exp(generator.uniform(np.log(0.22), np.log(0.7)))
+    density = np.exp(generator.uniform(np.log(0.27), np.log(0.75)))
     wick = np.zeros((piece.size, piece.size), np.float32)
     for index, _ in piece.crossing():
         reach = generator.normal(0, 1.0, int(index.max()) + 1).astype(np.float32)
@@ -281,13 +295,13 @@ def fabric_stain(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
 
 METAL_DEFECTS: Mapping[str, Callable[[Metal, Generator], tuple[Metal, Mask]]] = {
     "dent": metal_dent,
-    "fibre": fibre,
+    "fibre": metal_fibre,
     "pit": metal_pit,
     "scratch": metal_scratch,
     "stain": metal_stain,
 }
 FABRIC_DEFECTS: Mapping[str, Callable[[Fabric, Generator], tuple[Fabric, Mask]]] = {
-    "fibre": fibre,
+    "fibre": fabric_fibre,
     "hole": fabric_hole,
     "missing_thread": fabric_missing_thread,
     "slub": fabric_slub,

@@ -62,14 +62,14 @@ class Refiner(nn.Module):
         self.film = nn.Sequential(
             nn.Linear(TIME_CHANNELS, TIME_CHANNELS // 2), nn.SiLU(), nn.Linear(TIME_CHANNELS // 2, 6 * width)
         )
-        # replicated borders: zeros would be learnt as a dark rim, and windows are all rim
+        # reflected borders: zeros would be learnt as a rim, and a repeated noisy pixel looks like structure
         self.hidden = nn.ModuleList(
             [
-                nn.Conv2d(inputs, width, 3, padding=dilation, dilation=dilation, padding_mode="replicate")
+                nn.Conv2d(inputs, width, 3, padding=dilation, dilation=dilation, padding_mode="reflect")
                 for inputs, dilation in ((6, 1), (width, 2), (width, 4))
             ]
         )
-        self.answer = nn.Conv2d(width, 3, 3, padding=1, padding_mode="replicate")
+        self.answer = nn.Conv2d(width, 3, 3, padding=1, padding_mode="reflect")
         for parameter in self.answer.parameters():
             nn.init.zeros_(parameter)
 

@@ -23,7 +23,7 @@ def scored_on(labelled: bool) -> str:
 
 
 def metrics_content(result: Assessment, labelled: bool) -> dict[str, Any]:
-    """metrics.json: flat keys that `dvc metrics` shows, each with `<key>_ci`; rates at the threshold; the baseline.
+    """metrics.json: flat keys, each with `<key>_ci`; rates at the threshold; the baseline.
 
     Metrics are rounded to 6 decimals; thresholds are exact, since a verdict hangs on them.
     """
@@ -52,9 +52,13 @@ def metrics_content(result: Assessment, labelled: bool) -> dict[str, Any]:
 
 
 def write_data(folder: Path, result: Assessment, labelled: bool) -> None:
-    """metrics.json, the curves for `dvc plots`, scores.csv and calibration_scores.csv."""
+    """metrics.json, summary/ for `dvc metrics`, curves for `dvc plots`, scores.csv and calibration_scores.csv."""
     write_json(folder / "metrics.json", metrics_content(result, labelled))
     detector, baseline = result.detector, result.baseline
+    # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns
+    for name, performance in (("detector", detector), ("knn-baseline", baseline)):
+        headline = {key: round(performance.values[key].value, 4) for key in KEYS}
+        write_json(folder / "summary" / f"{name}.json", headline)
     for roc, pr, ours, theirs in (
         ("roc.csv", "pr.csv", detector.image_curve, baseline.image_curve),
         ("curves/pixel_roc.csv", "curves/pixel_pr.csv", detector.pixel_curve, baseline.pixel_curve),

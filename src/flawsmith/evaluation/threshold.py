@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 
 from flawsmith.errors import UserError
 
+MARGIN = 0.01
+
 
 @dataclass(frozen=True)
 class Threshold:
     """A part is flagged if its score is strictly above `value`.
 
     Attributes:
-        value: one of the calibration scores.
+        value: a hair (`MARGIN` of the distance to its neighbour) above the score of that rank, so that the rounding of
+            another runtime flips no calibration image.
         rank: its rank among them, 1 the smallest.
         calibration_images: n.
         target_rate: the false-alarm rate asked for.
@@ -43,8 +46,8 @@ class Threshold:
         n, target = self.calibration_images, _percent(self.target_rate)
         if self.is_reachable:
             return (
-                f"The threshold is the {_ordinal(self.rank)} smallest of {n} scores of normal calibration images that "
-                f"trained no network: at most {target} of normal parts from the same process are expected above it."
+                f"The threshold lies just above the {_ordinal(self.rank)} smallest of {n} scores of normal calibration "
+                f"images that trained no network: at most {target} of normal parts from the same process are expected above it."
             )
         needed = math.ceil(1 / self.target_rate - 1e-9) - 1
         return (
@@ -65,8 +68,10 @@ def conformal_threshold(scores: NDArray[np.floating], false_alarm_rate: float) -
         raise UserError("There is no calibration image; raise data.calibration_fraction in params.yaml.")
     wanted = math.ceil((count + 1) * (1 - false_alarm_rate) - 1e-9)  # 1e-9: 20 * 0.95 must not round up to 20
     rank = min(wanted, count)
+    ordered = np.sort(np.asarray(scores, np.float64))
+    pair = ordered[rank - 1 : rank + 1] if rank < count else ordered[-2:]
     return Threshold(
-        value=float(np.sort(scores)[rank - 1]),
+        value=float(ordered[rank - 1] + MARGIN * (pair[-1] - pair[0])),
         rank=rank,
         calibration_images=count,
         target_rate=false_alarm_rate,

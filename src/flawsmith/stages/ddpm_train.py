@@ -22,6 +22,7 @@ from flawsmith.tracking import stage_run
 STAGE = "ddpm-train"
 SAMPLE_STEPS = 40  # reverse steps of a plain sample: strided DDPM needs more than a few from pure noise
 SHEET_SAMPLES = 16
+RIM = 8  # pixels sampled around each crop and cut off, as synthesis uses the inside of its windows alone
 
 
 def run(layout: Layout) -> None:
@@ -57,11 +58,13 @@ def run(layout: Layout) -> None:
 
 def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch.device) -> NDArray[np.float32]:
     """(N, 3, crop, crop) in [0, 1]: fixed-seed samples of strength 0 from pure noise."""
-    count = settings.readiness_samples
+    count, multiple = settings.readiness_samples, settings.patch * 2 ** (len(settings.channels) - 1)
+    rim = -(-RIM // multiple) * multiple
+    side = settings.crop + 2 * rim
     sampled = sample_disturbed(
-        denoiser.to(device),
+        denoiser.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         build_scheduler(settings),
-        torch.zeros(count, 3, settings.crop, settings.crop),
+        torch.zeros(count, 3, side, side),
         [1.0] * count,
         [0.0] * count,
         SAMPLE_STEPS,
@@ -70,7 +73,8 @@ def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch
         device,
     )
     denoiser.cpu()
-    return (sampled.numpy() + np.float32(1)) / np.float32(2)
+    inner = sampled[:, :, rim : side - rim, rim : side - rim].numpy()
+    return (inner + np.float32(1)) / np.float32(2)
 
 
 def _judge(

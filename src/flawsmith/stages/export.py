@@ -58,7 +58,7 @@ def run(layout: Layout) -> None:
             input_size=size,
             map_low=low,
             map_high=high,
-            detector_digest=digest_path(weights),
+            detector_digest=digest_path(weights.parent),
             teacher=detector.config.backbone,
             flawsmith_version=__version__,
         )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from flawsmith.devices import best_device, fast_math
 from flawsmith.diffusion.unet import build_scheduler, load_denoiser
@@ -66,7 +67,7 @@ def build_workshop(layout: Layout) -> Workshop:
     foreground = Foreground.estimate(normals[sample].astype(np.float32) / np.float32(255))
     device = best_device()
     return Workshop(
-        denoiser=denoiser.to(device),
+        denoiser=denoiser.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         scheduler=build_scheduler(ddpm),
         normals=normals,
         names=[path.name for path in paths],
