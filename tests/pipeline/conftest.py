@@ -40,23 +40,26 @@ SMALL: dict[str, dict[str, Any]] = {
     "export": {"latency_runs": 3},
 }  # fmt: skip
 
-# Loaded by every `flawsmith` process of the project: notes which files below data/<category> it opens or lists, and
-# kills it with SIGKILL, on wish, at the n-th time that it is about to put a file of a given name in place.
+# Loaded by every `flawsmith` process of the project: notes which files below data/<category> it opens or lists and
+# which checkpoints it puts in place, and kills it with SIGKILL, on wish, just before the n-th checkpoint.
 WATCH = """
 import os, signal, sys
 if sys.argv[0].endswith("flawsmith"):
     record = os.open({record!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    name, _, times = os.environ.get("KILL_AT", "").partition(":")
-    seen = []
+    kill_at = int(os.environ.get("KILL_AT_CHECKPOINT", "0"))
+    saved = []
+    def note(path):
+        os.write(record, (sys.argv[1] + "\\t" + path + "\\n").encode(errors="replace"))
     def watch(event, arguments):
         if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
             path = os.fsdecode(arguments[0]).replace(os.sep, "/")
             if any(part in path for part in ("/train", "/test", "/ground_truth")):
-                os.write(record, (sys.argv[1] + "\\t" + path + "\\n").encode(errors="replace"))
-        if name and event == "os.rename" and os.path.basename(os.fsdecode(arguments[1])) == name:
-            seen.append(event)
-            if len(seen) == int(times):
+                note(path)
+        elif event == "os.rename" and os.path.basename(os.fsdecode(arguments[1])) == "checkpoint.pt":
+            saved.append(event)
+            if len(saved) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            note("checkpoint.pt")
     sys.addaudithook(watch)
 """
 
@@ -122,13 +125,10 @@ class Project:
         """The stages that `dvc repro` started, in order."""
         return re.findall(r"^Running stage '(.+)'", result.stdout, re.MULTILINE)
 
-    def opened(self) -> dict[str, set[str]]:
-        """Stage → paths it opened or listed below a data folder."""
-        opened: dict[str, set[str]] = {}
-        for line in (self.folder / "watch" / "opened.tsv").read_text().splitlines():
-            stage, _, path = line.partition("\t")
-            opened.setdefault(stage, set()).add(path)
-        return opened
+    def noted(self, stage: str) -> list[str]:
+        """What the watch noted of a stage's processes so far: paths below data/<category>, and `checkpoint.pt`."""
+        lines = (line.partition("\t") for line in (self.folder / "watch" / "opened.tsv").read_text().splitlines())
+        return [path for name, _, path in lines if name == stage]
 
 
 @pytest.fixture(scope="session")

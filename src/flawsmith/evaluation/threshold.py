@@ -47,7 +47,8 @@ class Threshold:
         if self.is_reachable:
             return (
                 f"The threshold lies just above the {_ordinal(self.rank)} smallest of {n} scores of normal calibration "
-                f"images that trained no network: at most {target} of normal parts from the same process are expected above it."
+                f"images that trained no network: at most {target} of normal parts from the same process are expected "
+                f"above it."
             )
         needed = math.ceil(1 / self.target_rate - 1e-9) - 1
         return (
