@@ -15,8 +15,8 @@ import pytest
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_path
+from flawsmith.layout import Layout
 from flawsmith.settings import Settings, load_settings
-from flawsmith.stages.layout import Layout
 from flawsmith.tracking import check_store, read_lineage, render_lineage, stage_run, tracking_uri
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -256,7 +256,7 @@ def test_mode_off_records_nothing_and_imports_no_mlflow(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from flawsmith.settings import load_settings
-from flawsmith.stages.layout import Layout
+from flawsmith.layout import Layout
 from flawsmith.tracking import stage_run
 layout = Layout(load_settings(Path({str(PARAMS)!r}), {{"tracking.mode": "off"}}), "tile", Path({str(tmp_path)!r}))
 with stage_run(layout, "distill", {{"data": layout.root / "missing"}}, {{"a": 1}}) as run:

@@ -19,8 +19,8 @@ from flawsmith import __version__
 from flawsmith.errors import FlawsmithError, UserError
 
 if TYPE_CHECKING:
+    from flawsmith.layout import Layout
     from flawsmith.settings import Settings
-    from flawsmith.stages.layout import Layout
 
 DEBUG = "FLAWSMITH_DEBUG"
 INTERRUPTED = 130  # 128 + SIGINT, as shells do
@@ -353,7 +353,7 @@ def _settings(params: Path, replaced: Mapping[str, Any]) -> "Settings":
 
 def _layouts(params: Path, categories: list[str] | None, overrides: list[str] | None) -> list["Layout"]:
     """A layout for each wanted category; a category named on the command line need not stand in params.yaml."""
-    from flawsmith.stages.layout import Layout
+    from flawsmith.layout import Layout
 
     replaced = parse_overrides(overrides or [])
     if categories:

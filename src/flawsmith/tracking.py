@@ -29,9 +29,9 @@ from urllib.parse import urlsplit
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json, digest_path
+from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Artefact, Lineage, RunRecord, render_lineage, walk
 from flawsmith.settings import Settings
-from flawsmith.stages.layout import Layout
 
 __all__ = ["StageRun", "check_store", "read_lineage", "render_lineage", "stage_run", "tracking_uri"]
 

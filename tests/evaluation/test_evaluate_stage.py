@@ -11,9 +11,9 @@ from torch import nn
 from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import KEYS
 from flawsmith.images import write_png
+from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import evaluate
-from flawsmith.stages.layout import Layout
 from flawsmith.triplets import TripletFolder
 
 

@@ -11,8 +11,8 @@ import flawsmith.stages.export as stage
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_path, write_json
 from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
-from flawsmith.stages.layout import Layout
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from triplet_sets import COUNT, Report, settings, write_manifest
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_path
+from flawsmith.layout import Layout
 from flawsmith.quality.expectations import check, tidy_page
 from flawsmith.quality.gate import read_manifest_ids, to_frame
 from flawsmith.quality.measures import Measures
 from flawsmith.quality.verdict import rules
-from flawsmith.stages.layout import Layout
 from flawsmith.stages.validate import run
 
 SETS = ("good", "broken", "odd", "empty")

@@ -12,10 +12,10 @@ from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
 from flawsmith.files import atomic_folder, digest_json, digest_path, write_csv, write_json
 from flawsmith.images import to_uint8, write_png
+from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
-from flawsmith.stages.layout import Layout
 from flawsmith.surfaces import load_images_uint8
 from flawsmith.tracking import stage_run
 

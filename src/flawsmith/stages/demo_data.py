@@ -4,8 +4,8 @@ from pathlib import Path
 
 from flawsmith.demo.render import kind_of, write_category
 from flawsmith.files import atomic_folder
+from flawsmith.layout import Layout
 from flawsmith.settings import Settings, section_values
-from flawsmith.stages.layout import Layout
 from flawsmith.tracking import stage_run
 
 STAGE = "demo-data"

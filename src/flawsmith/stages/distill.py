@@ -12,9 +12,9 @@ from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import best_device, fast_math
 from flawsmith.errors import QualityGateError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
+from flawsmith.layout import Layout
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import section_values, settings_digest
-from flawsmith.stages.layout import Layout
 from flawsmith.surfaces import load_images_uint8
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder

@@ -21,9 +21,9 @@ from flawsmith.evaluation.outputs import write_data, write_parity_images
 from flawsmith.evaluation.report import Subject, summary, write_report
 from flawsmith.evaluation.scoring import Item, labelled_items, normal_items, torch_scorer, triplet_items
 from flawsmith.files import atomic_folder
+from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
-from flawsmith.stages.layout import Layout
 from flawsmith.surfaces import load_images
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import VALIDATION, TripletFolder

@@ -7,7 +7,7 @@ import numpy as np
 from flawsmith.devices import fast_math
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import to_uint8, write_png
-from flawsmith.stages.layout import Layout
+from flawsmith.layout import Layout
 from flawsmith.stages.synthesize import STAGE, build_workshop, made_with, read_manifest
 from flawsmith.synthesis.generate import manifest_row, remake
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row

@@ -16,8 +16,8 @@ from flawsmith.export.parity import certificate, measure_latency, run_detector
 from flawsmith.files import atomic_folder, digest_path, read_json, write_json
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
 from flawsmith.settings import section_values
-from flawsmith.stages.layout import Layout
 from flawsmith.surfaces import load_images
 from flawsmith.tracking import stage_run
 

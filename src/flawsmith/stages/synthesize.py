@@ -13,9 +13,9 @@ from flawsmith.diffusion.unet import build_scheduler, load_denoiser
 from flawsmith.files import atomic_file, atomic_folder
 from flawsmith.foreground import Foreground
 from flawsmith.images import write_png
+from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import section_values, settings_digest
-from flawsmith.stages.layout import Layout
 from flawsmith.surfaces import load_images_uint8
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
