@@ -26,42 +26,48 @@ from flawsmith.schedule import learning_rate
 from flawsmith.settings import DistillSettings
 from flawsmith.triplets import TripletArrays
 
+BLOCK = 8  # images whose features are computed together
 LOSS_COLUMNS = ("phase", "step", "loss", "validation")
 Loss = Callable[[tuple[Features, Features, Tensor]], Tensor]
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
 class FeatureBank:
-    """Teacher features of images by index, computed on first use and kept while they fit into `limit_bytes`."""
+    """Teacher features of images by index, computed on first use and kept while they fit into `limit_bytes`.
+
+    Kernels round differently for other batches, so an image is always computed in the same company, whatever was asked
+    for before: a resumed run then sees the very same features. That company is its block of BLOCK neighbours if all
+    images fit, else itself alone, for a block whose members are not kept would be computed in vain.
+    """
 
     def __init__(self, teacher: Teacher, images: NDArray[np.uint8], device: torch.device, limit_bytes: int) -> None:
         self.teacher, self.images, self.device = teacher, images, device
         self._kept: dict[int, Features] = {}
-        self._room = limit_bytes
-
-    def __len__(self) -> int:
-        return len(self.images)
+        size = sum(level.numel() * level.element_size() for level in self._compute(0, 1)[0])
+        self._places = limit_bytes // size  # how many images fit
+        self._block = BLOCK if self._places >= len(images) else 1
 
     def __getitem__(self, indices: NDArray[np.int64]) -> Features:
         """Features (B, C_k, h_k, w_k) float32 of the images at `indices`, on the device."""
-        missing = sorted({int(index) for index in indices} - self._kept.keys())
-        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
-        for index, features in fresh.items():
-            size = sum(level.numel() * level.element_size() for level in features)
-            if size <= self._room:
-                self._kept[index] = features
-                self._room -= size
-        chosen = [self._kept.get(int(index)) or fresh[int(index)] for index in indices]
+        chosen = [self._one(int(index)) for index in indices]
         return tuple(torch.stack(level).to(self.device).float() for level in zip(*chosen, strict=True))
 
-    def _compute(self, indices: list[int]) -> Iterator[Features]:
+    def _one(self, index: int) -> Features:
+        if index in self._kept:
+            return self._kept[index]
+        first = index // self._block * self._block
+        fresh = self._compute(first, first + self._block)
+        for offset, features in enumerate(fresh[: max(0, self._places - len(self._kept))]):
+            self._kept[first + offset] = features
+        return fresh[index - first]
+
+    def _compute(self, first: int, end: int) -> list[Features]:
         with torch.inference_mode():
-            batch = as_batch(self.images[indices], self.device)
+            batch = as_batch(self.images[first:end], self.device)
             with autocast(self.device):
-                levels = self.teacher(batch)
-            levels = tuple(level.half().cpu() for level in levels)
+                levels = [level.half().cpu() for level in self.teacher(batch)]
         # cloned outside inference mode, so that autograd may use them
-        return iter([tuple(level[row].clone() for level in levels) for row in range(len(indices))])
+        return [tuple(level[row].clone() for level in levels) for row in range(len(batch))]
 
 
 def as_batch(images: NDArray[np.uint8], device: torch.device) -> Tensor:
