@@ -23,8 +23,8 @@ def main(category: str, triplets: str, images: str, out: str = "docs/overview.pn
         normal, defect, mask = folder.read(triplet_id)
         test = read_image(Path("data") / category / "test" / name)
         prediction = predictor.predict([test])[0]
-        heat_range, outline = predictor.metadata.map_range, predictor.pixel_threshold
-        overlay = draw_overlay(test, prediction.anomaly_map, heat_range, outline)
+        heat_range = (predictor.metadata.map_low, predictor.metadata.map_high)
+        overlay = draw_overlay(test, prediction.anomaly_map, heat_range, predictor.pixel_threshold)
         white = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
         rows.append(np.concatenate([to_uint8(normal), to_uint8(defect), white, to_uint8(test), overlay], axis=1))
     write_png(Path(out), contact_sheet(rows, columns=1))
