@@ -35,6 +35,7 @@ STAGES: dict[str, str] = {
     "export": "Write model.onnx and prove that it decides as the trained detector does.",
 }
 STAGE_PANEL = "Pipeline stages, in order (`dvc repro` runs what has changed)"
+REGISTRY_PANEL = "Registry: which model is in use, and why"
 USE_PANEL = "Use and understand a model"
 HOUSE_PANEL = "Around it"
 
@@ -200,6 +201,43 @@ def predict(
 
 
 @app.command(rich_help_panel=USE_PANEL)
+def monitor(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New production images, searched recursively.")],
+    category: OneCategoryOption = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="ONNX", help="Instead of the champion's; needs --reference.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", metavar="NPZ", help="What that model answered on its calibration.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Results; replaced as a whole. Default: artifacts/NAME/monitor."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print drift.json instead of sentences.")] = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Compare new images with those the champion was calibrated on: report.html, drift.json, scores.csv. Exit 3: drift.
+
+    Files that cannot be read are named, counted and skipped; too few readable ones end with exit status 2.
+
+    Example: flawsmith monitor /line/today --category brushed_metal --out drift
+    """
+    layout = _one_layout(params, category, overrides)
+    from flawsmith.monitoring.folder import run
+
+    outcome = run(layout, folder, out or layout.stage("monitor"), model, reference)
+    for item in outcome.watched.unreadable:
+        print(f"skipped: {item.reason}", file=sys.stderr)
+    if as_json:
+        print((outcome.out / "drift.json").read_text(), end="")
+    else:
+        print(*[outcome.report.reason, *outcome.report.notes, f"Results: {outcome.out}"], sep="\n")
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command(rich_help_panel=USE_PANEL)
 def explain(
     triplet_id: Annotated[str, typer.Argument(metavar="TRIPLET_ID", help="As in manifest.parquet, e.g. fit-00012.")],
     category: OneCategoryOption = None,
@@ -222,20 +260,129 @@ def explain(
 
 @app.command(rich_help_panel=USE_PANEL)
 def lineage(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A file, a folder, or 6 or more digits of a digest.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A registered version (CATEGORY@champion, CATEGORY/3, 3), a file, a folder, or 6 or more digits of a "
+            "digest.",
+        ),
+    ],
+    category: OneCategoryOption = None,
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
 ) -> None:
     """Walk back by content from a model (or any output) to the data it came from. Exit 1 if a link is missing.
 
-    Example: flawsmith lineage artifacts/brushed_metal/export/model.onnx
+    Example: flawsmith lineage brushed_metal@champion
     """
+    from flawsmith.registry.origin import describe_origin, parse_version
     from flawsmith.tracking import read_lineage, render_lineage
 
-    found = read_lineage(params.parent, _settings(params, parse_overrides(overrides or [])), target)
-    print(render_lineage(found))
-    if not found.complete:
+    named = None if Path(target).exists() else parse_version(target)
+    if named is not None:
+        layout = _one_layout(params, named.category or category, overrides)
+        origin = describe_origin(layout, named.version)
+        print(origin.text)
+        complete = not origin.missing
+    else:
+        found = read_lineage(params.parent, _settings(params, parse_overrides(overrides or [])), target)
+        print(render_lineage(found))
+        complete = found.complete
+    if not complete:
         raise typer.Exit(1)
+
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RefusalReason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Your words for the audit trail.")]
+
+
+@app.command(rich_help_panel=REGISTRY_PANEL)
+def register(
+    category: OneCategoryOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Put the exported model into the MLflow registry with all that speaks for it. Twice the same adds nothing."""
+    import dataclasses
+
+    from flawsmith.registry.promotion import register as act
+
+    done = act(_one_layout(params, category, overrides), dry_run=dry_run)
+    state = "would be registered" if dry_run and done.created else "registered" if done.created else "was there already"
+    _answer(dataclasses.asdict(done), as_json, f"{done.model} version {done.version}: {state}.")
+
+
+@app.command(rich_help_panel=REGISTRY_PANEL)
+def promote(
+    category: OneCategoryOption = None,
+    version: Annotated[
+        str, typer.Option("--version", metavar="N", help="The version to judge. Default: the newest.")
+    ] = "",
+    reason: RefusalReason = "",
+    readmit: Annotated[bool, typer.Option("--readmit", help="Let a model that was rolled back stand again.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Judge a version beside the champion on the same images of today; make it the champion if every check passes.
+
+    Exit 1 if it is refused.
+    """
+    layout = _one_layout(params, category, overrides)
+    from flawsmith.stages.promote import run
+
+    done = run(layout, version=version, reason=reason, readmit=readmit, dry_run=dry_run)
+    lines = [f"  {'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.detail}" for check in done.checks]
+    title = f"{done.model} version {done.version}: {'would be ' if dry_run else ''}{done.outcome}. {done.reason}"
+    _answer(done.to_json(), as_json, "\n".join([*lines, title]))
+    if done.outcome == "refused":
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=REGISTRY_PANEL)
+def rollback(
+    reason: RefusalReason,
+    category: OneCategoryOption = None,
+    to: Annotated[str, typer.Option("--to", metavar="N", help="Version. Default: the champion before this one.")] = "",
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Make the champion before the present one the champion again, and bar the present one."""
+    from flawsmith.registry.promotion import rollback as act
+
+    done = act(_one_layout(params, category, overrides), reason=reason, to=to, dry_run=dry_run)
+    verb = "would be champion" if dry_run else "is champion"
+    _answer(done.to_json(), as_json, f"{done.model} version {done.version} {verb} again instead of "
+            f"{done.previous_champion}: {reason}")  # fmt: skip
+
+
+@app.command(rich_help_panel=REGISTRY_PANEL)
+def history(
+    category: OneCategoryOption = None,
+    _dry_run: Annotated[bool, typer.Option("--dry-run", help="Nothing to leave out: history only reads.")] = False,
+    as_json: JsonOption = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Every decision on a category's models, newest last: what, when, who, why."""
+    from flawsmith.registry.promotion import history as read
+    from flawsmith.registry.promotion import render_history
+
+    found = read(_one_layout(params, category, overrides))
+    _answer(found, as_json, render_history(found))
+
+
+def _answer(content: Mapping[str, Any], as_json: bool, text: str) -> None:
+    import json
+
+    print(json.dumps(content, indent=2, default=str) if as_json else text)
 
 
 @app.command(rich_help_panel=HOUSE_PANEL)

@@ -32,6 +32,7 @@ class RunRecord:
     params_digest: str
     inputs: tuple[Artefact, ...]
     outputs: tuple[Artefact, ...]
+    flow_run: str = ""  # the orchestrator's run that started it, if any
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Lineage:
         if self.run is None:
             return () if self.is_source else (self.artefact,)
         return tuple(artefact for parent in self.parents for artefact in parent.missing())
+
+    def nodes(self) -> tuple["Lineage", ...]:
+        """This node and everything behind it, a content that several runs read only once."""
+        found: dict[str, Lineage] = {self.artefact.digest: self}
+        for parent in self.parents:
+            for node in parent.nodes():
+                found.setdefault(node.artefact.digest, node)
+        return tuple(found.values())
 
 
 def walk(
@@ -116,6 +125,7 @@ def render_lineage(tree: Lineage) -> str:
         lines.append(
             f"{rest}{stem}  run {run.run_id[:SHOWN]}  {run.started:%Y-%m-%d %H:%M:%S} UTC  "
             f"git {run.revision[:SHOWN]}{' + changes' if run.dirty else ''}  params {run.params_digest[:SHOWN]}"
+            f"{f'  Prefect {run.flow_run[:SHOWN]}' if run.flow_run else ''}"
         )
         if node.writers > 1:
             lines.append(f"{rest}{stem}  newest of {node.writers} runs that wrote this content")

@@ -6,6 +6,7 @@ the bounds and the meaning of each key.
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -183,6 +184,44 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class PromoteSettings:
+    """`promote`: what a model must show, on today's data and beside the champion, to become the champion."""
+
+    seed: int = setting("seed of the paired bootstrap", 0)
+    bootstrap: int = setting("resamples of the paired differences", 100, 100_000)
+    margin: float = setting("most image AUROC a challenger may lose (lower bound of the difference)", 0.0, 0.5)
+    pixel_margin: float = setting("most AUPRO a challenger may lose (lower bound of the difference)", 0.0, 0.5)
+    defect_margin: float = setting("most image AUROC it may lose on any one defect type (lower bound)", 0.0, 0.5)
+    min_defect_images: int = setting("defect types with fewer test images are judged together", 1, 1000)
+    min_image_auroc: float = setting("absolute floor, binding the first model and every later one", 0.0, 1.0)
+    min_aupro: float = setting("absolute floor, binding the first model and every later one", 0.0, 1.0)
+    max_false_alarm_rate: float = setting("largest flagged share of today's calibration normals", 0.0, 1.0)
+    max_latency_ms: float = setting("largest p95 of one image on the deciding machine, milliseconds", 0.1, 600_000)
+    max_latency_ratio: float = setting("largest p95 relative to the champion's, measured in turns", 1.0, 100.0)
+    latency_runs: int = setting("timed runs a model", 3, 10_000)
+    max_megabytes: float = setting("largest model file", 0.1, 100_000)
+    health_images: int = setting("images, stored with a version, that it must score as it did when registered", 2, 256)
+    health_tolerance: float = setting("largest difference of those scores", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """`monitor`: when new images count as drifted from what the champion was calibrated on."""
+
+    seed: int = setting("seed of permutations and of the sample from a large folder", 0)
+    min_images: int = setting("fewer readable images cannot be judged", 5, 100_000)
+    max_images: int = setting("of a larger folder this many images are drawn at random", 5, 4000)
+    alpha: float = setting("chance of a false drift alarm a folder, over all statistics together", 0.0001, 0.2)
+    permutations: int = setting("random relabellings behind a p-value; at least 4 / alpha", 99, 100_000)
+    bins: int = setting("bins of the population stability index", 2, 100)
+    max_psi: float = setting("largest harmless PSI of the scores beyond chance", 0.0, 10.0)
+    max_ks: float = setting("largest harmless Kolmogorov-Smirnov distance of the scores beyond chance", 0.0, 1.0)
+    max_mmd: float = setting("largest harmless squared MMD of the teacher's features", 0.0, 2.0)
+    max_flagged_share: float = setting("share of flagged images that a batch of bad parts may explain", 0.0, 1.0)
+    gallery: int = setting("highest-scoring images drawn in the report", 0, 1000)
+
+
+@dataclass(frozen=True)
 class TrackingSettings:
     """`tracking`: whether stages are recorded in MLflow."""
 
@@ -200,6 +239,8 @@ SECTIONS: dict[str, type] = {
     "distill": DistillSettings,
     "evaluate": EvaluateSettings,
     "export": ExportSettings,
+    "promote": PromoteSettings,
+    "monitor": MonitorSettings,
     "tracking": TrackingSettings,
 }
 
@@ -218,6 +259,8 @@ class Settings:
     distill: DistillSettings
     evaluate: EvaluateSettings
     export: ExportSettings
+    promote: PromoteSettings
+    monitor: MonitorSettings
     tracking: TrackingSettings
 
 
@@ -357,6 +400,16 @@ def _check_together(settings: Settings, source: str) -> None:
                     f"{source}: `{name}` is {side}; it must be a multiple of {multiple} (patch and levels of the UNet) "
                     f"and at most data.image_size ({size})."
                 )
+    monitor = settings.monitor
+    if monitor.permutations + 1 < 4 / monitor.alpha:  # 4 statistics: the smallest p-value could never be significant
+        raise UserError(
+            f"{source}: `monitor.permutations` is {monitor.permutations}; with `monitor.alpha` {monitor.alpha:g} it must "
+            f"be {math.ceil(4 / monitor.alpha)} or more."
+        )
+    if monitor.min_images > monitor.max_images:
+        raise UserError(
+            f"{source}: `monitor.min_images` is {monitor.min_images}, above `monitor.max_images` ({monitor.max_images})."
+        )
     if len(settings.distill.cosine_weights) != levels or len(settings.distill.decoder_channels) != levels:
         raise UserError(f"{source}: `distill.cosine_weights` and `distill.decoder_channels` need {levels} values.")
     if len(settings.distill.map_weights) != levels + 1 or not any(settings.distill.map_weights):

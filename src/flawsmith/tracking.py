@@ -11,6 +11,7 @@ Runs go to the experiment `<experiment_prefix>/<category>` of MLFLOW_TRACKING_UR
 root. `tracking.mode: off` makes everything here a no-op that does not import MLflow.
 """
 
+import getpass
 import json
 import logging
 import os
@@ -33,13 +34,31 @@ from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Artefact, Lineage, RunRecord, render_lineage, walk
 from flawsmith.settings import Settings
 
-__all__ = ["StageRun", "check_store", "read_lineage", "render_lineage", "stage_run", "tracking_uri"]
+__all__ = [
+    "StageRun",
+    "check_store",
+    "connect",
+    "current_actor",
+    "current_flow_run",
+    "git_state",
+    "has_revision",
+    "read_lineage",
+    "render_lineage",
+    "stage_run",
+    "store_errors",
+    "tracking_uri",
+    "without_password",
+]
 
 logger = logging.getLogger(__name__)
 
 STAGE, CATEGORY = "flawsmith.stage", "flawsmith.category"
 INPUTS, OUTPUTS = "flawsmith.inputs", "flawsmith.outputs"
 PARAMS_DIGEST, DIRTY, ERROR = "flawsmith.params_digest", "flawsmith.git_dirty", "flawsmith.error"
+FLOW_RUN, ACTOR = "flawsmith.flow_run", "flawsmith.actor"
+CHECKOUT, PID = "flawsmith.checkout", "flawsmith.pid"
+# set by an orchestrator for the stages it starts: the id of its run, and in words who acts
+FLOW_RUN_VARIABLE, ACTOR_VARIABLE = "FLAWSMITH_FLOW_RUN", "FLAWSMITH_ACTOR"
 REVISION = "mlflow.source.git.commit"  # MLflow's own key: its UI shows it as the run's version
 
 PROBE_SECONDS = 4.0
@@ -53,6 +72,8 @@ DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 class StageRun:
     """What a stage says about itself while it runs; this class records nothing, as `tracking.mode: off` wants it."""
+
+    run_id = ""  # in the store; "" where nothing is recorded
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record values, of a step where there is one. Cheap: values are sent in batches."""
@@ -129,6 +150,22 @@ def tracking_uri(root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve().as_posix()}"
 
 
+def current_flow_run() -> str:
+    """The id of the orchestrator's run that this process belongs to, "" if none."""
+    return os.environ.get(FLOW_RUN_VARIABLE, "")
+
+
+def current_actor() -> str:
+    """Who acts: what the orchestrator says, else the user on this machine."""
+    named = os.environ.get(ACTOR_VARIABLE)
+    if named:
+        return named
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # a container's user without a name
+        return f"uid {os.getuid()}@{socket.gethostname()}"
+
+
 def check_store(root: Path) -> str:
     """The tracking URI (without its password), if the store answers within seconds; a SQLite file is not created.
 
@@ -138,10 +175,10 @@ def check_store(root: Path) -> str:
     uri = tracking_uri(root)
     database = _sqlite_file(uri)
     if database is None or database.is_file():
-        _connect(uri)
+        connect(uri)
     elif not os.access(database.parent, os.W_OK):
         raise UserError(f"{database} cannot be created; make its folder writable or set MLFLOW_TRACKING_URI.")
-    return _without_password(uri)
+    return without_password(uri)
 
 
 class _MlflowRun(StageRun):
@@ -153,11 +190,14 @@ class _MlflowRun(StageRun):
         self._pending: list[tuple[str, float, int, int]] = []  # name, value, milliseconds, step
         self._flushed = time.monotonic()
         self._uri = tracking_uri(layout.root)
-        self._client = _connect(self._uri)
+        self._client = connect(self._uri)
         plain = json.loads(json.dumps(dict(params), default=str))
-        revision, dirty = _git_state(layout.root)
-        with _as_user_error(self._uri):
+        revision, dirty = git_state(layout.root)
+        with store_errors(self._uri):
             experiment = _experiment(self._client, self._uri, layout)
+            checkout = f"{socket.gethostname()}:{layout.root.resolve()}"
+            if Path("/proc/self").is_dir():  # elsewhere nothing cheap tells whether a process lives
+                _end_abandoned(self._client, experiment, stage, checkout)
             run = self._client.create_run(
                 experiment,
                 run_name=stage,
@@ -168,11 +208,15 @@ class _MlflowRun(StageRun):
                     PARAMS_DIGEST: digest_json({"params": json.dumps(plain, sort_keys=True)}),
                     REVISION: revision,
                     DIRTY: str(dirty).lower(),
+                    FLOW_RUN: current_flow_run(),
+                    ACTOR: current_actor(),
+                    CHECKOUT: checkout,
+                    PID: str(os.getpid()),
                     "mlflow.source.name": f"flawsmith {stage}",
                     "mlflow.source.type": "LOCAL",
                 },
             )
-            self._run_id = run.info.run_id
+            self.run_id = run.info.run_id
             self._log_params(_flatten(plain))
 
     def _log_params(self, params: Mapping[str, str]) -> None:
@@ -180,7 +224,7 @@ class _MlflowRun(StageRun):
 
         entries = [Param(_clean(key), value[:MAX_PARAM]) for key, value in params.items()]
         for start in range(0, len(entries), MAX_PARAMS_A_BATCH):
-            self._client.log_batch(self._run_id, params=entries[start : start + MAX_PARAMS_A_BATCH])
+            self._client.log_batch(self.run_id, params=entries[start : start + MAX_PARAMS_A_BATCH])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time.time() * 1000)
@@ -196,7 +240,7 @@ class _MlflowRun(StageRun):
         while self._pending:
             batch = self._pending[:MAX_METRICS_A_BATCH]
             with self._best_effort("metrics") as sent:
-                self._client.log_batch(self._run_id, metrics=[Metric(*entry) for entry in batch])
+                self._client.log_batch(self.run_id, metrics=[Metric(*entry) for entry in batch])
                 sent.append(True)
             if not sent:
                 return
@@ -207,9 +251,9 @@ class _MlflowRun(StageRun):
             raise FileNotFoundError(f"{path} does not exist, so it cannot be logged as an artifact.")
         with self._best_effort(path.name):
             if path.is_dir():
-                self._client.log_artifacts(self._run_id, str(path), artifact_path=path.name)
+                self._client.log_artifacts(self.run_id, str(path), artifact_path=path.name)
             else:
-                self._client.log_artifact(self._run_id, str(path))
+                self._client.log_artifact(self.run_id, str(path))
 
     def set_outputs(self, outputs: Mapping[str, Path]) -> None:
         self._outputs.update(outputs)
@@ -233,8 +277,8 @@ class _MlflowRun(StageRun):
             logger.warning("%d metrics of stage %s could not be recorded.", len(self._pending), self._stage)
         with self._best_effort("the end of the run"):
             for key, value in tags.items():
-                self._client.set_tag(self._run_id, key, value[:MAX_TAG])
-            self._client.set_terminated(self._run_id, status)
+                self._client.set_tag(self.run_id, key, value[:MAX_TAG])
+            self._client.set_terminated(self.run_id, status)
 
     @contextmanager
     def _best_effort(self, what: str) -> Iterator[list[bool]]:
@@ -252,9 +296,9 @@ class _Store:
 
     def __init__(self, root: Path, settings: Settings) -> None:
         self._uri = tracking_uri(root)
-        self._client = _connect(self._uri)
+        self._client = connect(self._uri)
         prefix = settings.tracking.experiment_prefix
-        with _as_user_error(self._uri):
+        with store_errors(self._uri):
             experiments = self._client.search_experiments(filter_string=f"name LIKE '{_pattern(prefix)}/%'")
         self._experiments = [item.experiment_id for item in experiments if item.name.startswith(f"{prefix}/")]
 
@@ -298,7 +342,7 @@ class _Store:
             return []
         runs: list[RunRecord] = []
         token: str | None = None
-        with _as_user_error(self._uri):
+        with store_errors(self._uri):
             while True:
                 page = self._client.search_runs(
                     self._experiments,
@@ -325,6 +369,7 @@ def _record(run: Any) -> RunRecord:
         params_digest=tags.get(PARAMS_DIGEST, "unknown"),
         inputs=_decode(tags.get(INPUTS, "[]")),
         outputs=_decode(tags.get(OUTPUTS, "[]")),
+        flow_run=tags.get(FLOW_RUN, ""),
     )
 
 
@@ -364,7 +409,7 @@ def _pattern(text: str) -> str:
     return text.replace("'", "_")
 
 
-def _git_state(root: Path) -> tuple[str, bool]:
+def git_state(root: Path) -> tuple[str, bool]:
     """The checked-out revision, and whether tracked files differ from it.
 
     dvc.lock and artifacts/ are left out: `dvc repro` itself rewrites them between stages.
@@ -380,7 +425,18 @@ def _git_state(root: Path) -> tuple[str, bool]:
     return revision.strip(), bool(changes.strip())
 
 
-def _connect(uri: str) -> Any:
+def has_revision(root: Path, revision: str) -> bool:
+    """Whether the repository at `root` holds this commit."""
+    try:
+        subprocess.run(
+            ["git", "cat-file", "-e", f"{revision}^{{commit}}"], cwd=root, capture_output=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def connect(uri: str) -> Any:
     """An MLflow client whose store has answered once, within seconds.
 
     MLflow itself would retry for minutes, so the first request goes without retries, and a database server's port is
@@ -427,6 +483,15 @@ def _check_database_port(uri: str) -> None:
         raise _unreachable(uri, str(error)) from error
 
 
+def _end_abandoned(client: Any, experiment: str, stage: str, checkout: str) -> None:
+    """Mark as killed the runs of `stage` in this checkout whose process has died without saying so."""
+    mine = f"tags.`{STAGE}` = '{stage}' AND tags.`{CHECKOUT}` = '{_pattern(checkout)}'"
+    for run in client.search_runs([experiment], filter_string=f"{mine} AND attributes.status = 'RUNNING'"):
+        if not Path(f"/proc/{run.data.tags.get(PID, '')}").is_dir():
+            client.set_tag(run.info.run_id, ERROR, "the process died without saying why")
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
 def _experiment(client: Any, uri: str, layout: Layout) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -444,14 +509,14 @@ def _experiment(client: Any, uri: str, layout: Layout) -> str:
                 raise
     if found.lifecycle_stage != "active":
         raise UserError(
-            f"Experiment `{name}` was deleted in {_without_password(uri)}; "
+            f"Experiment `{name}` was deleted in {without_password(uri)}; "
             f"`mlflow experiments restore -x {found.experiment_id}`, or change `tracking.experiment_prefix`."
         )
     return str(found.experiment_id)
 
 
 @contextmanager
-def _as_user_error(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -462,7 +527,7 @@ def _as_user_error(uri: str) -> Iterator[None]:
 
 def _unreachable(uri: str, reason: str) -> UserError:
     return UserError(
-        f"The MLflow tracking store {_without_password(uri)} cannot be used ({reason}); start the server, correct "
+        f"The MLflow tracking store {without_password(uri)} cannot be used ({reason}); start the server, correct "
         "MLFLOW_TRACKING_URI, or set `tracking.mode: off` in params.yaml."
     )
 
@@ -472,10 +537,10 @@ def _reason(error: BaseException, uri: str) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace(uri, _without_password(uri))[:300]
+    return text.replace(uri, without_password(uri))[:300]
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 

@@ -39,6 +39,7 @@ class Performance:
         values: each of KEYS with its interval.
         by_defect: defect type → each of DEFECT_KEYS, that type's images against all good ones.
         draws: each of KEYS under each resample, `(B,)`; resamples are the same for every detector of one `assess`.
+        defect_draws: the same for `by_defect`.
         image_curve: exact image-level ROC and precision-recall.
         pixel_curve: the same for pixels, at the bins' resolution.
         region_curve: `recall` is the mean per-region overlap (PRO) here.
@@ -54,6 +55,7 @@ class Performance:
     values: Mapping[str, Estimate]
     by_defect: Mapping[str, Mapping[str, Estimate]]
     draws: Mapping[str, NDArray[np.float64]]
+    defect_draws: Mapping[str, Mapping[str, NDArray[np.float64]]]
     image_curve: metrics.Curve
     pixel_curve: metrics.Curve
     region_curve: metrics.Curve
@@ -131,40 +133,82 @@ def assess(
         UserError: `items` lack good or defective images, or there is no calibration image.
         FlawsmithError: a detector answered NaN or wrong shapes.
     """
-    if len({item.is_defective for item in items}) < 2:
-        raise UserError("An evaluation needs good and defective images; add the missing ones to the test set.")
-    scorers = (detector, baseline)
-    calibrations = score_items(scorers, calibration, batch, title="calibration")
-    groups = [item.defect for item in items]
-    weights = resample_counts(groups, bootstrap, generator)
     with open_spools(3) as (detector_maps, baseline_maps, masks):
-        scores = score_items(scorers, items, batch, (detector_maps, baseline_maps), masks, title="test images")
-        performances = [
-            _perform(groups, found, calibrated, maps, masks, weights, false_alarm_rate, aupro_limit)
-            for found, calibrated, maps in zip(scores, calibrations, (detector_maps, baseline_maps), strict=True)
-        ]
+        performances = measure(
+            (detector, baseline),
+            items,
+            calibration,
+            generator,
+            (detector_maps, baseline_maps),
+            masks,
+            false_alarm_rate=false_alarm_rate,
+            bootstrap=bootstrap,
+            aupro_limit=aupro_limit,
+            batch=batch,
+        )
         first = performances[0]
+        groups = [item.defect for item in items]
         worst = rank_errors(first.scores.scores, groups, first.threshold.value)[:gallery]
         typical = [_median_index(first.scores.scores, groups, name) for name in (*first.by_defect, GOOD)]
         shown = {
             index: _example(items[index], index, first, cast(NDArray[np.float32], detector_maps.read(index)))
             for index in {*worst, *typical}
         }
-    advantage = {
-        key: percentile_interval(
-            first.values[key].value - performances[1].values[key].value, first.draws[key] - performances[1].draws[key]
-        )
-        for key in KEYS
-    }
     return Assessment(
         items=tuple(items),
         calibration_items=tuple(calibration),
         detector=first,
         baseline=performances[1],
-        advantage=advantage,
+        advantage={key: paired_difference(first, performances[1], key) for key in KEYS},
         gallery=tuple(shown[index] for index in worst),
         typical=tuple(shown[index] for index in typical),
     )
+
+
+def measure(
+    scorers: Sequence[Scorer],
+    items: Sequence[Item],
+    calibration: Sequence[Item],
+    generator: np.random.Generator,
+    maps: Sequence[Spool],
+    masks: Spool,
+    *,
+    false_alarm_rate: float,
+    bootstrap: int,
+    aupro_limit: float,
+    batch: int,
+) -> tuple[Performance, ...]:
+    """Score and measure every scorer on the same images and the same resamples; one empty spool of maps a scorer.
+
+    Raises:
+        UserError: `items` lack good or defective images, or there is no calibration image.
+        FlawsmithError: a detector answered NaN or wrong shapes.
+    """
+    if len({item.is_defective for item in items}) < 2:
+        raise UserError("An evaluation needs good and defective images; add the missing ones to the test set.")
+    calibrations = score_items(scorers, calibration, batch, title="calibration")
+    groups = [item.defect for item in items]
+    weights = resample_counts(groups, bootstrap, generator)
+    scores = score_items(scorers, items, batch, maps, masks, title="test images")
+    return tuple(
+        _perform(groups, found, calibrated, spool, masks, weights, false_alarm_rate, aupro_limit)
+        for found, calibrated, spool in zip(scores, calibrations, maps, strict=True)
+    )
+
+
+def paired_difference(one: Performance, other: Performance, key: str, defect: str = "") -> Estimate:
+    """`one` minus `other` with the paired bootstrap's interval; of one defect type if it is named.
+
+    Both must come from the same `measure`: their resamples are then the same, so what is hard about the images for
+    both of them cancels.
+    """
+    if defect:
+        values = (one.by_defect[defect][key].value, other.by_defect[defect][key].value)
+        draws = one.defect_draws[defect][key] - other.defect_draws[defect][key]
+    else:
+        values = (one.values[key].value, other.values[key].value)
+        draws = one.draws[key] - other.draws[key]
+    return percentile_interval(values[0] - values[1], draws)
 
 
 def rank_errors(scores: NDArray[np.float32], groups: Sequence[str], threshold: float) -> list[int]:
@@ -230,6 +274,7 @@ def _perform(
         values={key: estimates["", key] for key in KEYS},
         by_defect={name: {key: estimates[name, key] for key in DEFECT_KEYS} for name in types},
         draws={key: draws["", key] for key in KEYS},
+        defect_draws={name: {key: draws[name, key] for key in DEFECT_KEYS} for name in types},
         image_curve=metrics.curve(image_counts[0][0], image_counts[1][0]),
         pixel_curve=metrics.curve(normal, inside),
         region_curve=metrics.curve(normal, overlap),

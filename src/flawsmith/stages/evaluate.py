@@ -43,18 +43,12 @@ def run(layout: Layout) -> None:
     everything, settings, data = layout.settings, layout.settings.evaluate, layout.settings.data
     weights = layout.input("distill", "detector.safetensors").parent
     surface, split = layout.surface(), layout.split()
-    items = labelled_items(surface.labelled_test(), data.image_size, data.max_pixels)
-    labelled = bool(items)
+    items, labelled, held_out = test_items(layout)
     inputs = {"distill": weights, "data": surface.folder / "train"}
-    held_out: Mapping[str, str] = {}
     if labelled:
         inputs |= {"test": surface.folder / "test", "ground_truth": surface.folder / "ground_truth"}
     else:
-        manifest = layout.input("synthesize", "manifest.parquet")
-        inputs["synthesize"] = manifest.parent
-        held_out = held_out_sources(manifest)
-        items = triplet_items(TripletFolder(manifest.parent), held_out, data.image_size)
-        log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
+        inputs["synthesize"] = layout.stage("synthesize")
     sections = {STAGE: settings, "data": data, "teacher": everything.teacher}
     params = {name: section_values(section) for name, section in sections.items()}
     with stage_run(layout, STAGE, inputs, params) as tracked:
@@ -80,6 +74,25 @@ def run(layout: Layout) -> None:
             tracked.log_artifact(out / name)
         tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv", "parity": out / "parity"})
     log.info("%s: %s", layout.category, summary(result))
+
+
+def test_items(layout: Layout) -> tuple[tuple[Item, ...], bool, Mapping[str, str]]:
+    """The images that finished models are judged on: the labelled test set, or held-out triplets where there is none.
+
+    Returns:
+        the images; whether they are the labelled test set; of the triplets, id → file name of the source image.
+
+    Raises:
+        UserError: the test set is not usable as it is, or there is neither it nor a held-out triplet.
+    """
+    data = layout.settings.data
+    items = labelled_items(layout.surface().labelled_test(), data.image_size, data.max_pixels)
+    if items:
+        return items, True, {}
+    manifest = layout.input("synthesize", "manifest.parquet")
+    held_out = held_out_sources(manifest)
+    log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
+    return triplet_items(TripletFolder(manifest.parent), held_out, data.image_size), False, held_out
 
 
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline:

@@ -1,10 +1,10 @@
 """Stage 6: the trained detector as one ONNX file with a certificate that it decides the same.
 
-Reads distill/, evaluate/metrics.json and evaluate/parity/; writes export/model.onnx, parity.json and latency.json
-(the last one tells of this machine and differs from run to run, so it is no part of the result).
+Reads distill/, evaluate/metrics.json and evaluate/parity/; writes export/model.onnx and parity.json. How fast the model
+is on this machine goes to the log and to MLflow: it differs from run to run, so it is no part of the result.
 """
 
-import os
+import logging
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from flawsmith.layout import Layout
 from flawsmith.settings import section_values
 from flawsmith.surfaces import load_images
 from flawsmith.tracking import stage_run
+
+log = logging.getLogger(__name__)
 
 
 def run(layout: Layout) -> None:
@@ -71,7 +73,6 @@ def run(layout: Layout) -> None:
             )
             write_json(folder / "parity.json", proof)
             latency = measure_latency(predictor, images, settings.export.latency_runs)
-            write_json(folder / "latency.json", {"batches": latency, "cpu_threads": os.cpu_count()})
         for batch in proof["batches"]:
             tracked.log_metrics(
                 {
@@ -79,5 +80,7 @@ def run(layout: Layout) -> None:
                     for name, value in (proof["batches"][batch] | latency[batch]).items()
                 }
             )
+            log.info("%s: batch %s: p50 %.1f ms, p95 %.1f ms, %.1f images/s on this machine", layout.category, batch,
+                     *(latency[batch][key] for key in ("p50_ms", "p95_ms", "images_per_second")))  # fmt: skip
         tracked.log_artifact(layout.stage("export"))
         tracked.set_outputs({name: layout.stage("export") / name for name in ("model.onnx", "parity.json")})

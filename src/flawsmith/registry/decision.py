@@ -1,0 +1,182 @@
+"""Whether a challenger becomes the champion: a pure function of the evidence that returns every check with its figure.
+
+A challenger must not be worse than the champion by more than a margin, with 97.5 % confidence: the lower end of the
+95 % interval of the paired difference lies above minus the margin (a non-inferiority test, as in clinical trials:
+ICH E9, section 3.3.2). Every check must hold, so no correction for their number is due (Berger 1982, the
+intersection-union test). Non-inferior step by non-inferior step a model could still slide downwards: the absolute
+floors bind at every step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flawsmith.evaluation.intervals import Estimate
+from flawsmith.evaluation.paired import Comparison
+from flawsmith.settings import PromoteSettings
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of one model beside its answers: version, content, size, and speed on the deciding machine."""
+
+    version: str
+    digest: str  # SHA-256 of model.onnx
+    megabytes: float
+    latency_ms: float  # p95 of one image
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a decision rests on.
+
+    Attributes:
+        labelled: the images are a labelled test set; otherwise held-out synthetic triplets stand in for it.
+        parity: objections against the parity certificate, in words; empty if it proves this very file.
+        gate: objections against the quality gate's verdict on the triplets that trained it; empty if passed.
+        missing_links: artefacts of the challenger's lineage whose origin is unknown.
+        rolled_back: why this very content was rolled back earlier; empty if it never was.
+    """
+
+    challenger: ModelFacts
+    champion: ModelFacts | None
+    comparison: Comparison
+    labelled: bool
+    parity: Sequence[str]
+    gate: Sequence[str]
+    missing_links: Sequence[str]
+    rolled_back: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One demand: the figure, the bound it is held against, and the sentence a plant manager reads."""
+
+    name: str
+    passed: bool
+    value: float | None
+    bound: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`promote` is true if every check passed."""
+
+    promote: bool
+    checks: tuple[Check, ...]
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"promote": self.promote, "reason": self.reason, "checks": [vars(check) for check in self.checks]}
+
+
+def decide(evidence: Evidence, rules: PromoteSettings) -> Decision:
+    """Judge a challenger; without a champion only the absolute demands bind."""
+    checks = (*_integrity(evidence), *_absolute(evidence, rules), *_relative(evidence, rules))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        return Decision(False, checks, f"{'; '.join(check.detail for check in failed[:3])}{more}.")
+    return Decision(True, checks, _praise(evidence))
+
+
+def _integrity(evidence: Evidence) -> list[Check]:
+    def words(name: str, objections: Sequence[str], good: str) -> Check:
+        return Check(name, not objections, float(len(objections)), 0.0, "; ".join(objections) or good)
+
+    missing = [f"the origin of {name} is not recorded" for name in evidence.missing_links]
+    return [
+        words("parity_certificate", evidence.parity, "the ONNX file is proven to answer as the trained model"),
+        words("quality_gate", evidence.gate, "the triplets that trained it passed the quality gate"),
+        words("lineage", missing, "every link from the model back to the data is recorded"),
+        words(
+            "not_rolled_back",
+            [f"this very model was rolled back ({evidence.rolled_back})"] if evidence.rolled_back else [],
+            "this model was never rolled back",
+        ),
+    ]
+
+
+def _absolute(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
+    model, standing = evidence.challenger, evidence.comparison.challenger
+    kind = "labelled test" if evidence.labelled else "held-out synthetic"
+    auroc, overlap = standing.values["image_auroc"], standing.values["aupro"]
+    alarms = standing.false_alarms
+    return [
+        _at_least(
+            "image_auroc_floor", auroc.value, rules.min_image_auroc, f"image AUROC {_interval(auroc)} on {kind} images"
+        ),
+        _at_least("aupro_floor", overlap.value, rules.min_aupro, f"AUPRO {_interval(overlap)} on {kind} images"),
+        _at_most(
+            "false_alarm_rate",
+            alarms.value,
+            rules.max_false_alarm_rate,
+            f"{alarms.value:.1%} of {evidence.comparison.calibration_images} calibration normals flagged",
+        ),
+        _at_most("latency_ms", model.latency_ms, rules.max_latency_ms, f"p95 of one image {model.latency_ms:.1f} ms"),
+        _at_most("size_megabytes", model.megabytes, rules.max_megabytes, f"model file {model.megabytes:.1f} MB"),
+    ]
+
+
+def _relative(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
+    champion, comparison = evidence.champion, evidence.comparison
+    if champion is None or comparison.champion is None:
+        return []
+    checks = [
+        _not_worse("image_auroc_difference", comparison.differences["image_auroc"], rules.margin, "image AUROC"),
+        _not_worse("aupro_difference", comparison.differences["aupro"], rules.pixel_margin, "AUPRO"),
+    ]
+    checks += [
+        _not_worse(
+            f"image_auroc_difference[{name}]",
+            difference,
+            rules.defect_margin,
+            f"image AUROC on {name} ({comparison.counts[name]} images)",
+        )
+        for name, difference in comparison.defect_differences.items()
+    ]
+    ratio = evidence.challenger.latency_ms / champion.latency_ms
+    checks.append(
+        _at_most("latency_ratio", ratio, rules.max_latency_ratio, f"p95 is {ratio:.2f} times that of the champion")
+    )
+    return checks
+
+
+def _not_worse(name: str, difference: Estimate, margin: float, what: str) -> Check:
+    passed = difference.low > -margin or (margin == 0 and difference.low == 0)
+    verdict = "not worse" if passed else "may be worse"
+    detail = f"{what} {verdict} than the champion's by {margin:g}: difference {_interval(difference, sign=True)}"
+    return Check(name, passed, difference.low, -margin, detail)
+
+
+def _at_least(name: str, value: float, bound: float, what: str) -> Check:
+    passed = value >= bound
+    return Check(name, passed, value, bound, f"{what}{'' if passed else ', below the floor'} ({bound:g} or more)")
+
+
+def _at_most(name: str, value: float, bound: float, what: str) -> Check:
+    passed = value <= bound
+    return Check(name, passed, value, bound, f"{what}{'' if passed else ', over the limit'} ({bound:g} or less)")
+
+
+def _interval(estimate: Estimate, sign: bool = False) -> str:
+    form = "+.3f" if sign else ".3f"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def _praise(evidence: Evidence) -> str:
+    kind = "labelled test images" if evidence.labelled else "held-out synthetic defects (no labelled test set)"
+    auroc = evidence.comparison.challenger.values["image_auroc"]
+    if evidence.champion is None:
+        return f"First model: image AUROC {_interval(auroc)} on {kind} and every floor kept."
+    difference = evidence.comparison.differences["image_auroc"]
+    return (
+        f"Not worse than version {evidence.champion.version} on {kind}: image AUROC {_interval(auroc)}, difference "
+        f"{_interval(difference, sign=True)}, every check passed."
+    )
+
+
+def estimates_json(values: Mapping[str, Estimate]) -> dict[str, list[float]]:
+    """Estimates as [value, low, high], six decimals."""
+    return {name: [round(float(part), 6) for part in estimate] for name, estimate in values.items()}

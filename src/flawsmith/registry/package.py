@@ -1,0 +1,221 @@
+"""What a registered version holds beside its network, so that it can be judged, traced and watched without its makers.
+
+model.onnx                       the network with its threshold inside
+parity.json  verdict.json        the certificate of the export, the quality gate's verdict on its triplets
+metrics.json report.html docs/   how good it was when it was made; Data Docs of its triplets
+reference.npz                    its answers on the calibration normals: what later images are compared with
+health/                          images and the scores it gave them, to be given again before it becomes champion
+lineage.json                     the digests from the model back to the data
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flawsmith.detector.teacher import build_teacher
+from flawsmith.errors import FlawsmithError
+from flawsmith.files import digest_file, digest_json, read_json, write_json
+from flawsmith.images import FloatImage, read_image, write_png
+from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
+from flawsmith.lineage import Lineage
+from flawsmith.monitoring.reference import measure, save_reference
+from flawsmith.surfaces import load_image
+from flawsmith.triplets import VALIDATION, TripletFolder
+
+MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
+REPORT, DOCS, REFERENCE, HEALTH, LINEAGE = "report.html", "docs", "reference.npz", "health", "lineage.json"
+HEALTH_SCORES = "scores.json"
+_WARM_UP = 3  # untimed runs: the first ones allocate
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The finished outputs of the stages that a version is made of, all of them on disk."""
+
+    model: Path
+    parity: Path
+    verdict: Path
+    docs: Path
+    metrics: Path
+    report: Path
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Sources":
+        """Find them.
+
+        Raises:
+            UserError: a stage has not run.
+        """
+        return cls(
+            model=layout.input("export", MODEL),
+            parity=layout.input("export", PARITY),
+            verdict=layout.input("validate", VERDICT),
+            docs=layout.input("validate", DOCS),
+            metrics=layout.input("evaluate", METRICS),
+            report=layout.input("evaluate", REPORT),
+        )
+
+    @property
+    def content_digest(self) -> str:
+        """What makes a version: the model and what was proven of it. Registering the same twice adds nothing."""
+        files = (self.model, self.parity, self.verdict, self.metrics)
+        return digest_json({path.name: digest_file(path) for path in files})
+
+
+def build_content(layout: Layout, sources: Sources, lineage: Lineage, folder: Path) -> None:
+    """Put everything that a version holds beside model.onnx into the existing `folder`.
+
+    Raises:
+        UserError: an output is damaged, or the images are gone.
+        FlawsmithError: the model answers with NaN.
+    """
+    for path in (sources.parity, sources.verdict, sources.metrics, sources.report):
+        shutil.copyfile(path, folder / path.name)
+    shutil.copytree(sources.docs, folder / DOCS)
+    write_json(folder / LINEAGE, lineage_json(lineage))
+    data, predictor = layout.settings.data, Predictor(sources.model)
+    calibration = layout.split().calibration
+    images = ((path.name, load_image(path, data.image_size, data.max_pixels)) for path in calibration)
+    teacher = build_teacher(layout.settings.teacher, layout.root)
+    save_reference(folder / REFERENCE, measure(predictor, teacher, images))
+    write_health(folder / HEALTH, predictor, _health_images(layout, calibration))
+
+
+def _health_images(layout: Layout, calibration: Sequence[Path]) -> dict[str, FloatImage]:
+    """Half calibration normals, half defects of held-out triplets, evenly spaced: no test image leaves the test set."""
+    settings, count = layout.settings, layout.settings.promote.health_images
+    triplets = TripletFolder(layout.stage("synthesize"))
+    ids = triplets.ids(VALIDATION)
+    normals = {
+        f"normal-{path.stem}.png": load_image(path, settings.data.image_size, settings.data.max_pixels)
+        for path in _spaced(calibration, count - count // 2)
+    }
+    return normals | {f"defect-{name}.png": triplets.read(name)[1] for name in _spaced(ids, count // 2)}
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    return [items[place] for place in sorted({int(place) for place in np.linspace(0, len(items) - 1, count)})]
+
+
+def write_health(folder: Path, predictor: Predictor, images: Mapping[str, FloatImage]) -> None:
+    """Store images, as PNG, and the scores of what the PNG holds."""
+    for name, image in images.items():
+        write_png(folder / name, image)
+    write_json(folder / HEALTH_SCORES, {name: _score(predictor, folder / name) for name in images})
+
+
+def check_health(folder: Path, predictor: Predictor, tolerance: float) -> float:
+    """The largest difference between the scores a model gives now and those stored in `folder`.
+
+    Raises:
+        FlawsmithError: it exceeds `tolerance`, or there is nothing to compare.
+        UserError: the folder is damaged.
+    """
+    expected = read_json(folder / HEALTH_SCORES)
+    if not expected:
+        raise FlawsmithError(f"{folder} holds no image to check the model's health on; register the model again.")
+    gap = max(abs(_score(predictor, folder / name) - score) for name, score in expected.items())
+    if not gap <= tolerance:  # NaN fails
+        raise FlawsmithError(
+            f"The model does not score its {len(expected)} known images as it did when it was registered (largest "
+            f"difference {gap:.3g}, allowed {tolerance:g}); it was damaged, or this machine computes otherwise: "
+            "compare `flawsmith doctor` here with the machine that registered it."
+        )
+    return gap
+
+
+def _score(predictor: Predictor, path: Path) -> float:
+    return predictor.predict([read_image(path)])[0].score
+
+
+def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tuple[str, ...]:
+    """What speaks against a parity certificate as proof of the model with this digest; empty if it is one."""
+    found = []
+    if certificate.get("model_digest") != model_digest:
+        found.append("the parity certificate is of another file")
+    batches = certificate.get("batches") or {}
+    if not batches:
+        found.append("the parity certificate holds no comparison")
+    for batch, figures in batches.items():
+        gap = max(figures["map_difference"], figures["score_difference"])
+        if figures["decision_flips"] or not gap <= certificate["tolerance"]:
+            found.append(
+                f"torch and ONNX disagree at batch {batch} ({figures['decision_flips']} flips, difference {gap:.3g})"
+            )
+    return tuple(found)
+
+
+def gate_objections(verdict: Mapping[str, Any]) -> tuple[str, ...]:
+    """The critical expectations that the triplets failed; empty if they passed the gate."""
+    if verdict.get("passed") is True:
+        return ()
+    failed = [
+        f"{item['name']} ({item['failing']} of {verdict.get('triplets')} triplets)"
+        for item in verdict.get("expectations", ())
+        if not item["passed"] and item["severity"] == "critical"
+    ]
+    return (f"the quality gate failed: {', '.join(failed) or 'no expectation was checked'}",)
+
+
+def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: int) -> list[float]:
+    """p95 of one image in milliseconds for each model, timed in turns so that a busy machine slows all alike."""
+    times: list[list[float]] = [[] for _ in predictors]
+    for run in range(_WARM_UP + runs):
+        for index, predictor in enumerate(predictors):
+            start = time.perf_counter()
+            predictor.predict([image])
+            if run >= _WARM_UP:
+                times[index].append(1000 * (time.perf_counter() - start))
+    return [float(np.percentile(values, 95)) for values in times]
+
+
+def lineage_json(lineage: Lineage) -> dict[str, Any]:
+    """Every artefact behind the model, by path: its digest, and the run that wrote it."""
+    return {
+        node.artefact.path or node.artefact.name: {
+            "digest": node.artefact.digest,
+            "source": node.is_source,
+            **(
+                {
+                    "stage": node.run.stage,
+                    "run_id": node.run.run_id,
+                    "revision": node.run.revision,
+                    "dirty": node.run.dirty,
+                    "flow_run": node.run.flow_run,
+                }
+                if node.run
+                else {}
+            ),
+        }
+        for node in lineage.nodes()
+    }
+
+
+def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
+    """The digests a person asks for first, as tags: of the detector, the triplets, the DDPM and the training data."""
+    by_path = {node.artefact.path: node.artefact.digest for node in lineage.nodes()}
+    wanted = {
+        "detector": f"artifacts/{category}/distill",
+        "triplets": f"artifacts/{category}/synthesize",
+        "ddpm": f"artifacts/{category}/ddpm-train",
+    }
+    tags = {name: by_path[path] for name, path in wanted.items() if path in by_path}
+    data = [digest for path, digest in by_path.items() if path.endswith(f"{category}/train")]
+    return tags | ({"data": data[0]} if data else {})
+
+
+def lock_digest(root: Path) -> str:
+    """SHA-256 of dvc.lock, "" if there is none."""
+    lock = root / "dvc.lock"
+    return digest_file(lock) if lock.is_file() else ""
+
+
+def megabytes(path: Path) -> float:
+    """The size of a file in MB (10^6 bytes)."""
+    return path.stat().st_size / 1e6
