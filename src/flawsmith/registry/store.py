@@ -7,6 +7,7 @@ lack, and the page of that model in MLflow's UI reads as the audit trail.
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ MODEL_DIGEST, CONTENT_DIGEST = "flawsmith.model_digest", "flawsmith.content_dige
 DONE = "flawsmith.done"
 MAX_TAG = 5000  # MLflow's limit for a version's tag
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+_GLOBAL_STATE = threading.RLock()  # MLflow's current store is one a process
 CONTENT = "content"  # the folder, inside a version, of everything that `package` puts there
 
 
@@ -165,20 +167,22 @@ class Registry:
 
     @contextmanager
     def _fluent(self) -> Iterator[None]:
+        """MLflow's process-wide store set to this one, and put back."""
         import mlflow
 
-        before = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
-        try:
-            yield
-        finally:
-            mlflow.set_tracking_uri(before)
-            mlflow.set_registry_uri(before)
-            if before is not None:
-                os.environ["MLFLOW_TRACKING_URI"] = before
-            else:
-                os.environ.pop("MLFLOW_TRACKING_URI", None)
+        with _GLOBAL_STATE:
+            before = os.environ.get("MLFLOW_TRACKING_URI")
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
+            try:
+                yield
+            finally:
+                mlflow.set_tracking_uri(before)
+                mlflow.set_registry_uri(before)
+                if before is not None:  # MLflow writes this variable itself
+                    os.environ["MLFLOW_TRACKING_URI"] = before
+                else:
+                    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
     def _ensure(self, name: str, description: str) -> None:
         from mlflow.exceptions import MlflowException
