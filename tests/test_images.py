@@ -14,6 +14,7 @@ from PIL import Image
 
 from flawsmith.errors import UserError
 from flawsmith.images import (
+    draw_outline,
     read_image,
     read_mask,
     resize_image,
@@ -369,3 +370,14 @@ def test_eight_bits_round_and_clip() -> None:
     np.testing.assert_array_equal(pixels[0, :, 0], [0, 0, 0, 1, 255, 255])
     every = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(to_uint8(as_float(every[None]))[0, :, 0], every)
+
+
+def test_outline_surrounds_the_mask_and_spares_it() -> None:
+    image, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.bool_)
+    mask[10:20, 12:18] = True
+    drawn = draw_outline(image, mask, (255, 0, 200))
+    marked = (drawn == (255, 0, 200)).all(axis=2)
+    assert marked.any()
+    assert not (marked & mask).any()
+    assert (drawn[~marked] == 0).all()
+    assert not draw_outline(image, np.zeros_like(mask), (255, 0, 200)).any()

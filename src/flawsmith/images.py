@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file
@@ -88,6 +89,13 @@ def resize_mask(mask: Mask, size: int) -> Mask:
 def to_uint8(image: FloatImage) -> NDArray[np.uint8]:
     """`(3, H, W)` in [0, 1] to `(H, W, 3)` uint8, rounded: the exact inverse of reading an 8-bit file."""
     return np.ascontiguousarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def draw_outline(image: NDArray[np.uint8], mask: Mask, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Draw a line just outside the mask `(H, W)` on an image `(H, W, 3)`: the pixels of the mask stay visible."""
+    drawn = image.copy()
+    drawn[ndimage.binary_dilation(mask, iterations=2) & ~ndimage.binary_dilation(mask)] = colour
+    return drawn
 
 
 def write_png(path: Path, pixels: NDArray[np.uint8] | FloatImage | Mask) -> None:

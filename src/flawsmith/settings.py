@@ -19,6 +19,8 @@ import yaml
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json
 
+FEATHER_REACH = 2  # pixels beyond synthesize.feather that a blended defect may still change
+
 
 def setting(meaning: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A key of a section: its meaning, and the closed interval or the choices it may take (each element of a list)."""
@@ -82,6 +84,11 @@ class DdpmTrainSettings:
     checkpoint_every: int = setting("steps between resumable checkpoints", 1, 1_000_000)
     flip: bool = setting("mirror crops at random (off where left and right differ)")
     readiness_samples: int = setting("plain samples drawn to judge readiness", 4, 4096)
+
+    @property
+    def multiple(self) -> int:
+        """What the UNet's input sides must be divisible by: the patch, halved at every level but the first."""
+        return int(self.patch * 2 ** (len(self.channels) - 1))
 
 
 @dataclass(frozen=True)
@@ -388,7 +395,7 @@ def _nearest(key: str, known: list[str]) -> str:
 def _check_together(settings: Settings, source: str) -> None:
     """Bounds that tie several keys together."""
     size, ddpm, synthesis = settings.data.image_size, settings.ddpm_train, settings.synthesize
-    levels, multiple = len(settings.teacher.out_indices), ddpm.patch * 2 ** (len(ddpm.channels) - 1)
+    levels, multiple = len(settings.teacher.out_indices), ddpm.multiple
     if size % 32:
         raise UserError(f"{source}: `data.image_size` is {size}; it must be a multiple of 32.")
     if levels != 3 or list(settings.teacher.out_indices) != sorted(set(settings.teacher.out_indices)):
@@ -409,6 +416,17 @@ def _check_together(settings: Settings, source: str) -> None:
     if monitor.min_images > monitor.max_images:
         raise UserError(
             f"{source}: `monitor.min_images` is {monitor.min_images}, above `monitor.max_images` ({monitor.max_images})."
+        )
+    gate = settings.validate
+    if gate.outside_margin < synthesis.feather + FEATHER_REACH:
+        raise UserError(
+            f"{source}: `validate.outside_margin` is {gate.outside_margin}; it must be at least synthesize.feather "
+            f"({synthesis.feather:g}) + {FEATHER_REACH}, or every defect's soft edge counts as a change outside it."
+        )
+    if gate.min_triplets > synthesis.triplets:
+        raise UserError(
+            f"{source}: `validate.min_triplets` is {gate.min_triplets} but `synthesize.triplets` only "
+            f"{synthesis.triplets}, so the gate would always fail; make more triplets or demand fewer."
         )
     if len(settings.distill.cosine_weights) != levels or len(settings.distill.decoder_channels) != levels:
         raise UserError(f"{source}: `distill.cosine_weights` and `distill.decoder_channels` need {levels} values.")

@@ -6,6 +6,7 @@ The role is the id's prefix: `fit-…` trains, `val-…` chooses the checkpoint;
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,28 @@ from numpy.typing import NDArray
 from flawsmith.errors import UserError
 from flawsmith.images import FloatImage, Mask, read_image, read_mask, to_uint8, write_png
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 FIT, VALIDATION = "fit", "val"
+
+
+def read_manifest(path: Path) -> "pa.Table":
+    """The manifest of a synthesize folder: one row a triplet (`synthesis.generate.manifest_row` says of what).
+
+    Raises:
+        UserError: the file is no parquet table with the column `triplet_id`.
+    """
+    import pyarrow.parquet as pq  # not needed where triplets are only trained on
+
+    remedy = "run `flawsmith synthesize` again"
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        raise UserError(f"{path} cannot be read as parquet ({' '.join(str(error).split())}); {remedy}.") from error
+    if "triplet_id" not in table.column_names:
+        raise UserError(f"{path} has no column `triplet_id`; {remedy}.")
+    return table
 
 
 @dataclass(frozen=True)

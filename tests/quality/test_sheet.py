@@ -7,7 +7,7 @@ import numpy as np
 from triplet_sets import SIDE, Report, make_set, settings
 
 from flawsmith.quality.measures import Measures, part_path
-from flawsmith.quality.sheet import CAPTION, MISSING, OUTLINE, TILE, draw_sheet, outline, rank_worst
+from flawsmith.quality.sheet import CAPTION, MISSING, OUTLINE, TILE, draw_sheet, rank_worst
 from flawsmith.quality.verdict import Outcome, decide, rules
 
 RULES = {rule.name: rule for rule in rules(settings().validate)}
@@ -53,17 +53,6 @@ def test_reason_gives_value_and_bound() -> None:
     assert reason == "tolerated: ssim 0.25 < 0.5"
     ((_, reason),) = rank_worst([row("a", 0.0456)], decide([], 1), 1)
     assert reason == "no rule broken; change inside 0.046"
-
-
-def test_outline_surrounds_the_mask_and_spares_it() -> None:
-    image, mask = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.bool_)
-    mask[10:20, 12:18] = True
-    drawn = outline(image, mask)
-    marked = (drawn == OUTLINE).all(axis=2)
-    assert marked.any()
-    assert not (marked & mask).any()
-    assert (drawn[~marked] == 0).all()
-    assert not outline(image, np.zeros_like(mask)).any()
 
 
 def test_sheet_shows_normal_defect_and_outline(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,6 +42,21 @@ class Teacher(nn.Module):
 
     def forward(self, image: Tensor) -> Features:  # (B, 3, H, W) in [0, 1]
         return tuple(self.body((image - self.mean) / self.std))
+
+
+def pooled_features(teacher: Teacher, images: NDArray[np.float32], batch: int = 32) -> NDArray[np.float32]:
+    """Images `(N, 3, H, W)` to `(N, D)`: mean and standard deviation over space of every channel of every level.
+
+    The means follow brightness and colour; the deviations follow contrast and sharpness, which means do not see.
+    """
+    device = teacher.mean.device
+    parts = []
+    with torch.inference_mode():
+        for first in range(0, len(images), batch):
+            levels = teacher(torch.from_numpy(np.ascontiguousarray(images[first : first + batch])).to(device))
+            pooled = [pool for level in levels for pool in (level.mean(dim=(2, 3)), level.std(dim=(2, 3)))]
+            parts.append(torch.cat(pooled, dim=1).float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _cut_unused_blocks(body: nn.Module) -> None:

@@ -109,6 +109,11 @@ def random_crops(
     return torch.from_numpy(np.stack(crops).astype(np.float32) / np.float32(127.5) - np.float32(1))
 
 
+def to_unit_range(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the diffusion sees, in [-1, 1], as float images in [0, 1]."""
+    return (images + np.float32(1)) / np.float32(2)
+
+
 @torch.no_grad()
 def _update_average(average: Denoiser, model: Denoiser, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))  # a young average forgets its random start quickly

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from flawsmith.errors import QualityGateError, UserError
+from flawsmith.errors import QualityGateError
 from flawsmith.files import atomic_file, write_json
 from flawsmith.images import write_png
 from flawsmith.quality.expectations import check
@@ -13,6 +13,7 @@ from flawsmith.quality.measures import Measures, Scale, measure_folder
 from flawsmith.quality.sheet import draw_sheet, rank_worst
 from flawsmith.quality.verdict import Verdict, rules
 from flawsmith.settings import ValidateSettings
+from flawsmith.triplets import read_manifest
 
 KINDS: dict[object, str] = {str: "string", bool: "bool", bool | None: "boolean", float: "float64"}
 
@@ -21,16 +22,9 @@ def read_manifest_ids(path: Path) -> list[str]:
     """The triplet ids that the manifest lists, in its order.
 
     Raises:
-        UserError: the file is no parquet table with the column `triplet_id`.
+        UserError: the manifest cannot be read.
     """
-    remedy = "run `flawsmith synthesize` again"
-    try:
-        manifest = pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise UserError(f"{path} cannot be read as parquet ({' '.join(str(error).split())}); {remedy}.") from error
-    if "triplet_id" not in manifest:
-        raise UserError(f"{path} has no column `triplet_id`; {remedy}.")
-    return [str(value) for value in manifest["triplet_id"]]
+    return [str(value) for value in read_manifest(path)["triplet_id"].to_pylist()]
 
 
 def to_frame(rows: list[Measures]) -> pd.DataFrame:

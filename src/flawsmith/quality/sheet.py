@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from flawsmith.errors import UserError
-from flawsmith.images import Mask, read_image, read_mask, resize_image, resize_mask, to_uint8
+from flawsmith.images import draw_outline, read_image, read_mask, resize_image, resize_mask, to_uint8
 from flawsmith.quality.measures import PARTS, Measures, part_path
 from flawsmith.quality.verdict import Outcome, Verdict
 
 TILE, GAP, CAPTION, COLUMNS = 160, 6, 34, 3  # pixels, pixels, pixels, triplets side by side
-OUTLINE = np.array([255, 0, 200], np.uint8)  # no surface has this colour
+OUTLINE = (255, 0, 200)  # no surface has this colour
 PAPER, INK, MISSING = (255, 255, 255), (20, 20, 20), (200, 200, 200)
 
 
@@ -56,13 +55,6 @@ def draw_sheet(folder: Path, worst: Sequence[tuple[Measures, str]]) -> NDArray[n
     return np.asarray(sheet)
 
 
-def outline(defect: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
-    """Draw a line just outside the mask `(H, W)` on an image `(H, W, 3)`: the pixels of the mask stay visible."""
-    drawn = defect.copy()
-    drawn[ndimage.binary_dilation(mask, iterations=2) & ~ndimage.binary_dilation(mask)] = OUTLINE
-    return drawn
-
-
 def _tiles(folder: Path, triplet_id: str) -> list[NDArray[np.uint8]]:
     missing = np.full((TILE, TILE, 3), MISSING, np.uint8)
     tiles = []
@@ -75,7 +67,7 @@ def _tiles(folder: Path, triplet_id: str) -> list[NDArray[np.uint8]]:
         mask = resize_mask(read_mask(part_path(folder, "mask", triplet_id)), TILE)
     except UserError:
         return [*tiles, missing]
-    return [*tiles, outline(tiles[1], mask)]
+    return [*tiles, draw_outline(tiles[1], mask, OUTLINE)]
 
 
 def _reason(row: Measures, broken: Sequence[Outcome]) -> str:

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flawsmith.detector.teacher import Teacher, build_teacher
+from flawsmith.detector.teacher import Teacher, build_teacher, pooled_features
 from flawsmith.devices import best_device, fast_math
 from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
-from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, train_denoiser
+from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, to_unit_range, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
 from flawsmith.files import atomic_folder, digest_json, digest_path, write_csv, write_json
 from flawsmith.images import to_uint8, write_png
@@ -58,8 +58,7 @@ def run(layout: Layout) -> None:
 
 def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch.device) -> NDArray[np.float32]:
     """(N, 3, crop, crop) in [0, 1]: fixed-seed samples of strength 0 from pure noise."""
-    count, multiple = settings.readiness_samples, settings.patch * 2 ** (len(settings.channels) - 1)
-    rim = -(-RIM // multiple) * multiple
+    count, rim = settings.readiness_samples, -(-RIM // settings.multiple) * settings.multiple
     side = settings.crop + 2 * rim
     sampled = sample_disturbed(
         denoiser.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
@@ -73,8 +72,7 @@ def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch
         device,
     )
     denoiser.cpu()
-    inner = sampled[:, :, rim : side - rim, rim : side - rim].numpy()
-    return (inner + np.float32(1)) / np.float32(2)
+    return to_unit_range(sampled[:, :, rim : side - rim, rim : side - rim].numpy())
 
 
 def _judge(
@@ -88,17 +86,10 @@ def _judge(
 
     def crops(images: NDArray[np.uint8], name: str, count: int) -> NDArray[np.float32]:
         generator = numpy_generator(settings.seed, "readiness", name)
-        return (random_crops(images, settings.crop, count, generator).numpy() + np.float32(1)) / np.float32(2)
+        return to_unit_range(random_crops(images, settings.crop, count, generator).numpy())
 
     def features(images: NDArray[np.float32]) -> NDArray[np.float64]:
-        parts = []
-        with torch.inference_mode():
-            for first in range(0, len(images), 32):
-                levels = teacher(torch.from_numpy(images[first : first + 32]))
-                # mean and deviation a channel: average colour and tone, and how much texture there is
-                pooled = [pool for level in levels for pool in (level.mean(dim=(2, 3)), level.std(dim=(2, 3)))]
-                parts.append(torch.cat(pooled, dim=1).double().numpy())
-        return np.concatenate(parts)
+        return pooled_features(teacher, images).astype(np.float64)
 
     count = settings.readiness_samples
     held = crops(heldout, "heldout", 2 * count)
@@ -109,7 +100,7 @@ def _judge(
 def _sheet(samples: NDArray[np.float32], fit: NDArray[np.uint8], settings: DdpmTrainSettings) -> NDArray[np.uint8]:
     """Two rows of real crops above two rows of plain samples."""
     generator = numpy_generator(settings.seed, "readiness", "sheet")
-    real = (random_crops(fit, settings.crop, SHEET_SAMPLES, generator).numpy() + np.float32(1)) / np.float32(2)
+    real = to_unit_range(random_crops(fit, settings.crop, SHEET_SAMPLES, generator).numpy())
     width = min(SHEET_SAMPLES // 2, len(samples))
     shown = min(SHEET_SAMPLES, len(samples)) // width * width  # whole rows
     tiles = [to_uint8(tile) for tile in (*real[: 2 * width], *samples[:shown])]

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
 from flawsmith.surfaces import load_images
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import VALIDATION, TripletFolder
+from flawsmith.triplets import VALIDATION, TripletFolder, read_manifest
 
 STAGE = "evaluate"
 
@@ -112,9 +111,8 @@ def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline:
 
 def held_out_sources(manifest: Path) -> dict[str, str]:
     """Id → file name of the source image, of the triplets that trained nothing."""
-    rows = pd.read_parquet(manifest, columns=["triplet_id", "role", "source"])
-    rows = rows[rows["role"] == VALIDATION]
-    return dict(zip(rows["triplet_id"].astype(str), rows["source"].astype(str), strict=True))
+    rows = read_manifest(manifest).to_pylist()
+    return {str(row["triplet_id"]): str(row["source"]) for row in rows if row["role"] == VALIDATION}
 
 
 def write_outputs(folder: Path, result: Assessment, layout: Layout, items: tuple[Item, ...], labelled: bool) -> None:

@@ -8,7 +8,7 @@ from flawsmith.devices import fast_math
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import to_uint8, write_png
 from flawsmith.layout import Layout
-from flawsmith.stages.synthesize import STAGE, build_workshop, made_with, read_manifest
+from flawsmith.stages.synthesize import STAGE, build_workshop, made_with, read_rows
 from flawsmith.synthesis.generate import manifest_row, remake
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.triplets import TripletFolder
@@ -20,7 +20,7 @@ def explain(layout: Layout, triplet_id: str, out: Path) -> bool:
     Raises:
         UserError: no such triplet, or params.yaml has changed since the triplets were made.
     """
-    rows, digest = read_manifest(layout)
+    rows, digest = read_rows(layout)
     row = next((row for row in rows if row["triplet_id"] == triplet_id), None)
     if row is None:
         raise UserError(f"No triplet `{triplet_id}` in {layout.stage(STAGE)}; ids run as {_some(rows)}.")

@@ -20,7 +20,7 @@ from flawsmith.surfaces import load_images_uint8
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import TripletFolder
+from flawsmith.triplets import TripletFolder, read_manifest
 
 STAGE = "synthesize"
 SHEET_ROWS = 16
@@ -90,7 +90,7 @@ def write_manifest(rows: list[dict[str, Any]], digest: str, folder: Any) -> None
         pq.write_table(table, temporary)
 
 
-def read_manifest(layout: Layout) -> tuple[list[dict[str, Any]], str]:
+def read_rows(layout: Layout) -> tuple[list[dict[str, Any]], str]:
     """The manifest's rows and the digest of the settings they were made with."""
-    table = pq.read_table(layout.input(STAGE, "manifest.parquet"))
+    table = read_manifest(layout.input(STAGE, "manifest.parquet"))
     return table.to_pylist(), json.loads((table.schema.metadata or {}).get(DIGEST_KEY, b'""'))

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
-from flawsmith.images import Mask
+from flawsmith.images import Mask, draw_outline
 
 OUTLINE = (255, 60, 60)
 
@@ -17,8 +16,7 @@ def triplet_row(normal: NDArray[np.uint8], defect: NDArray[np.uint8], mask: Mask
     size = mask.shape[0]
     first, second = (part.transpose(1, 2, 0) for part in (normal, defect))
     white = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
-    outlined = second.copy()
-    outlined[ndimage.binary_dilation(mask, iterations=2) & ~ndimage.binary_dilation(mask)] = OUTLINE
+    outlined = draw_outline(second, mask, OUTLINE)
     return np.concatenate([first, second, white, zoom(second, mask, size), zoom(outlined, mask, size)], axis=1)
 
 
