@@ -126,8 +126,7 @@ class Registry:
             self._ensure(self.trail_model, f"Audit trail of {self.model}: one version a decision. Do not edit.")
             made = self._client.create_model_version(
                 self.trail_model,
-                source,
-                run_id=entry.run_id or None,
+                source,  # with it a server takes no other run than the version's: that of the evidence is a tag
                 tags={key: value[:MAX_TAG] for key, value in tags.items()},
                 description=f"{entry.kind} of version {entry.version} by {entry.actor}: {entry.reason}",
             )
