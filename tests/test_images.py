@@ -381,3 +381,13 @@ def test_outline_surrounds_the_mask_and_spares_it() -> None:
     assert not (marked & mask).any()
     assert (drawn[~marked] == 0).all()
     assert not draw_outline(image, np.zeros_like(mask), (255, 0, 200)).any()
+
+
+def test_a_file_is_known_by_its_content_and_only_the_four_formats_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(path)
+    Image.fromarray(RGB).save(path, format="GIF")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(path)

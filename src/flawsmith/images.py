@@ -20,6 +20,7 @@ FloatImage = NDArray[np.float32]  # (3, H, W) in [0, 1]
 Mask = NDArray[np.bool_]  # (H, W)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # by content: a posted EPS must not reach the Ghostscript that Pillow would start
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before its pixels are decoded
 
 
@@ -33,7 +34,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> FloatImage:
         UserError: the file is missing, empty, truncated, no image, larger than `max_pixels`, or holds NaN.
     """
     # a stream, not a path: given a path, Pillow maps gray TIFFs into memory and then misreads the rotated ones
-    with _named(path), path.open("rb") as stream, Image.open(stream) as image:
+    with _named(path), path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise UserError(
                 f"{path} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "

@@ -1,0 +1,198 @@
+"""The registered model: what `mlflow models serve` answers with, and how it gets into the store, without a pickle.
+
+    mlflow models serve -m models:/flawsmith-bottle@champion --env-manager local --port 5001
+    curl -H 'Content-Type: application/json' http://127.0.0.1:5001/invocations \
+         -d '{"dataframe_records": [{"image": "'$(base64 -w0 part.png)'"}], "params": {"map": "none"}}'
+
+A version holds `model.onnx`, this package (it is on no index) and `served.py`, which MLflow runs to get the model. The
+process that serves imports no torch. Importing this module costs the seconds that MLflow takes: import it where needed.
+"""
+
+import base64
+import io
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.models.model import ModelInfo
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType, Array, Object, Property
+from numpy.typing import NDArray
+from PIL import Image
+
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.images import MAX_PIXELS, FloatImage, read_image
+from flawsmith.inference.folder import describe
+from flawsmith.inference.predictor import Predictor
+
+with warnings.catch_warnings():  # MLflow's own classes warn of their type hints when they are first imported
+    warnings.filterwarnings("ignore", message=r".*AnyType", category=UserWarning)
+    from mlflow.pyfunc import PythonModel, PythonModelContext
+
+PACKAGE = Path(__file__).parents[1]
+ENTRY = Path(__file__).with_name("served.py")
+MODEL, NAME = "model", "model"  # of the ONNX file among the artifacts; of the logged model
+COLUMN = "image"
+MAPS = ("array", "png", "none")
+REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "scipy", "tqdm")  # all that serving imports
+
+
+class SurfaceModel(PythonModel):
+    """Scores encoded image files; one row in, one dictionary out: what `flawsmith predict` writes, and the map."""
+
+    _predictor: Predictor
+    _max_pixels: int
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Open the ONNX file of this version."""
+        config = context.model_config or {}
+        self._predictor = Predictor(Path(context.artifacts[config["artifact"]], config["file"]))
+        self._max_pixels = int(config["max_pixels"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Score each row by itself, so that memory does not grow with the number of rows.
+
+        Args:
+            context: unused; `load_context` has read it.
+            model_input: the column `image` holds the bytes of PNG, JPEG, BMP or TIFF files.
+            params: `map` is how `anomaly_map` is given: "array" (nested list at the model's input size), "png" (see
+                `encode_map`) or "none" (left out).
+
+        Raises:
+            MlflowException: HTTP status 400 for a row that is no image or another `map`, 500 for a model that answers
+                with NaN; the message is one sentence and names the row, counted from 0.
+        """
+        kind = (params or {}).get("map", MAPS[0])
+        if kind not in MAPS:
+            raise mlflow.MlflowException(
+                f"`map` is {kind!r}; it must be one of {', '.join(MAPS)}.", INVALID_PARAMETER_VALUE
+            )
+        try:
+            return [self._answer(content, f"row {row}", kind) for row, content in enumerate(model_input[COLUMN])]
+        except FlawsmithError as error:
+            code = INVALID_PARAMETER_VALUE if isinstance(error, UserError) else INTERNAL_ERROR
+            raise mlflow.MlflowException(str(error), code) from None
+
+    def _answer(self, content: object, row: str, kind: str) -> dict[str, Any]:
+        image = _decode(content, row, self._max_pixels)
+        (prediction,) = self._predictor.predict([image])
+        answer = describe(prediction, self._predictor, image.shape[1], image.shape[2])
+        if kind == "array":
+            answer["anomaly_map"] = prediction.anomaly_map.tolist()
+        elif kind == "png":
+            answer["anomaly_map"] = encode_map(prediction.anomaly_map)
+        return answer
+
+
+def encode_map(anomaly_map: NDArray[np.float32]) -> dict[str, Any]:
+    """A map `(S, S)` as a 16-bit gray PNG in base64: a value is `low + pixel / 65535 * (high - low)`."""
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    levels = np.rint((anomaly_map.astype(np.float64) - low) / ((high - low) or 1.0) * 65535).astype(np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(levels).save(stream, format="PNG")
+    return {"png": base64.b64encode(stream.getvalue()).decode("ascii"), "low": low, "high": high}
+
+
+def signature() -> ModelSignature:
+    """One binary column in (base64 in JSON), what `SurfaceModel.predict` answers out, and the parameter `map`."""
+    whole = ("x", "y", "width", "height", "peak_x", "peak_y")
+    region = [Property(name, DataType.long) for name in whole]
+    region += [Property(name, DataType.double) for name in ("area", "peak")]
+    outputs = [
+        ColSpec(DataType.string, "verdict"),
+        *(ColSpec(DataType.double, name) for name in ("score", "threshold", "peak_value")),
+        *(ColSpec(DataType.long, name) for name in ("peak_x", "peak_y", "width", "height", "region_count")),
+        ColSpec(Array(Object(region)), "regions"),
+        ColSpec(AnyType(), "anomaly_map", required=False),
+    ]
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, COLUMN)]),
+        outputs=Schema(outputs),
+        params=ParamSchema([ParamSpec("map", DataType.string, MAPS[0])]),
+    )
+
+
+def pip_requirements() -> list[str]:
+    """What an environment that serves must hold beside this package, in the versions installed here."""
+    return [f"{name}=={version(name)}" for name in REQUIREMENTS]
+
+
+def log_serving_model(
+    model: Path, artifacts: Mapping[str, Path] | None = None, max_pixels: int = MAX_PIXELS
+) -> ModelInfo:
+    """Log the ONNX file as the model of MLflow's active run, ready to be registered and served.
+
+    Args:
+        model: the `model.onnx` of the export stage.
+        artifacts: files and folders that belong to the version (a report, Data Docs), by a short name under which
+            `fetch_artifact` finds them again. A model inside one of the folders is not stored twice.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        UserError: a file is missing, or is no ONNX model of flawsmith.
+    """
+    held = {name: path.resolve() for name, path in (artifacts or {}).items()}
+    missing = next((path for path in held.values() if not path.exists()), None)
+    if missing is not None:
+        raise UserError(f"{missing} does not exist; run the stage that writes it first (`dvc repro`).")
+    Predictor(model)  # refuses now what could not be served later
+    home = next((name for name, path in held.items() if model.resolve().is_relative_to(path)), None)
+    if home is None:
+        if MODEL in held:
+            raise ValueError(f"the artifact name {MODEL!r} is the ONNX file's")
+        home, held[MODEL] = MODEL, model.resolve()
+    config = {"artifact": home, "file": model.resolve().relative_to(held[home]).as_posix(), "max_pixels": max_pixels}
+    with warnings.catch_warnings():  # an input example would be a second way to say what the signature says
+        warnings.filterwarnings("ignore", message=r".*input example was not provided", category=UserWarning)
+        return mlflow.pyfunc.log_model(
+            name=NAME,
+            python_model=str(ENTRY),
+            artifacts={name: str(path) for name, path in held.items()},
+            code_paths=[str(PACKAGE)],
+            signature=signature(),
+            pip_requirements=pip_requirements(),
+            model_config=config,
+        )
+
+
+def fetch_artifact(model_uri: str, name: str, folder: Path) -> Path:
+    """Download one artifact of a registered version, or a file or folder inside it, and nothing else.
+
+    Args:
+        model_uri: `models:/<name>/<version>` or `models:/<name>@<alias>`.
+        name: as given to `log_serving_model` (`MODEL` for an ONNX file that lay in none of the folders), with a path
+            below it or without.
+        folder: an existing folder to put it into.
+
+    Raises:
+        UserError: the model has no artifact of that name.
+    """
+    top, _, below = name.partition("/")
+    held = mlflow.models.get_model_info(model_uri).flavors["python_function"].get("artifacts", {})
+    if top not in held:
+        raise UserError(f"{model_uri} holds no artifact `{top}` (it holds {', '.join(sorted(held))}).")
+    path = f"{held[top]['path']}/{below}".rstrip("/")
+    return Path(mlflow.artifacts.download_artifacts(f"{model_uri}/{path}", dst_path=str(folder)))
+
+
+def _decode(content: object, row: str, max_pixels: int) -> FloatImage:
+    """Bytes to pixels, through the same door as files."""
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise UserError(f"The image of {row} is {type(content).__name__}, not the bytes of an image file.")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        try:
+            return read_image(Path(file.name), max_pixels)
+        except UserError as error:
+            raise UserError(str(error).replace(file.name, f"The image of {row}")) from error
