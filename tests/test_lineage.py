@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from hypothesis import given
@@ -108,3 +109,47 @@ def test_any_history_ends_even_where_runs_read_what_they_wrote(history: list[tup
     tree = lineage_of("artifacts/p", runs)
     assert tree.complete == (tree.missing() == ())
     assert render_lineage(tree).count("Incomplete") == (0 if tree.complete else 1)
+
+
+def test_nodes_hold_everything_behind_a_model_once_and_the_model_first() -> None:
+    nodes = lineage_of("artifacts/model.onnx", CHAIN).nodes()
+    assert nodes[0].artefact.path == "artifacts/model.onnx"
+    assert sorted(node.artefact.path for node in nodes) == [
+        "artifacts/ddpm",
+        "artifacts/model.onnx",
+        "artifacts/triplets",
+        "data/tile",
+    ]
+
+
+def test_a_start_without_a_run_is_the_only_node() -> None:
+    tree = lineage_of("artifacts/other.onnx", CHAIN)
+    assert tree.nodes() == (tree,)
+
+
+def test_the_drawing_names_the_prefect_run_that_started_a_stage() -> None:
+    started = replace(CHAIN[0], flow_run="9f8e7d6c-5b4a-4321-8765-fedcba987654")
+    text = render_lineage(lineage_of("artifacts/model.onnx", [started, *CHAIN[1:]]))
+    [line] = [line for line in text.splitlines() if "Prefect" in line]
+    assert "run ddpm " in line
+    assert line.endswith("Prefect 9f8e7d6c-5b4")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sets(st.sampled_from(NAMES), max_size=3), st.sets(st.sampled_from(NAMES), max_size=3)), max_size=5
+    )
+)
+def test_nodes_of_any_history_are_distinct_and_hold_every_missing_link(
+    history: list[tuple[set[str], set[str]]],
+) -> None:
+    runs = [record(str(i), tuple(sorted(reads)), tuple(sorted(writes))) for i, (reads, writes) in enumerate(history)]
+    tree = lineage_of("artifacts/p", runs)
+    nodes = tree.nodes()
+    assert nodes[0] == tree
+    kinds = [(node.artefact.digest, node.run is None) for node in nodes]
+    assert len(set(kinds)) == len(kinds)
+    unknown = {node.artefact for node in nodes if node.run is None and not node.is_source}
+    assert unknown == set(tree.missing()), "a content known elsewhere in the tree must not hide a missing link"
+    for node in nodes:
+        assert {parent.artefact.digest for parent in node.parents} <= {digest for digest, _ in kinds}

@@ -17,7 +17,15 @@ from flawsmith.errors import UserError
 from flawsmith.files import digest_path
 from flawsmith.layout import Layout
 from flawsmith.settings import Settings, load_settings
-from flawsmith.tracking import check_store, read_lineage, render_lineage, stage_run, tracking_uri
+from flawsmith.tracking import (
+    check_store,
+    current_actor,
+    current_flow_run,
+    read_lineage,
+    render_lineage,
+    stage_run,
+    tracking_uri,
+)
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -67,7 +75,8 @@ def runs_of(layout: Layout) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "FLAWSMITH_FLOW_RUN", "FLAWSMITH_ACTOR"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +228,50 @@ def test_repeated_runs_of_the_same_content_are_counted(layout: Layout) -> None:
     assert newest.writers == 2
     assert newest.run is not None
     assert newest.run.run_id == runs_of(layout)[0].info.run_id
+
+
+def test_a_run_says_which_flow_run_started_it_and_who_acts(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLAWSMITH_FLOW_RUN", "9f8e7d6c-5b4a-4321-8765-fedcba987654")
+    monkeypatch.setenv("FLAWSMITH_ACTOR", "prefect flow run calm-otter")
+    assert current_flow_run() == "9f8e7d6c-5b4a-4321-8765-fedcba987654"
+    model = run_chain(layout)
+    for run in runs_of(layout):
+        assert run.data.tags["flawsmith.flow_run"] == "9f8e7d6c-5b4a-4321-8765-fedcba987654"
+        assert run.data.tags["flawsmith.actor"] == "prefect flow run calm-otter"
+    tree = read_lineage(layout.root, layout.settings, model)
+    assert {node.run.flow_run for node in tree.nodes() if node.run} == {"9f8e7d6c-5b4a-4321-8765-fedcba987654"}
+    assert render_lineage(tree).count("Prefect 9f8e7d6c-5b4") == 3
+
+
+def test_a_run_by_hand_has_no_flow_run_and_names_the_user_on_this_machine(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
+    monkeypatch.setattr("socket.gethostname", lambda: "line-2")
+    with stage_run(layout, "distill", {}, {}) as run:
+        write(layout.stage("distill") / "detector.safetensors", "weights")
+        run.set_outputs({"distill": layout.stage("distill")})
+    [recorded] = runs_of(layout)
+    assert recorded.data.tags.get("flawsmith.flow_run", "") == ""
+    assert recorded.data.tags["flawsmith.actor"] == "ada@line-2"
+    assert "Prefect" not in render_lineage(read_lineage(layout.root, layout.settings, layout.stage("distill")))
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1234"), OSError("No username set")])
+def test_a_user_without_a_name_acts_under_a_number(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As in a container that runs under any user id; Python 3.13 raises OSError where 3.11 raises KeyError."""
+
+    def nameless() -> str:
+        raise error
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert current_actor() == f"uid {os.getuid()}@{socket.gethostname()}"
+
+
+def test_an_empty_name_of_an_actor_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLAWSMITH_ACTOR", "")
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
+    assert current_actor() == f"ada@{socket.gethostname()}"
 
 
 def test_runs_of_the_other_content_are_not_mixed_up(layout: Layout) -> None:

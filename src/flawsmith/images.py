@@ -20,7 +20,7 @@ FloatImage = NDArray[np.float32]  # (3, H, W) in [0, 1]
 Mask = NDArray[np.bool_]  # (H, W)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # by content: a posted EPS must not reach the Ghostscript that Pillow would start
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # by content: Pillow would hand a posted EPS to Ghostscript
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before its pixels are decoded
 
 

@@ -64,11 +64,14 @@ class Lineage:
         return tuple(artefact for parent in self.parents for artefact in parent.missing())
 
     def nodes(self) -> tuple["Lineage", ...]:
-        """This node and everything behind it, a content that several runs read only once."""
-        found: dict[str, Lineage] = {self.artefact.digest: self}
+        """This node and everything behind it, a content that several runs read only once.
+
+        Where a run read what it wrote, that content is there twice: with its run, and as the link that is missing.
+        """
+        found: dict[tuple[str, bool], Lineage] = {(self.artefact.digest, self.run is None): self}
         for parent in self.parents:
             for node in parent.nodes():
-                found.setdefault(node.artefact.digest, node)
+                found.setdefault((node.artefact.digest, node.run is None), node)
         return tuple(found.values())
 
 

@@ -301,6 +301,15 @@ def test_a_model_without_its_proofs_is_refused(plant: Plant, trouble: dict[str, 
     assert sentence in done.reason
 
 
+def test_a_verdict_on_other_triplets_is_no_proof(plant: Plant) -> None:
+    verdict = plant.layout.stage("validate") / "verdict.json"
+    write_json(verdict, json.loads(verdict.read_text()) | {"triplets": 7})  # validated again, not distilled again
+    register(plant.layout)
+    done = promote(plant.layout)
+    assert done.outcome == "refused"
+    assert "not the one that the model was trained under" in done.reason
+
+
 def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

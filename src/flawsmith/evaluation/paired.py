@@ -119,7 +119,8 @@ def predictor_scorer(predictor: Predictor) -> Scorer:
 
 
 def _standing(performance: Performance, threshold: float) -> Standing:
-    flagged = performance.calibration.scores > threshold
+    # in double precision, as the predictor judges: beside a float32 array numpy would round the threshold to float32
+    flagged = performance.calibration.scores.astype(np.float64) > threshold
     return Standing(
         values={key: performance.values[key] for key in COMPARED},
         by_defect={name: values["image_auroc"] for name, values in performance.by_defect.items()},

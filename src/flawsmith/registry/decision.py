@@ -7,6 +7,7 @@ intersection-union test). Non-inferior step by non-inferior step a model could s
 floors bind at every step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +122,12 @@ def _absolute(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
 
 def _relative(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
     champion, comparison = evidence.champion, evidence.comparison
-    if champion is None or comparison.champion is None:
+    if champion is None:
         return []
+    if comparison.champion is None:
+        return [
+            Check("compared", False, None, None, f"it was not compared with the champion, version {champion.version}")
+        ]
     checks = [
         _not_worse("image_auroc_difference", comparison.differences["image_auroc"], rules.margin, "image AUROC"),
         _not_worse("aupro_difference", comparison.differences["aupro"], rules.pixel_margin, "AUPRO"),
@@ -147,17 +152,21 @@ def _not_worse(name: str, difference: Estimate, margin: float, what: str) -> Che
     passed = difference.low > -margin or (margin == 0 and difference.low == 0)
     verdict = "not worse" if passed else "may be worse"
     detail = f"{what} {verdict} than the champion's by {margin:g}: difference {_interval(difference, sign=True)}"
-    return Check(name, passed, difference.low, -margin, detail)
+    return Check(name, passed, _finite(difference.low), -margin, detail)
 
 
 def _at_least(name: str, value: float, bound: float, what: str) -> Check:
     passed = value >= bound
-    return Check(name, passed, value, bound, f"{what}{'' if passed else ', below the floor'} ({bound:g} or more)")
+    return Check(
+        name, passed, _finite(value), bound, f"{what}{'' if passed else ', below the floor'} ({bound:g} or more)"
+    )
 
 
 def _at_most(name: str, value: float, bound: float, what: str) -> Check:
     passed = value <= bound
-    return Check(name, passed, value, bound, f"{what}{'' if passed else ', over the limit'} ({bound:g} or less)")
+    return Check(
+        name, passed, _finite(value), bound, f"{what}{'' if passed else ', over the limit'} ({bound:g} or less)"
+    )
 
 
 def _interval(estimate: Estimate, sign: bool = False) -> str:
@@ -177,6 +186,11 @@ def _praise(evidence: Evidence) -> str:
     )
 
 
-def estimates_json(values: Mapping[str, Estimate]) -> dict[str, list[float]]:
+def estimates_json(values: Mapping[str, Estimate]) -> dict[str, list[float | None]]:
     """Estimates as [value, low, high], six decimals."""
-    return {name: [round(float(part), 6) for part in estimate] for name, estimate in values.items()}
+    return {name: [_finite(round(float(part), 6)) for part in estimate] for name, estimate in values.items()}
+
+
+def _finite(value: float) -> float | None:
+    """A figure as JSON can hold it: NaN, which no check passes, and infinity are none."""
+    return float(value) if math.isfinite(value) else None

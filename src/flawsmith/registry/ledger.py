@@ -93,9 +93,10 @@ def replay(entries: Sequence[Entry]) -> Trail:
             continue
         last = entry.number
         if entry.kind == "rollback":
-            barred[entry.previous_digest] = entry.reason
+            barred[entry.previous_digest] = entry.reason or "no reason given"
             if entry.version in champions:
-                champions = champions[: champions.index(entry.version)]
+                latest = len(champions) - 1 - champions[::-1].index(entry.version)
+                champions = champions[:latest]
         barred.pop(entry.digest, None)
         champions.append(entry.version)
     return Trail(tuple(ordered), frozenset(lost), tuple(champions), barred)

@@ -33,7 +33,7 @@ def parse_version(text: str) -> VersionName | None:
     """
     if re.fullmatch(r"\d{1,5}", text):
         return VersionName("", text)
-    found = re.fullmatch(rf"(?:models:/)?(?:{PREFIX}-)?([\w.-]+)(?:/(\d+)|@({ALIAS}))", text)
+    found = re.fullmatch(rf"(?:models:/)?(?:{PREFIX}-)?([^./@:][^/@:]*)(?:/(\d+)|@({ALIAS}))", text)
     return VersionName(found[1], found[2] or found[3]) if found else None
 
 

@@ -23,7 +23,7 @@ from flawsmith.files import digest_file, digest_json, read_json, write_json
 from flawsmith.images import FloatImage, read_image, write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.lineage import Lineage
+from flawsmith.lineage import SHOWN, Lineage
 from flawsmith.monitoring.reference import measure, save_reference
 from flawsmith.surfaces import load_image
 from flawsmith.triplets import VALIDATION, TripletFolder
@@ -120,8 +120,8 @@ def check_health(folder: Path, predictor: Predictor, tolerance: float) -> float:
     expected = read_json(folder / HEALTH_SCORES)
     if not expected:
         raise FlawsmithError(f"{folder} holds no image to check the model's health on; register the model again.")
-    gap = max(abs(_score(predictor, folder / name) - score) for name, score in expected.items())
-    if not gap <= tolerance:  # NaN fails
+    gap = float(np.max([abs(_score(predictor, folder / name) - score) for name, score in expected.items()]))
+    if not gap <= tolerance:  # NaN fails, and np.max, unlike max, keeps it
         raise FlawsmithError(
             f"The model does not score its {len(expected)} known images as it did when it was registered (largest "
             f"difference {gap:.3g}, allowed {tolerance:g}); it was damaged, or this machine computes otherwise: "
@@ -142,17 +142,21 @@ def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tupl
     batches = certificate.get("batches") or {}
     if not batches:
         found.append("the parity certificate holds no comparison")
-    for batch, figures in batches.items():
-        gap = max(figures["map_difference"], figures["score_difference"])
-        if figures["decision_flips"] or not gap <= certificate["tolerance"]:
-            found.append(
-                f"torch and ONNX disagree at batch {batch} ({figures['decision_flips']} flips, difference {gap:.3g})"
-            )
+    try:
+        for batch, figures in batches.items():
+            gap = float(np.max([figures["map_difference"], figures["score_difference"]]))  # max would drop a NaN
+            flips = figures["decision_flips"]
+            if flips or not gap <= certificate["tolerance"]:
+                found.append(f"torch and ONNX disagree at batch {batch} ({flips} flips, difference {gap:.3g})")
+    except (KeyError, TypeError) as error:
+        found.append(f"the parity certificate is damaged ({error} is missing)")
     return tuple(found)
 
 
-def gate_objections(verdict: Mapping[str, Any]) -> tuple[str, ...]:
-    """The critical expectations that the triplets failed; empty if they passed the gate."""
+def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[str, ...]:
+    """What speaks against a verdict as proof of good triplets; `is_known`: the model was trained under this one."""
+    if not is_known:
+        return ("the quality gate's verdict is not the one that the model was trained under",)
     if verdict.get("passed") is True:
         return ()
     failed = [
@@ -176,25 +180,25 @@ def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: in
 
 
 def lineage_json(lineage: Lineage) -> dict[str, Any]:
-    """Every artefact behind the model, by path: its digest, and the run that wrote it."""
-    return {
-        node.artefact.path or node.artefact.name: {
-            "digest": node.artefact.digest,
-            "source": node.is_source,
-            **(
-                {
-                    "stage": node.run.stage,
-                    "run_id": node.run.run_id,
-                    "revision": node.run.revision,
-                    "dirty": node.run.dirty,
-                    "flow_run": node.run.flow_run,
-                }
-                if node.run
-                else {}
-            ),
-        }
-        for node in lineage.nodes()
-    }
+    """Every artefact behind the model, by path: its digest, and the run that wrote it.
+
+    A path that was read with several contents is there once for each, the later ones as `path@digest`: none may hide
+    another whose origin is unknown.
+    """
+    found: dict[str, Any] = {}
+    for node in lineage.nodes():
+        name = node.artefact.path or node.artefact.name
+        item: dict[str, Any] = {"digest": node.artefact.digest, "source": node.is_source}
+        if node.run:
+            item |= {
+                "stage": node.run.stage,
+                "run_id": node.run.run_id,
+                "revision": node.run.revision,
+                "dirty": node.run.dirty,
+                "flow_run": node.run.flow_run,
+            }
+        found[name if name not in found else f"{name}@{node.artefact.digest[:SHOWN]}"] = item
+    return found
 
 
 def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
@@ -206,7 +210,7 @@ def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
         "ddpm": f"artifacts/{category}/ddpm-train",
     }
     tags = {name: by_path[path] for name, path in wanted.items() if path in by_path}
-    data = [digest for path, digest in by_path.items() if path.endswith(f"{category}/train")]
+    data = [digest for path, digest in by_path.items() if path.endswith(f"/{category}/train")]
     return tags | ({"data": data[0]} if data else {})
 
 

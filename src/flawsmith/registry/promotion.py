@@ -313,18 +313,19 @@ def _evidence(
         ModelFacts(version.number, version.digest, package.megabytes(path), latency)
         for version, path, latency in zip([item for item in (target, known) if item], paths, latencies, strict=True)
     ]
-    missing = [
-        path
-        for path, item in read_json(new / package.LINEAGE).items()
-        if not item["source"] and "run_id" not in item
-    ]  # fmt: skip
+    chain = read_json(new / package.LINEAGE)
+    missing = [path for path, item in chain.items() if not item["source"] and "run_id" not in item]
+    digests = {item["digest"] for item in chain.values()}
+    gate = package.gate_objections(
+        read_json(new / package.VERDICT), is_known=digest_file(new / package.VERDICT) in digests
+    )
     return Evidence(
         challenger=facts[0],
         champion=facts[1] if len(facts) > 1 else None,
         comparison=comparison,
         labelled=labelled,
         parity=package.parity_objections(read_json(new / package.PARITY), target.digest),
-        gate=package.gate_objections(read_json(new / package.VERDICT)),
+        gate=gate,
         missing_links=missing,
         rolled_back=rolled_back,
     )

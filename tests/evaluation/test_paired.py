@@ -1,0 +1,293 @@
+"""Two exported models on the same images: what their difference may and may not say."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_onnx import write_toy
+
+from flawsmith.errors import UserError
+from flawsmith.evaluation.assess import DEFECT_KEYS, KEYS, measure, paired_difference
+from flawsmith.evaluation.intervals import percentile_interval
+from flawsmith.evaluation.paired import COMPARED, RARE, compare_models, pool_rare, predictor_scorer
+from flawsmith.evaluation.scoring import Item, open_spools
+from flawsmith.inference.predictor import Predictor
+from flawsmith.randomness import numpy_generator
+from flawsmith.surfaces import GOOD
+
+SIZE = 24
+OPTIONS = {"bootstrap": 100, "aupro_limit": 0.3, "batch": 8, "min_defect_images": 5}
+DRAWN = {GOOD: 20, "dent": 12, "scratch": 8, "stain": 3, "chip": 2}
+
+
+def noisy_item(index: int, defect: str) -> Item:
+    """A part of uneven brightness with noise of its own in each channel; a defect brightens a square in all three."""
+
+    def load():
+        generator = numpy_generator(0, "paired", index)
+        image = 0.3 + 0.05 * generator.standard_normal() + 0.05 * generator.standard_normal((3, SIZE, SIZE), np.float32)
+        mask = np.zeros((SIZE, SIZE), np.bool_)
+        if defect != GOOD:
+            row, column = generator.integers(0, SIZE - 6, 2)
+            mask[row : row + 6, column : column + 6] = True
+            image[:, mask] += generator.uniform(0.0, 0.15)
+        return np.clip(image, 0, 1).astype(np.float32), mask
+
+    return Item(f"{defect}/{index:03d}.png", defect, load)
+
+
+@pytest.fixture(scope="module")
+def items():
+    kinds = [kind for kind, count in DRAWN.items() for _ in range(count)]
+    return [noisy_item(index, kind) for index, kind in enumerate(kinds)]
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return [noisy_item(index, GOOD) for index in range(500, 520)]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """Models by name; `twin` sees almost what `model` sees, `inverted` says the opposite."""
+    folder = tmp_path_factory.mktemp("toys")
+    made = {
+        "model": write_toy(folder / "model.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE),
+        "copy": write_toy(folder / "copy.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE),
+        "twin": write_toy(folder / "twin.onnx", weights=(0.5, 0.4, 0.1), input_size=SIZE),
+        "inverted": write_toy(folder / "inverted.onnx", gain=-1.0, weights=(0.5, 0.5, 0.0), input_size=SIZE),
+        "small": write_toy(folder / "small.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE // 2),
+    }
+    return {name: Predictor(path, threads=1) for name, path in made.items()}
+
+
+def compared(challenger, champion, items, calibration, seed=0, **options):
+    generator = numpy_generator(seed, "test")
+    return compare_models(challenger, champion, items, calibration, generator, **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def twin_beside_model(toys, items, calibration):
+    return compared(toys["twin"], toys["model"], items, calibration)
+
+
+@pytest.fixture(scope="module")
+def model_alone(toys, items, calibration):
+    return compared(toys["model"], None, items, calibration)
+
+
+def test_identical_models_differ_by_exactly_nothing(toys, items, calibration):
+    found = compared(toys["copy"], toys["model"], items, calibration)
+    assert set(found.differences) == set(COMPARED)
+    assert set(found.defect_differences) == {"dent", "scratch", RARE}
+    for estimate in (*found.differences.values(), *found.defect_differences.values()):
+        assert estimate == (0, 0, 0)
+    assert found.challenger == found.champion
+    assert 0.6 < found.challenger.values["image_auroc"].value < 0.99, "the images must leave room for both answers"
+
+
+def test_a_model_that_says_the_opposite_is_worse_beyond_doubt(toys, items, calibration):
+    found = compared(toys["inverted"], toys["model"], items, calibration)
+    for key in COMPARED:
+        assert found.differences[key].value < 0
+        assert found.differences[key].high < 0
+    auroc = found.champion.values["image_auroc"].value
+    assert found.challenger.values["image_auroc"].value == pytest.approx(1 - auroc)
+    assert found.differences["image_auroc"].value == pytest.approx(1 - 2 * auroc)
+
+
+def test_exchanging_the_models_turns_every_difference_round(twin_beside_model, toys, items, calibration):
+    forth = twin_beside_model
+    back = compared(toys["model"], toys["twin"], items, calibration)
+    assert (forth.challenger, forth.champion) == (back.champion, back.challenger)
+    for one, other in ((forth.differences, back.differences), (forth.defect_differences, back.defect_differences)):
+        assert set(one) == set(other)
+        for key, estimate in one.items():
+            assert estimate == pytest.approx((-other[key].value, -other[key].high, -other[key].low))
+
+
+def test_a_difference_is_that_of_the_values(twin_beside_model):
+    found = twin_beside_model
+    for key, estimate in found.differences.items():
+        gap = found.challenger.values[key].value - found.champion.values[key].value
+        assert estimate.value == pytest.approx(gap)
+        assert estimate.low <= estimate.high
+    for name, estimate in found.defect_differences.items():
+        gap = found.challenger.by_defect[name].value - found.champion.by_defect[name].value
+        assert estimate.value == pytest.approx(gap)
+
+
+def test_a_first_model_stands_alone_with_the_figures_it_has_beside_another(model_alone, twin_beside_model):
+    assert model_alone.champion is None
+    assert model_alone.differences == {}
+    assert model_alone.defect_differences == {}
+    assert model_alone.challenger == twin_beside_model.champion
+    assert model_alone.counts == twin_beside_model.counts
+    assert model_alone.calibration_images == twin_beside_model.calibration_images
+
+
+def test_same_seed_same_comparison_and_another_seed_other_intervals(model_alone, toys, items, calibration):
+    assert compared(toys["model"], None, items, calibration) == model_alone
+    other = compared(toys["model"], None, items, calibration, seed=1).challenger.values
+    for key, estimate in model_alone.challenger.values.items():
+        assert other[key].value == estimate.value
+        assert other[key] != estimate
+
+
+def test_images_are_counted_with_rare_types_pooled(model_alone):
+    found = model_alone
+    assert found.counts == {"dent": 12, GOOD: 20, RARE: 5, "scratch": 8}
+    assert found.calibration_images == 20
+    assert set(found.challenger.by_defect) == {"dent", RARE, "scratch"}
+
+
+def test_pooling_leaves_the_figures_over_all_images_as_they_are(toys, items, calibration):
+    pooled = compared(toys["model"], None, items, calibration, min_defect_images=1000)
+    apart = compared(toys["model"], None, items, calibration, min_defect_images=1)
+    assert set(pooled.challenger.by_defect) == {RARE}
+    assert set(apart.challenger.by_defect) == set(DRAWN) - {GOOD}
+    for key in COMPARED:
+        assert pooled.challenger.values[key].value == apart.challenger.values[key].value
+    assert pooled.challenger.by_defect[RARE].value == pooled.challenger.values["image_auroc"].value
+
+
+names = st.sampled_from([GOOD, "dent", "scratch", "stain"])
+
+
+@given(st.lists(names, max_size=30), st.integers(1, 12))
+def test_pooling_renames_exactly_the_defects_of_rare_types(kinds, minimum):
+    before = tuple(Item(f"{index}.png", kind, lambda: None) for index, kind in enumerate(kinds))
+    after = pool_rare(before, minimum)
+    counts = Counter(kinds)
+    assert [item.name for item in after] == [item.name for item in before]
+    for old, new in zip(before, after, strict=True):
+        rare = old.defect != GOOD and counts[old.defect] < minimum
+        assert new == (replace(old, defect=RARE) if rare else old)
+        assert new.is_defective == old.is_defective
+    left = Counter(item.defect for item in after if item.defect not in (GOOD, RARE))
+    assert all(count >= minimum for count in left.values())
+
+
+def test_a_model_of_another_input_size_is_compared_at_the_size_of_the_images(toys, items, calibration, model_alone):
+    image = items[0].load()[0]
+    maps, scores = predictor_scorer(toys["small"])(np.stack([image, image]))
+    assert maps.shape == (2, SIZE, SIZE)
+    assert (maps.dtype, scores.shape) == (np.float32, (2,))
+    found = compared(toys["small"], toys["model"], items, calibration)
+    assert found.champion == model_alone.challenger
+    assert found.differences["image_auroc"].value > 0, "averaging over noise must help this toy"
+    for estimate in found.differences.values():
+        assert np.isfinite(estimate).all()
+
+
+def test_scores_and_maps_are_the_predictors_own(toys, items):
+    images = np.stack([item.load()[0] for item in items[:3]])
+    maps, scores = predictor_scorer(toys["model"])(images)
+    for image, anomaly_map, score in zip(images, maps, scores, strict=True):
+        (answer,) = toys["model"].predict([image])
+        np.testing.assert_array_equal(anomaly_map, answer.anomaly_map)
+        assert score == answer.score
+
+
+def test_false_alarms_are_counted_at_the_threshold_in_each_models_own_file(tmp_path, toys, items, calibration):
+    answers = toys["model"].predict([item.load()[0] for item in calibration])
+    scores = sorted(answer.score for answer in answers)
+
+    def judging_at(threshold):
+        path = write_toy(tmp_path / "model.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE, threshold=threshold)
+        return Predictor(path, threads=1)
+
+    loose, tight = (judging_at((scores[rank - 1] + scores[rank]) / 2) for rank in (19, 15))
+    found = compared(loose, tight, items, calibration)
+    assert found.challenger.false_alarms.value == 1 / 20
+    assert found.champion.false_alarms.value == 5 / 20
+    for standing in (found.challenger, found.champion):
+        assert standing.false_alarms.low < standing.false_alarms.value < standing.false_alarms.high
+    assert found.differences["image_auroc"] == (0, 0, 0), "thresholds do not enter the ranking"
+
+
+def test_false_alarms_are_the_verdicts_that_the_predictor_gives(tmp_path, items):
+    """A score that float32 rounds up from the threshold lies above it for the predictor."""
+    image, mask = np.ones((3, SIZE, SIZE), np.float32), np.zeros((SIZE, SIZE), np.bool_)
+    weights = (1.0, 0.0, 0.0)
+    path = write_toy(tmp_path / "model.onnx", gain=0.1, weights=weights, input_size=SIZE, threshold=0.1)
+    model = Predictor(path, threads=1)
+    (verdict,) = model.predict([image])
+    assert verdict.is_defective
+    found = compared(model, None, items[15:25], [Item("white.png", GOOD, lambda: (image, mask))])
+    assert found.challenger.false_alarms.value == 1
+
+
+@pytest.mark.parametrize("only", [GOOD, "dent"])
+def test_images_of_one_class_alone_are_refused(toys, items, calibration, only):
+    with pytest.raises(UserError, match="needs good and defective images"):
+        compared(toys["model"], toys["copy"], [item for item in items if item.defect == only], calibration)
+
+
+def test_without_calibration_normals_there_is_nothing_to_compare(toys, items):
+    with pytest.raises(UserError, match="no calibration image"):
+        compared(toys["model"], None, items, [])
+
+
+@pytest.fixture(scope="module")
+def performances(toys, items, calibration):
+    with open_spools(3) as (masks, *maps):
+        return measure(
+            [predictor_scorer(toys[name]) for name in ("model", "twin")],
+            items,
+            calibration,
+            numpy_generator(0, "test"),
+            maps,
+            masks,
+            false_alarm_rate=0.05,
+            bootstrap=150,
+            aupro_limit=0.3,
+            batch=8,
+        )
+
+
+@pytest.mark.parametrize("key", COMPARED)
+def test_pairing_makes_the_difference_of_like_models_surer(performances, key):
+    one, other = performances
+    paired = paired_difference(one, other, key)
+    apart = one.draws[key] - np.random.default_rng(0).permutation(other.draws[key])
+    unpaired = percentile_interval(paired.value, apart)
+    assert paired.high - paired.low < 0.8 * (unpaired.high - unpaired.low)
+
+
+def test_paired_differences_of_one_type_use_that_types_images(performances):
+    one, other = performances
+    for name in one.by_defect:
+        for key in DEFECT_KEYS:
+            found = paired_difference(one, other, key, name)
+            assert found.value == one.by_defect[name][key].value - other.by_defect[name][key].value
+            draws = one.defect_draws[name][key] - other.defect_draws[name][key]
+            assert found[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    assert paired_difference(one, other, "image_auroc", "dent") != paired_difference(one, other, "image_auroc")
+
+
+def test_a_performance_does_not_differ_from_itself(performances):
+    for key in KEYS:
+        assert paired_difference(performances[0], performances[0], key) == (0, 0, 0)
+
+
+def test_measuring_beside_another_model_changes_nothing(performances, toys, items, calibration):
+    with open_spools(2) as (masks, maps):
+        (alone,) = measure(
+            [predictor_scorer(toys["twin"])],
+            items,
+            calibration,
+            numpy_generator(0, "test"),
+            [maps],
+            masks,
+            false_alarm_rate=0.05,
+            bootstrap=150,
+            aupro_limit=0.3,
+            batch=3,
+        )
+    assert alone.values == performances[1].values
+    assert alone.by_defect == performances[1].by_defect
+    assert alone.threshold == performances[1].threshold

@@ -1,0 +1,510 @@
+"""What a version holds beside its network: complete, from the right images, and able to catch damage."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import nn
+from toy_onnx import write_toy
+
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.files import digest_file, read_json, write_json
+from flawsmith.images import write_png
+from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
+from flawsmith.lineage import Artefact, Lineage, RunRecord
+from flawsmith.monitoring.reference import load_reference
+from flawsmith.registry import package
+from flawsmith.registry.package import (
+    Sources,
+    build_content,
+    check_health,
+    digest_tags,
+    gate_objections,
+    lineage_json,
+    lock_digest,
+    measure_latency,
+    megabytes,
+    parity_objections,
+    write_health,
+)
+from flawsmith.settings import load_settings
+from flawsmith.triplets import TripletFolder
+
+SIZE = 32
+DIGEST = "d" * 64
+
+
+def picture(seed: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).random((3, SIZE, SIZE), np.float32)
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return Predictor(write_toy(tmp_path_factory.mktemp("model") / "model.onnx"), threads=1)
+
+
+# --- the parity certificate and the gate's verdict
+
+
+def certificate(**changes: Any) -> dict[str, Any]:
+    """A certificate as `export` writes it."""
+    figures = {"map_difference": 1e-5, "score_difference": 1e-6, "decision_flips": 0}
+    return {
+        "batches": {"1": figures, "8": dict(figures)},
+        "model_digest": DIGEST,
+        "tolerance": 1e-4,
+        **changes,
+    }
+
+
+def with_figure(batch: str, key: str, value: float) -> dict[str, Any]:
+    made = certificate()
+    made["batches"] = {name: dict(figures) for name, figures in made["batches"].items()}
+    made["batches"][batch][key] = value
+    return made
+
+
+def test_a_certificate_of_this_file_within_tolerance_is_a_proof() -> None:
+    assert parity_objections(certificate(), DIGEST) == ()
+    assert parity_objections(with_figure("8", "map_difference", 1e-4), DIGEST) == (), "on the tolerance is within it"
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (certificate(model_digest="e" * 64), "another file"),
+        (certificate(model_digest=None), "another file"),
+        ({key: value for key, value in certificate().items() if key != "model_digest"}, "another file"),
+        (certificate(batches={}), "no comparison"),
+        ({key: value for key, value in certificate().items() if key != "batches"}, "no comparison"),
+        (with_figure("1", "decision_flips", 2), "disagree at batch 1 (2 flips"),
+        (with_figure("8", "map_difference", 2e-4), "disagree at batch 8 (0 flips, difference 0.0002)"),
+        (with_figure("8", "score_difference", 0.5), "disagree at batch 8 (0 flips, difference 0.5)"),
+        (with_figure("1", "map_difference", math.nan), "batch 1"),
+        (with_figure("1", "score_difference", math.nan), "batch 1"),
+        (with_figure("1", "score_difference", math.inf), "batch 1"),
+    ],
+)
+def test_each_way_in_which_a_certificate_proves_nothing_is_told(spoilt: dict[str, Any], words: str) -> None:
+    (objection,) = parity_objections(spoilt, DIGEST)
+    assert words in objection
+
+
+def test_every_objection_against_a_certificate_is_told() -> None:
+    spoilt = with_figure("1", "decision_flips", 1) | {"model_digest": ""}
+    spoilt["batches"]["8"]["map_difference"] = 1.0
+    assert len(parity_objections(spoilt, DIGEST)) == 3
+
+
+def verdict(passed: bool, *expectations: tuple[str, bool, str, int]) -> dict[str, Any]:
+    keys = ("name", "passed", "severity", "failing")
+    return {
+        "passed": passed,
+        "triplets": 400,
+        "expectations": [dict(zip(keys, item, strict=True)) for item in expectations],
+    }
+
+
+def test_a_passed_gate_leaves_no_objection_even_with_warnings() -> None:
+    assert gate_objections(verdict(True, ("realism", False, "warning", 7))) == ()
+
+
+def test_a_failed_gate_names_its_critical_failures_alone() -> None:
+    failed = verdict(
+        False,
+        ("mask_share", False, "critical", 9),
+        ("in_manifest", True, "critical", 0),
+        ("realism", False, "warning", 7),
+        ("unique", False, "critical", 3),
+    )
+    assert gate_objections(failed) == (
+        "the quality gate failed: mask_share (9 of 400 triplets), unique (3 of 400 triplets)",
+    )
+
+
+@pytest.mark.parametrize("unproven", [{}, {"passed": False}, {"passed": "true"}, {"passed": None}, {"passed": 1}])
+def test_a_gate_that_does_not_plainly_say_passed_has_not_passed(unproven: dict[str, Any]) -> None:
+    assert gate_objections(unproven) == ("the quality gate failed: no expectation was checked",)
+
+
+# --- health
+
+
+@pytest.fixture
+def health(tmp_path: Path, predictor: Predictor) -> Path:
+    folder = tmp_path / "health"
+    write_health(folder, predictor, {f"{seed}.png": picture(seed) for seed in range(3)})
+    return folder
+
+
+def test_a_model_is_as_healthy_as_when_its_answers_were_written(health: Path, predictor: Predictor) -> None:
+    assert check_health(health, predictor, tolerance=0.0) == 0
+    stored = read_json(health / "scores.json")
+    assert set(stored) == {"0.png", "1.png", "2.png"} == {path.name for path in health.glob("*.png")}
+    assert len(set(stored.values())) == 3
+
+
+def test_scores_are_those_of_the_8_bit_images_on_disk(health: Path, predictor: Predictor) -> None:
+    exact = predictor.predict([picture(0)])[0].score
+    assert read_json(health / "scores.json")["0.png"] == pytest.approx(exact, abs=1 / 255)
+    assert read_json(health / "scores.json")["0.png"] != exact, "the float image is not what is stored"
+
+
+def test_another_model_is_not_healthy_on_these_images(health: Path, tmp_path: Path) -> None:
+    other = Predictor(write_toy(tmp_path / "other.onnx", gain=1.1), threads=1)
+    gap = check_health(health, other, tolerance=0.2)
+    assert gap == pytest.approx(0.1 * max(read_json(health / "scores.json").values()), rel=1e-5)
+    with pytest.raises(FlawsmithError, match=r"3 known images .* allowed 0\.05"):
+        check_health(health, other, tolerance=0.05)
+
+
+@pytest.mark.parametrize("name", ["0.png", "1.png", "2.png"])
+@pytest.mark.parametrize("damage", [0.01, -0.01, math.nan, math.inf])
+def test_any_one_score_that_differs_fails_the_check(
+    health: Path, predictor: Predictor, name: str, damage: float
+) -> None:
+    stored = read_json(health / "scores.json")
+    (health / "scores.json").write_text(json.dumps(stored | {name: stored[name] + damage}))
+    with pytest.raises(FlawsmithError, match="does not score"):
+        check_health(health, predictor, tolerance=0.005)
+
+
+@pytest.mark.parametrize("name", ["0.png", "2.png"])
+def test_any_one_image_that_was_changed_fails_the_check(health: Path, predictor: Predictor, name: str) -> None:
+    write_png(health / name, np.zeros((SIZE, SIZE, 3), np.uint8))
+    with pytest.raises(FlawsmithError, match="does not score"):
+        check_health(health, predictor, tolerance=0.005)
+
+
+@pytest.mark.parametrize("file", ["scores.json", "1.png"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_folder_is_a_clear_error_that_names_the_file(
+    health: Path, predictor: Predictor, file: str, damage: str
+) -> None:
+    if damage == "missing":
+        (health / file).unlink()
+    else:
+        (health / file).write_bytes((health / file).read_bytes()[:30])
+    with pytest.raises(UserError, match=file):
+        check_health(health, predictor, tolerance=1.0)
+
+
+def test_no_known_image_is_no_health(tmp_path: Path, predictor: Predictor) -> None:
+    write_health(tmp_path, predictor, {})
+    with pytest.raises(FlawsmithError, match="no image to check"):
+        check_health(tmp_path, predictor, tolerance=1.0)
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_spaced_picks_are_distinct_in_order_and_include_both_ends(total: int, count: int) -> None:
+    picks = package._spaced(list(range(total)), count)
+    assert picks == sorted(set(picks))
+    assert len(picks) == min(total, count)
+    assert picks[0] == 0
+    if count > 1:
+        assert picks[-1] == total - 1
+        gaps = np.diff(picks)
+        assert total == 1 or gaps.max() - gaps.min() <= 1
+
+
+# --- latency
+
+
+def test_latency_is_one_figure_a_model_in_their_order(predictor: Predictor, tmp_path: Path) -> None:
+    large = Predictor(write_toy(tmp_path / "large.onnx", input_size=768), threads=1)
+    quick, slow = measure_latency([predictor, large], picture(0), runs=5)
+    assert 0 < quick < slow
+    assert measure_latency([], picture(0), runs=3) == []
+
+
+class Recorder:
+    """A predictor that notes when it was asked and makes time pass on a clock of its own."""
+
+    def __init__(self, name: str, log: list[str], clock: list[float], seconds: Callable[[int], float]) -> None:
+        self.name, self.log, self.clock, self.seconds = name, log, clock, seconds
+
+    def predict(self, images: list[Any]) -> None:
+        self.clock[0] += self.seconds(self.log.count(self.name))
+        self.log.append(self.name)
+
+
+def test_models_are_timed_in_turns_without_the_first_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(package.time, "perf_counter", lambda: clock[0])
+    warm_up = package._WARM_UP
+    one = Recorder("one", log, clock, lambda run: 100.0 if run < warm_up else 0.002)
+    two = Recorder("two", log, clock, lambda run: 100.0 if run < warm_up else 0.001 * (run - warm_up))
+    found = measure_latency([one, two], picture(0), runs=101)  # type: ignore[list-item]
+    assert log == ["one", "two"] * (warm_up + 101)
+    assert found == pytest.approx([2.0, 95.0])
+
+
+# --- the files that make a version
+
+
+@pytest.fixture
+def layout(tmp_path: Path, params_path: Path) -> Layout:
+    """A finished category `plate` with tiny outputs of every stage that a version is made of."""
+    overrides = {
+        "categories": ["plate"],
+        "data.image_size": 64,
+        "ddpm-train.crop": 32,
+        "synthesize.windows": [32, 48],
+        "promote.health_images": 5,
+    }
+    made = Layout(load_settings(params_path, overrides), "plate", tmp_path)
+    for index in range(10):
+        write_png(tmp_path / f"data/plate/train/good/{index:03d}.png", bright(index))
+    for index in range(3):
+        write_png(tmp_path / f"data/plate/test/dent/{index:03d}.png", bright(100 + index))
+    triplets = TripletFolder(made.stage("synthesize"))
+    mask = np.zeros((SIZE, SIZE), np.bool_)
+    mask[4:9, 4:9] = True
+    for role, count in (("fit", 6), ("val", 4)):
+        for index in range(count):
+            normal, defect = (bright(seed).transpose(2, 0, 1) for seed in (200 + index, 300 + index))
+            triplets.write(f"{role}-{index:05d}", normal, defect, mask)
+    for stage in ("export", "validate", "evaluate"):
+        made.stage(stage).mkdir(parents=True)
+    model = write_toy(made.stage("export") / "model.onnx", input_size=64)
+    write_json(made.stage("export") / "parity.json", certificate(model_digest=digest_file(model)))
+    write_json(made.stage("validate") / "verdict.json", verdict(True))
+    (made.stage("validate") / "docs").mkdir()
+    (made.stage("validate") / "docs" / "index.html").write_text("<p>docs")
+    write_json(made.stage("evaluate") / "metrics.json", {"image_auroc": 0.9})
+    (made.stage("evaluate") / "report.html").write_text("<p>report")
+    return made
+
+
+def bright(seed: int) -> NDArray[np.uint8]:
+    """(S, S, 3) bytes, of a mean brightness of its own."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 60 + seed % 150, (SIZE, SIZE, 3), np.uint8)
+
+
+class ToyTeacher(nn.Module):
+    """Two levels of average-pooled colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(nn.functional.avg_pool2d(image * self.scale, step) for step in (4, 8))
+
+
+MAKERS = ("export/model.onnx", "export/parity.json", "validate/verdict.json", "evaluate/metrics.json")
+OTHERS = ("validate/docs/index.html", "evaluate/report.html")
+
+
+def test_the_content_digest_changes_with_each_file_that_makes_a_version(layout: Layout) -> None:
+    def digest() -> str:
+        return Sources.of(layout).content_digest
+
+    before = digest()
+    assert digest() == before
+    seen = {before}
+    for name in MAKERS:
+        file = layout.root / "artifacts" / "plate" / name
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
+        seen.add(digest())
+        file.write_bytes(content)
+    assert len(seen) == 1 + len(MAKERS)
+    for name in OTHERS:
+        (layout.root / "artifacts" / "plate" / name).write_text("another rendering of the same figures")
+    assert digest() == before
+
+
+def test_the_content_digest_tells_which_file_holds_what(layout: Layout) -> None:
+    sources = Sources.of(layout)
+    before = sources.content_digest
+    parity, verdict_bytes = sources.parity.read_bytes(), sources.verdict.read_bytes()
+    sources.parity.write_bytes(verdict_bytes)
+    sources.verdict.write_bytes(parity)
+    assert sources.content_digest != before
+
+
+@pytest.mark.parametrize(
+    ("missing", "stage"),
+    [
+        ("export/model.onnx", "export"),
+        ("export/parity.json", "export"),
+        ("validate/verdict.json", "validate"),
+        ("validate/docs", "validate"),
+        ("evaluate/metrics.json", "evaluate"),
+        ("evaluate/report.html", "evaluate"),
+    ],
+)
+def test_a_stage_that_has_not_run_is_named(layout: Layout, missing: str, stage: str) -> None:
+    path = layout.root / "artifacts" / "plate" / missing
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=f"run `flawsmith {stage} --category plate`"):
+        Sources.of(layout)
+
+
+def test_a_version_holds_all_that_its_judges_and_watchers_need(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "build_teacher", lambda settings, root: ToyTeacher())
+    folder = tmp_path / "content"
+    folder.mkdir()
+    sources = Sources.of(layout)
+    build_content(layout, sources, CHAIN, folder)
+
+    assert {path.name for path in folder.iterdir()} == {
+        "parity.json", "verdict.json", "metrics.json", "report.html", "docs", "health", "lineage.json", "reference.npz"
+    }  # fmt: skip
+    assert parity_objections(read_json(folder / "parity.json"), digest_file(sources.model)) == ()
+    assert gate_objections(read_json(folder / "verdict.json")) == ()
+    assert read_json(folder / "lineage.json") == lineage_json(CHAIN)
+    assert check_health(folder / "health", Predictor(sources.model), tolerance=0.0) == 0
+
+    calibration = [path.name for path in layout.split().calibration]
+    reference = load_reference(folder / "reference.npz")
+    assert list(reference.names) == calibration
+    assert reference.detector_digest == Predictor(sources.model).metadata.detector_digest
+
+
+def test_health_images_are_calibration_normals_and_held_out_defects_alone(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test image may leave the test set, and none that trained the model says much about its health."""
+    monkeypatch.setattr(package, "build_teacher", lambda settings, root: ToyTeacher())
+    shutil.rmtree(layout.root / "data/plate/test")  # not even looked at
+    folder = tmp_path / "content"
+    folder.mkdir()
+    build_content(layout, Sources.of(layout), CHAIN, folder)
+    names = set(read_json(folder / "health" / "scores.json"))
+    normals = {name for name in names if name.startswith("normal-")}
+    assert normals <= {f"normal-{path.stem}.png" for path in layout.split().calibration}
+    assert names - normals == {"defect-val-00000.png", "defect-val-00003.png"}
+    assert len(normals) == min(3, len(layout.split().calibration))
+
+
+# --- lineage
+
+
+def artefact(path: str, content: str = "") -> Artefact:
+    return Artefact(path.rsplit("/", 1)[-1], path, (content or path).encode().hex().ljust(64, "0")[:64])
+
+
+def made_by(stage: str, path: str, *parents: Lineage, flow_run: str = "", content: str = "") -> Lineage:
+    run = RunRecord(
+        f"run-{stage}",
+        stage,
+        "plate",
+        started=datetime(2026, 1, 2, tzinfo=UTC),
+        revision="0123456789abcdef",
+        dirty=stage == "distill",
+        params_digest="f" * 64,
+        inputs=tuple(parent.artefact for parent in parents),
+        outputs=(artefact(path, content),),
+        flow_run=flow_run,
+    )
+    return Lineage(artefact(path, content), run, 1, parents)
+
+
+def source(path: str) -> Lineage:
+    return Lineage(artefact(path), None, 0, is_source=True)
+
+
+def lost(path: str, content: str = "") -> Lineage:
+    return Lineage(artefact(path, content), None, 0, note="nobody wrote it")
+
+
+DATA = source("data/plate/train")
+DDPM = made_by("ddpm-train", "artifacts/plate/ddpm-train", DATA)
+TRIPLETS = made_by("synthesize", "artifacts/plate/synthesize", DATA, DDPM)
+DETECTOR = made_by("distill", "artifacts/plate/distill", TRIPLETS, DATA, flow_run="flow-1")
+METRICS = made_by("evaluate", "artifacts/plate/evaluate/metrics.json", DETECTOR, DATA, source("data/plate/test"))
+CHAIN = made_by("export", "artifacts/plate/export/model.onnx", DETECTOR, METRICS)
+
+
+def test_lineage_in_json_names_every_artefact_with_its_digest_and_run() -> None:
+    found = lineage_json(CHAIN)
+    assert set(found) == {node.artefact.path for node in CHAIN.nodes()}
+    assert found["data/plate/train"] == {"digest": DATA.artefact.digest, "source": True}
+    assert found["artifacts/plate/distill"] == {
+        "digest": DETECTOR.artefact.digest,
+        "source": False,
+        "stage": "distill",
+        "run_id": "run-distill",
+        "revision": "0123456789abcdef",
+        "dirty": True,
+        "flow_run": "flow-1",
+    }
+    assert json.loads(json.dumps(found)) == found
+
+
+def links_without_origin(found: dict[str, Any]) -> int:
+    """As `promotion` counts them."""
+    return sum(not item["source"] and "run_id" not in item for item in found.values())
+
+
+def test_a_missing_link_is_missing_in_json_too() -> None:
+    chain = made_by("export", "artifacts/plate/export/model.onnx", lost("artifacts/plate/distill"), METRICS)
+    assert len(chain.missing()) == 1
+    assert links_without_origin(lineage_json(chain)) == 1
+    assert links_without_origin(lineage_json(CHAIN)) == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_missing_link_is_not_hidden_by_another_content_of_the_same_path(first: bool) -> None:
+    """Model and metrics may come from different contents of one folder: the unknown one must still be seen."""
+    unknown = lost("artifacts/plate/distill", content="retouched")
+    parents = (unknown, METRICS) if first else (METRICS, unknown)
+    chain = made_by("export", "artifacts/plate/export/model.onnx", *parents)
+    assert len(chain.missing()) == 1
+    assert links_without_origin(lineage_json(chain)) == 1
+
+
+def test_an_artefact_without_a_path_is_named_by_its_name() -> None:
+    nameless = Lineage(Artefact("weights", "", "a" * 64), None, 0)
+    assert set(lineage_json(nameless)) == {"weights"}
+
+
+def test_tags_hold_the_digests_a_person_asks_for_first() -> None:
+    assert digest_tags(CHAIN, "plate") == {
+        "detector": DETECTOR.artefact.digest,
+        "triplets": TRIPLETS.artefact.digest,
+        "ddpm": DDPM.artefact.digest,
+        "data": DATA.artefact.digest,
+    }
+
+
+def test_what_is_not_in_the_lineage_gets_no_tag() -> None:
+    broken = made_by("export", "artifacts/plate/export/model.onnx", lost("artifacts/plate/distill"))
+    assert set(digest_tags(broken, "plate")) == {"detector"}
+    assert digest_tags(lost("artifacts/plate/export/model.onnx"), "plate") == {}
+
+
+def test_the_data_of_a_category_whose_name_ends_alike_is_not_taken_for_it() -> None:
+    chain = made_by("export", "artifacts/plate/export/model.onnx", source("data/steelplate/train"), DATA)
+    assert digest_tags(chain, "plate")["data"] == DATA.artefact.digest
+
+
+def test_a_folder_without_dvc_lock_has_no_lock_digest(tmp_path: Path) -> None:
+    assert lock_digest(tmp_path) == ""
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    assert lock_digest(tmp_path) == digest_file(tmp_path / "dvc.lock")
+
+
+def test_sizes_are_in_millions_of_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 2500)
+    assert megabytes(tmp_path / "file") == 0.0025
