@@ -9,18 +9,31 @@ ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro test lint types fmt ui clean
+.PHONY: help install repro up down nightly test stack-test lint types fmt ui clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 repro: install ## run the pipeline (what is up to date is skipped); ARGS='distill@brushed_metal' for a part of it
 	dvc repro $(ARGS)
 
-test: lint types ## lint, types and every test; ARGS='-k settings' for some
+up: install ## Prefect, MLflow and a worker on this machine; ARGS='--workers 2 --checkout . --checkout ../second' for two
+	python -m flows.stack up $(ARGS)
+
+down: install ## stop just those; their data stay in .stack/
+	python -m flows.stack down $(ARGS)
+
+nightly: install ## retrain every category now, on the stack's workers, and follow it
+	@[ -f .stack/env ] || { echo "No stack runs here; start it first: make up" >&2; exit 2; }; \
+	set -a; . ./.stack/env; set +a; python -m flows.nightly $(ARGS)
+
+test: lint types ## lint, types and every test but those of the whole stack; ARGS='-k settings' for some
 	pytest $(ARGS)
+
+stack-test: install ## the tests that need real servers and workers: a few minutes
+	pytest -m stack tests/stack $(ARGS)
 
 lint: install ## ruff: rules and formatting
 	ruff check .

@@ -1,5 +1,6 @@
 """`make install`: once, and again after whatever makes an environment untrue. Python and pip are stand-ins here."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ case "$*" in
   *"pip --version") true ;;
   *"pip install"*)
     home=$(cat "$here/../home"); echo install >> "$home/log"; touch "$here/../half"; [ ! -e "$home/break" ] ;;
+  "-m flows."*) echo "$* on $PREFECT_API_URL" ;;
   *) exit 9 ;;
 esac
 """
@@ -38,12 +40,18 @@ class Checkout:
         """What `make install` made the stand-ins do."""
         log = self.tools / "log"
         log.unlink(missing_ok=True)
-        self.result = subprocess.run(
-            ["make", "install", f"PYTHON={self.tools / 'python'}", *arguments],
-            cwd=self.folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        self.make("install", *arguments)
         assert (self.result.returncode == 0) == succeeds, self.result.stdout + self.result.stderr
         return log.read_text().split() if log.exists() else []
+
+    def make(self, target: str, *arguments: str) -> list[str]:
+        """The lines that `make target` printed; `result` holds the rest."""
+        environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+        self.result = subprocess.run(
+            ["make", "--silent", target, f"PYTHON={self.tools / 'python'}", *arguments],
+            cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return self.result.stdout.splitlines()
 
 
 @pytest.fixture
@@ -103,6 +111,21 @@ def test_an_old_python_is_refused_with_the_remedy(checkout: Checkout) -> None:
 def test_no_python_at_all_is_refused_with_the_remedy(checkout: Checkout) -> None:
     checkout.install(False, "PYTHON=")
     assert "needs Python 3.11 or newer" in checkout.result.stderr
+
+
+def test_the_stack_is_started_and_stopped_with_the_arguments_given(checkout: Checkout) -> None:
+    assert checkout.make("up", "ARGS=--workers 0")[-1] == "-m flows.stack up --workers 0 on "
+    assert checkout.make("down") == ["-m flows.stack down on "]
+
+
+def test_a_night_runs_on_the_stack_that_is_up_and_on_no_other(checkout: Checkout) -> None:
+    checkout.install()
+    assert checkout.make("nightly") == []
+    assert checkout.result.returncode == 2
+    assert "make up" in checkout.result.stderr
+    (checkout.folder / ".stack").mkdir()
+    (checkout.folder / ".stack" / "env").write_text("PREFECT_API_URL='http://127.0.0.1:1/api'\n")
+    assert checkout.make("nightly") == ["-m flows.nightly on http://127.0.0.1:1/api"]
 
 
 def test_help_names_every_target() -> None:
