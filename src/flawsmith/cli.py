@@ -212,7 +212,7 @@ def monitor(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Results; replaced as a whole. Default: artifacts/NAME/monitor."),
+        typer.Option("--out", "-o", metavar="DIR", help="Replaced as a whole. Default: artifacts/NAME/monitor."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print drift.json instead of sentences.")] = False,
     params: ParamsOption = DEFAULT_PARAMS,

@@ -3,6 +3,7 @@
 A float image is RGB, `(3, H, W)`, float32 in [0, 1]; a mask is `(H, W)` bool. No torch here: inference imports this.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ def _named(path: Path) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path} is too large to decode safely ({error}); crop or tile it first.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        reason = re.sub(r"<_io\.[^>]*>", "the file", str(error)).replace(str(path), "the file") or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
 
 

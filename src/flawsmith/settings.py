@@ -410,12 +410,13 @@ def _check_together(settings: Settings, source: str) -> None:
     monitor = settings.monitor
     if monitor.permutations + 1 < 4 / monitor.alpha:  # 4 statistics: the smallest p-value could never be significant
         raise UserError(
-            f"{source}: `monitor.permutations` is {monitor.permutations}; with `monitor.alpha` {monitor.alpha:g} it must "
-            f"be {math.ceil(4 / monitor.alpha)} or more."
+            f"{source}: `monitor.permutations` is {monitor.permutations}; with `monitor.alpha` {monitor.alpha:g} it "
+            f"must be {math.ceil(4 / monitor.alpha)} or more."
         )
     if monitor.min_images > monitor.max_images:
         raise UserError(
-            f"{source}: `monitor.min_images` is {monitor.min_images}, above `monitor.max_images` ({monitor.max_images})."
+            f"{source}: `monitor.min_images` is {monitor.min_images}, above `monitor.max_images` "
+            f"({monitor.max_images}); lower it."
         )
     gate = settings.validate
     if gate.outside_margin < synthesis.feather + FEATHER_REACH:

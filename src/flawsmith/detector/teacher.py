@@ -45,7 +45,7 @@ class Teacher(nn.Module):
 
 
 def pooled_features(teacher: Teacher, images: NDArray[np.float32], batch: int = 32) -> NDArray[np.float32]:
-    """Images `(N, 3, H, W)` to `(N, D)`: mean and standard deviation over space of every channel of every level.
+    """Images `(N, 3, H, W)` to `(N, D)`: over space the means of all channels, then their standard deviations.
 
     The means follow brightness and colour; the deviations follow contrast and sharpness, which means do not see.
     """
@@ -54,8 +54,9 @@ def pooled_features(teacher: Teacher, images: NDArray[np.float32], batch: int = 
     with torch.inference_mode():
         for first in range(0, len(images), batch):
             levels = teacher(torch.from_numpy(np.ascontiguousarray(images[first : first + batch])).to(device))
-            pooled = [pool for level in levels for pool in (level.mean(dim=(2, 3)), level.std(dim=(2, 3)))]
-            parts.append(torch.cat(pooled, dim=1).float().cpu().numpy())
+            flat = [level.float().flatten(2) for level in levels]  # each (B, C, h * w)
+            pooled = [level.mean(2) for level in flat] + [level.std(2, correction=0) for level in flat]
+            parts.append(torch.cat(pooled, dim=1).cpu().numpy())
     return np.concatenate(parts)
 
 

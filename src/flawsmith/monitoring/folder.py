@@ -1,0 +1,188 @@
+"""Watches a folder of production images: what `flawsmith monitor` does.
+
+out/report.html   verdict, statistics, histogram and the highest-scoring images, for a person
+out/drift.json    the same figures for a program
+out/scores.csv    one row an image looked at, unreadable ones too
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from flawsmith.errors import UserError
+from flawsmith.files import atomic_folder
+from flawsmith.images import MAX_PIXELS, FloatImage, read_image, resize_image
+from flawsmith.inference.folder import InputFile, Unreadable, find_images
+from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
+from flawsmith.monitoring.drift import DriftReport, judge
+from flawsmith.monitoring.reference import Measurement, load_reference, measure
+from flawsmith.monitoring.report import CSV, HTML, JSON, Picture, Watched, write_outputs
+from flawsmith.randomness import numpy_generator
+from flawsmith.settings import MonitorSettings
+
+if TYPE_CHECKING:
+    from flawsmith.detector.teacher import Teacher
+
+BATCH = 8
+MODEL, REFERENCE = "model.onnx", "reference.npz"  # names in a registered version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a folder."""
+
+    watched: Watched
+    out: Path
+
+    @property
+    def report(self) -> DriftReport:
+        return self.watched.report
+
+    @property
+    def exit_code(self) -> int:
+        """0: no drift; 3: drift. Unreadable files do not change it, since they are no part of the question."""
+        return 3 if self.report.drifted else 0
+
+
+def run(layout: Layout, folder: Path, out: Path, model: Path | None = None, reference: Path | None = None) -> Outcome:
+    """Watch a folder with the category's champion, or with a model and the reference measured with it.
+
+    Raises:
+        UserError: as `monitor_folder`; only one of `model` and `reference` is given; there is no champion.
+    """
+    if (model is None) != (reference is None):
+        raise UserError("--model and --reference belong together; give both, or neither to use the champion.")
+    find_images([folder], leave_out=out)  # before anything slow: a wrong path is the commonest mistake
+    with ExitStack() as stack:
+        if model is None or reference is None:
+            from flawsmith.registry.promotion import fetch_champion
+
+            champion = stack.enter_context(fetch_champion(layout))
+            name = f"{champion.model} version {champion.version}"
+            model, reference = champion.folder / MODEL, champion.folder / REFERENCE
+        else:
+            name = model.name
+        predictor, known = Predictor(model), load_reference(reference)
+        if predictor.metadata.category != layout.category:
+            raise UserError(
+                f"{model} was made for the category '{predictor.metadata.category}', not '{layout.category}'; "
+                "name the model's own with --category."
+            )
+        from flawsmith.detector.teacher import build_teacher
+
+        teacher = build_teacher(layout.settings.teacher, layout.root)
+        settings, max_pixels = layout.settings.monitor, layout.settings.data.max_pixels
+        return monitor_folder(predictor, teacher, known, folder, out, settings, max_pixels, name)
+
+
+def monitor_folder(
+    predictor: Predictor,
+    teacher: "Teacher",
+    reference: Measurement,
+    folder: Path,
+    out: Path,
+    settings: MonitorSettings,
+    max_pixels: int = MAX_PIXELS,
+    model: str = "",
+) -> Outcome:
+    """Measure the images below `folder`, judge them against `reference`, and put the results into the folder `out`.
+
+    Of more than `settings.max_images` files so many are drawn at random, so that time and memory are bounded. A file
+    that cannot be read is named, counted and skipped. `model` names the model in the outputs.
+
+    Raises:
+        UserError: there is no image, too few can be read, `reference` does not belong to the model, or `out` holds
+            anything but earlier results.
+    """
+    found = find_images([folder], leave_out=out)
+    target = out.resolve()  # what a link points to is replaced, not the link
+    _check_out(target, out, found)
+    files = _draw(found, settings)
+    unreadable: list[Unreadable] = []
+    size = predictor.metadata.input_size
+
+    def readable() -> Iterator[tuple[str, FloatImage]]:
+        for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
+            try:
+                image = resize_image(read_image(file.path, max_pixels), size)
+            except UserError as error:
+                unreadable.append(Unreadable(printable(file.name), _reason(error, file)))
+                continue
+            yield printable(file.name), image
+
+    log.info("%s: looking at %d of %d images.", predictor.metadata.category, len(files), len(found))
+    try:
+        current = measure(predictor, teacher, readable(), BATCH)
+    except UserError as error:
+        if len(unreadable) == len(files):
+            raise UserError(
+                f"None of the {len(files)} images of {folder} can be read; {unreadable[0].reason}"
+            ) from error
+        raise
+    generator = numpy_generator(settings.seed, "monitor", "permutations")
+    report = judge(reference, current, predictor.threshold, settings, generator)
+    watched = Watched(
+        category=predictor.metadata.category,
+        model=model,
+        report=report,
+        reference=reference,
+        current=current,
+        threshold=predictor.threshold,
+        files_found=len(found),
+        unreadable=tuple(unreadable),
+        settings=settings,
+    )
+    with atomic_folder(target) as results:
+        write_outputs(results, watched, _highest(predictor, files, current, settings.gallery, max_pixels))
+    return Outcome(watched, out)
+
+
+def printable(name: str) -> str:
+    """A file name that any output can hold: bytes that are no valid UTF-8 become replacement marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _draw(files: Sequence[InputFile], settings: MonitorSettings) -> list[InputFile]:
+    """At most `settings.max_images` of the files, at random but the same for the same folder, in sorted order."""
+    if len(files) <= settings.max_images:
+        return list(files)
+    generator = numpy_generator(settings.seed, "monitor", "files")
+    chosen = sorted(generator.choice(len(files), settings.max_images, replace=False))
+    return [files[index] for index in chosen]
+
+
+def _highest(
+    predictor: Predictor, files: Sequence[InputFile], current: Measurement, count: int, max_pixels: int
+) -> Iterator[Picture]:
+    """The highest-scoring images again, this time with their maps: keeping all maps would need memory for all."""
+    paths = {printable(file.name): file.path for file in files}
+    for index in current.scores.argsort(kind="stable")[::-1][:count]:
+        name = str(current.names[index])
+        try:
+            image = read_image(paths[name], max_pixels)
+        except UserError as error:  # the line may have cleared it away meanwhile
+            log.warning("Not drawn: %s", error)
+            continue
+        yield Picture.of(predictor, name, image)
+
+
+def _reason(error: UserError, file: InputFile) -> str:
+    return printable(str(error).replace(str(file.path), file.name))
+
+
+def _check_out(target: Path, given: Path, files: Sequence[InputFile]) -> None:
+    """`out` is replaced as a whole, so it must be new, empty, or hold earlier results and nothing else."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{given} is a file; name a folder for the results.")
+    others = {path.name for path in target.iterdir()} - {HTML, JSON, CSV} if target.is_dir() else set()
+    if others or any(file.path.resolve().is_relative_to(target) for file in files):
+        example = f" (such as {sorted(others)[0]})" if others else ""
+        raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")

@@ -1,0 +1,262 @@
+"""What a look at new images leaves: report.html for a person, drift.json for a program, scores.csv for a table.
+
+Nothing here decides anything, and nothing tells of the time or the machine: equal images give equal files.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from flawsmith.evaluation.figures import DARK, LIGHT, Theme
+from flawsmith.files import atomic_file, write_csv, write_json
+from flawsmith.images import FloatImage
+from flawsmith.inference.folder import Unreadable
+from flawsmith.inference.overlay import draw_overlay
+from flawsmith.inference.predictor import Predictor, is_defective
+from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport
+from flawsmith.monitoring.reference import LOOKS, Measurement
+from flawsmith.settings import MonitorSettings, section_values
+
+HTML, JSON, CSV = "report.html", "drift.json", "scores.csv"
+PICTURE_SIDE = 360  # pixels of an overlay in the report
+MAX_NAMED = 50  # unreadable files named in the report; scores.csv names all
+MEANINGS = {
+    FLAGGED: "share of all new images over the threshold; effect: lower end of its interval",
+    PSI: "population stability index of the scores of images judged good",
+    KS: "largest distance of the distribution functions of those scores",
+    MMD: "squared maximum mean discrepancy of the frozen teacher's pooled features of images judged good",
+}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """All that the outputs tell."""
+
+    category: str
+    model: str
+    report: DriftReport
+    reference: Measurement
+    current: Measurement
+    threshold: float
+    files_found: int
+    unreadable: tuple[Unreadable, ...]
+    settings: MonitorSettings
+
+    @property
+    def files_looked_at(self) -> int:
+        return len(self.current) + len(self.unreadable)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One new image with its heat map, as a data URI."""
+
+    name: str
+    score: float
+    is_flagged: bool
+    uri: str
+
+    @classmethod
+    def of(cls, predictor: Predictor, name: str, image: FloatImage) -> "Picture":
+        """Score the image once more and draw it."""
+        (prediction,) = predictor.predict([image])
+        metadata = predictor.metadata
+        drawn = draw_overlay(
+            image, prediction.anomaly_map, (metadata.map_low, metadata.map_high), predictor.pixel_threshold
+        )
+        picture = Image.fromarray(drawn)
+        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        picture.save(stream, format="JPEG", quality=88)
+        return cls(name, prediction.score, prediction.is_defective, _uri(stream.getvalue(), "jpeg"))
+
+
+def write_outputs(folder: Path, watched: Watched, pictures: Iterable[Picture]) -> None:
+    """All three files."""
+    write_json(folder / JSON, drift_content(watched))
+    write_csv(folder / CSV, ["file", "verdict", "score", "highest_pixel", "error"], _rows(watched))
+    draws = (scores_png, looks_png, map_png)
+    figures = [(_uri(draw(watched, LIGHT), "png"), _uri(draw(watched, DARK), "png")) for draw in draws]
+    with atomic_file(folder / HTML) as path:
+        path.write_text(render_report(watched, list(pictures), figures), encoding="utf-8")
+
+
+def drift_content(watched: Watched) -> dict[str, Any]:
+    """drift.json: the verdict with every figure it rests on."""
+    report = watched.report
+    return {
+        "category": watched.category,
+        "model": watched.model,
+        "detector_digest": watched.current.detector_digest,
+        "teacher_digest": watched.current.teacher_digest,
+        "verdict": report.verdict,
+        "drifted": report.drifted,
+        "reason": report.reason,
+        "notes": list(report.notes),
+        "statistics": [
+            {
+                **{key: _rounded(value) for key, value in asdict(statistic).items()},
+                "drifted": statistic.drifted,
+                "verdict": statistic.verdict,
+            }
+            for statistic in report.statistics
+        ],
+        "shifts": [{key: _rounded(value) for key, value in asdict(shift).items()} for shift in report.shifts],
+        "flagged": {
+            "images": report.flagged_images,
+            "share": _rounded(report.flagged.value),
+            "interval": [_rounded(report.flagged.low), _rounded(report.flagged.high)],
+            "expected": _rounded(report.expected_flagged),
+            "threshold": watched.threshold,
+        },
+        "files": {
+            "found": watched.files_found,
+            "looked_at": watched.files_looked_at,
+            "unreadable": [asdict(item) for item in watched.unreadable],
+        },
+        "images": {"measured": report.images, "compared": report.compared},
+        "reference": {"measured": report.reference_images, "compared": report.reference_compared},
+        "settings": section_values(watched.settings),
+    }
+
+
+def render_report(watched: Watched, pictures: list[Picture], figures: list[tuple[str, str]]) -> str:
+    """The HTML text; `figures` holds the data URIs of each figure for light and dark."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": _number, "percent": _percent}
+    template = environment.from_string(Path(__file__).with_name(HTML).read_text(encoding="utf-8"))
+    return template.render(
+        watched=watched,
+        report=watched.report,
+        settings=watched.settings,
+        pictures=pictures,
+        figures=figures,
+        meanings=MEANINGS,
+        named=watched.unreadable[:MAX_NAMED],
+        flagged=FLAGGED,
+    )
+
+
+def scores_png(watched: Watched, theme: Theme) -> bytes:
+    """Shares of the calibration normals and of the new images over the score, with the threshold."""
+    figure = _figure(theme)
+    axes = figure.subplots()
+    _histogram(axes, watched.reference.scores, watched.current.scores, 36, theme)
+    axes.axvline(watched.threshold, color=theme.bad, lw=1.4, ls="--", label="threshold")
+    _dress(axes, "Image scores", "anomaly score", "share of images", theme)
+    return _png(figure)
+
+
+def looks_png(watched: Watched, theme: Theme) -> bytes:
+    """The same over brightness, contrast and sharpness."""
+    figure = _figure(theme)
+    for place, (axes, name) in enumerate(zip(figure.subplots(1, len(LOOKS)), LOOKS, strict=True)):
+        _histogram(axes, watched.reference.looks[:, place], watched.current.looks[:, place], 20, theme)
+        _dress(axes, name.capitalize(), name, "" if place else "share of images", theme, legend=False)
+    return _png(figure)
+
+
+def map_png(watched: Watched, theme: Theme) -> bytes:
+    """The teacher's features in the plane in which all images together differ most, a dot an image."""
+    before, after = plane(watched.reference.features, watched.current.features)
+    flags = np.asarray([is_defective(float(score), watched.threshold) for score in watched.current.scores])
+    figure = _figure(theme)
+    axes = figure.subplots()
+    for points, colour, marker, label in (
+        (after[~flags], theme.detector, "o", "new, judged good"),
+        (after[flags], theme.bad, "x", "new, flagged"),
+        (before, theme.ink, "+", "calibration normals"),
+    ):
+        if len(points):
+            axes.scatter(points[:, 0], points[:, 1], s=26, c=colour, marker=marker, alpha=0.75, label=label, lw=1.1)
+    _dress(axes, "Teacher features", "first principal component", "second", theme)
+    return _png(figure)
+
+
+def plane(
+    reference: NDArray[np.floating], current: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both sets `(n, D)` and `(m, D)` on the first two principal components of all, channels at unit deviation."""
+    pooled = np.concatenate([reference, current]).astype(np.float64)
+    pooled -= pooled.mean(axis=0)
+    pooled /= np.maximum(pooled.std(axis=0), 1e-12)
+    _, axes = np.linalg.eigh(pooled.T @ pooled)  # ascending; D is a few hundred
+    chosen = axes[:, :-3:-1]
+    # a component's sign is arbitrary: settle it, so that equal images give equal pictures on any machine
+    chosen = chosen * np.where(chosen[np.abs(chosen).argmax(axis=0), np.arange(chosen.shape[1])] < 0, -1, 1)
+    points = pooled @ chosen
+    if points.shape[1] == 1:  # one feature alone has no second axis
+        points = np.pad(points, ((0, 0), (0, 1)))
+    return points[: len(reference)], points[len(reference) :]
+
+
+def _rows(watched: Watched) -> Iterator[list[Any]]:
+    current = watched.current
+    measured: list[list[Any]] = [
+        [
+            str(name),
+            "defective" if is_defective(float(score), watched.threshold) else "good",
+            float(score),
+            float(peak),
+            "",
+        ]
+        for name, score, peak in zip(current.names, current.scores, current.peaks, strict=True)
+    ]
+    skipped: list[list[Any]] = [[item.file, "unreadable", "", "", item.reason] for item in watched.unreadable]
+    yield from sorted([*measured, *skipped], key=lambda row: str(row[0]))
+
+
+def _histogram(axes: Axes, before: NDArray[np.float32], after: NDArray[np.float32], bins: int, theme: Theme) -> None:
+    both = np.concatenate([before, after])
+    edges = np.linspace(both.min(), max(both.max(), both.min() + 1e-6), bins + 1).tolist()
+    shares = [np.full(len(values), 1 / len(values)) for values in (before, after)]
+    axes.hist(after, edges, weights=shares[1], color=theme.detector, alpha=0.6, label="new images")
+    axes.hist(before, edges, weights=shares[0], histtype="step", color=theme.ink, lw=1.4, label="calibration normals")
+
+
+def _figure(theme: Theme) -> Figure:
+    return Figure(figsize=(9.6, 3.4), dpi=110, layout="constrained", facecolor=theme.paper)
+
+
+def _dress(axes: Axes, title: str, x: str, y: str, theme: Theme, legend: bool = True) -> None:
+    axes.set_title(title, color=theme.ink, fontsize=10, loc="left")
+    axes.set_xlabel(x, color=theme.soft, fontsize=9)
+    axes.set_ylabel(y, color=theme.soft, fontsize=9)
+    axes.set_facecolor(theme.paper)
+    axes.tick_params(colors=theme.soft, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.soft)
+    if legend:
+        axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"

@@ -1,0 +1,76 @@
+"""A model whose answers are known (the map is the brightness, the score its largest value), and the shipped teacher."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from monitoring_samples import METADATA, SIZE, part
+from onnx import TensorProto, helper, numpy_helper
+
+from flawsmith.detector.teacher import Teacher, build_teacher
+from flawsmith.images import write_png
+from flawsmith.inference.predictor import Predictor
+from flawsmith.monitoring.reference import Measurement, measure
+from flawsmith.settings import MonitorSettings, load_settings
+
+SHIPPED = load_settings(Path(__file__).parents[2] / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    axes = [numpy_helper.from_array(np.array(value), name) for name, value in (("channel", [1]), ("all", [1, 2, 3]))]
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["image", "channel"], ["anomaly_map"], keepdims=1),
+            helper.make_node("ReduceMax", ["anomaly_map", "all"], ["score"], keepdims=0),
+        ],
+        "brightness",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
+        [
+            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, ["batch", 1, SIZE, SIZE]),
+            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
+        ],
+        initializer=axes,
+    )
+    made: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(made, METADATA.to_properties())
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+@pytest.fixture(scope="session")
+def predictor(model: Path) -> Predictor:
+    return Predictor(model, threads=1)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Teacher:
+    return build_teacher(SHIPPED.teacher)
+
+
+@pytest.fixture(scope="session")
+def reference(predictor: Predictor, teacher: Teacher) -> Measurement:
+    """Of 40 calibration normals."""
+    return measure(predictor, teacher, ((f"{index:03d}.png", part(index)) for index in range(40)))
+
+
+@pytest.fixture(scope="session")
+def settings() -> MonitorSettings:
+    return SHIPPED.monitor
+
+
+@pytest.fixture
+def shoot(tmp_path: Path) -> Callable[..., Path]:
+    """Write a folder of new parts: `count` normal ones under `light`, then `defects` defective ones."""
+
+    def write(name: str, count: int, light: float = 1.0, defects: int = 0) -> Path:
+        folder = tmp_path / name
+        for index in range(count + defects):
+            bad = index >= count
+            write_png(folder / f"{index:03d}{'-bad' if bad else ''}.png", part(1000 + index, light, bad))
+        return folder
+
+    return write
