@@ -1,0 +1,166 @@
+"""What a run leaves on its page: tables, the gate's report, pictures. Text is made by pure functions."""
+
+import base64
+import io
+import json
+import os
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flawsmith.repro import StageOutcome
+
+LONGEST_SIDE = 1200  # pixels of a picture on a page
+MOST_BYTES = 300_000  # of a picture; it lies in the server's database, as text
+LINK_SECONDS = 5.0
+
+
+def slug(text: str) -> str:
+    """Text as Prefect wants a key: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def stage_rows(outcomes: Sequence[StageOutcome]) -> list[dict[str, Any]]:
+    """A row a stage: what DVC did and how long it took."""
+    return [{"stage": item.target, "DVC": item.did, "seconds": round(item.seconds, 1)} for item in outcomes]
+
+
+def metric_rows(summary: Path) -> list[dict[str, Any]]:
+    """A row a metric, a column a method, from the small JSON files of `evaluate/summary`."""
+    methods = {path.stem: json.loads(path.read_text()) for path in sorted(summary.glob("*.json"))}
+    names = dict.fromkeys(name for values in methods.values() for name in values)
+    return [{"metric": name, **{method: values.get(name) for method, values in methods.items()}} for name in names]
+
+
+def check_rows(promotion: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a check of the promotion, failures first."""
+    rows = [
+        {
+            "check": check["name"],
+            "passed": "yes" if check["passed"] else "NO",
+            "value": check.get("value"),
+            "bound": check.get("bound"),
+            "detail": check.get("detail", ""),
+        }
+        for check in promotion.get("checks", [])
+    ]
+    return sorted(rows, key=lambda row: str(row["passed"]))  # "NO" sorts before "yes"
+
+
+def gate_report(
+    category: str, verdict: Mapping[str, Any], docs: str, run: str | None = None, picture: str | None = None
+) -> str:
+    """The gate's refusal as markdown: which demands, how many triplets, the worst of them.
+
+    Args:
+        category: whose triplets they are.
+        verdict: the content of verdict.json.
+        docs: where the Data Docs lie.
+        run: address of the MLflow run, if known.
+        picture: the contact sheet of the worst triplets as a data URI, if there is one.
+    """
+    failed = [item for item in verdict["expectations"] if not item["passed"]]
+    lines = [
+        f"# The quality gate stopped `{category}`",
+        f"{verdict['triplets']} triplets were judged; nothing was trained on them, and the champion stays.",
+        "",
+        "| expectation | severity | observed | demanded | triplets that fail | worst of them |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| **{item['name']}**: {item['meaning']} | {item['severity']} | {_observed(item['observed'])} "
+            f"| {_demanded(item)} | {item['failing']} of {verdict['triplets']} "
+            f"| {', '.join(f'`{name}`' for name in item['failing_ids'][:5]) or '-'} |"
+            for item in failed
+        ),
+        "",
+        f"- Data Docs: `{docs}`",
+        f"- MLflow run: {f'[{run}]({run})' if run else 'not recorded'}",
+        f"- One triplet drawn step by step: `flawsmith explain TRIPLET_ID --category {category}`",
+    ]
+    if picture:
+        lines += ["", f"![the worst triplets]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def _observed(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(f"{number:.6g}" for number in value)
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _demanded(item: Mapping[str, Any]) -> str:
+    low, high = item["bounds"]
+    if low is None and high is None:
+        text = "true of each"
+    elif low is None or high is None:
+        text = f"at most {high:g}" if low is None else f"at least {low:g}"
+    else:
+        text = f"{low:g} to {high:g}"
+    share = item.get("mostly", 1.0)
+    return text if share >= 1 else f"{text}, for {share:.0%} of them"
+
+
+def nightly_report(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The night in one table, a line a category."""
+    lines = ["| category | state | promotion | image AUROC | run |", "|---|---|---|---|---|"]
+    for row in rows:
+        auroc = row.get("image_auroc")
+        shown = f"{auroc:.4f}" if isinstance(auroc, float) else "-"
+        run = f"[{row['run']}]({row['link']})" if row.get("link") else row.get("run") or "-"
+        lines.append(f"| `{row['category']}` | {row['state']} | {row.get('outcome') or '-'} | {shown} | {run} |")
+    return "\n".join(lines) + "\n"
+
+
+def data_uri(path: Path) -> str:
+    """A picture as a data URI, small enough for a page: scaled down, then JPEG of falling quality."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    content = b""
+    for quality in (85, 70, 50, 30):
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=quality)
+        content = stream.getvalue()
+        if len(content) <= MOST_BYTES:
+            break
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+
+
+def mlflow_run(experiment: str, stage: str, flow_run: str) -> str | None:
+    """The page of the newest MLflow run of a stage that this flow run started; None if no server can tell.
+
+    Asked over HTTP, since importing MLflow takes longer than all else that a flow does for itself.
+    """
+    server = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    if not server.startswith(("http://", "https://")):
+        return None
+    api = f"{server}/api/2.0/mlflow"
+    try:
+        name = urllib.parse.quote(experiment, safe="")
+        found = _ask(f"{api}/experiments/get-by-name?experiment_name={name}")["experiment"]["experiment_id"]
+        wanted = f"tags.`flawsmith.stage` = '{stage}' AND tags.`flawsmith.flow_run` = '{flow_run}'"
+        search = {
+            "experiment_ids": [found],
+            "filter": wanted,
+            "max_results": 1,
+            "order_by": ["attributes.start_time DESC"],
+        }
+        run = _ask(f"{api}/runs/search", search)["runs"][0]["info"]["run_id"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    return f"{server}/#/experiments/{found}/runs/{run}"
+
+
+def _ask(address: str, body: Mapping[str, Any] | None = None) -> Any:
+    request = urllib.request.Request(  # noqa: S310 - http or https, as checked above
+        address,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=LINK_SECONDS) as answer:  # noqa: S310
+        return json.load(answer)

@@ -1,0 +1,65 @@
+"""A Prefect server of our own for the session (some ten seconds to start), and a real DVC on a small pipeline."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+for _name in [name for name in os.environ if name.startswith("PREFECT_")]:
+    del os.environ[_name]
+
+STAGES = """
+stages:
+  ddpm-train:
+    matrix:
+      category: ${categories}
+    cmd: sh learn.sh
+    outs:
+      - artifacts/${item.category}/ddpm-train
+  validate:
+    matrix:
+      category: ${categories}
+    cmd: sh validate.sh
+    deps:
+      - artifacts/${item.category}/ddpm-train
+    outs:
+      - artifacts/${item.category}/validate/verdict.json:
+          cache: false
+"""
+LEARN = "mkdir -p artifacts/steel/ddpm-train; echo weights > artifacts/steel/ddpm-train/model\n"
+GOOD = "mkdir -p artifacts/steel/validate; echo '{\"passed\": true}' > artifacts/steel/validate/verdict.json\n"
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: two stages of a category `steel`, as shell scripts that a test may replace."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "no-config"))
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True)
+    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    (folder / "dvc.yaml").write_text(STAGES)
+    (folder / "learn.sh").write_text(LEARN)
+    (folder / "validate.sh").write_text(GOOD)
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content["categories"] = ["steel"]
+    content["tracking"]["mode"] = "off"
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return folder
