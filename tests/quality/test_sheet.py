@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from triplet_sets import SIDE, Report, make_set, settings
 
 from flawsmith.quality.measures import Measures, part_path
