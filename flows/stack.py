@@ -393,6 +393,8 @@ class Stack:
                 "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.prefect,
                 "PREFECT_SERVER_UI_API_URL": f"{self.prefect_url}/api",
                 "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+                # in memory, as is the default, a restart would forget who holds a slot, and it would stay taken
+                "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
                 "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
                 "DO_NOT_TRACK": "1",
             },

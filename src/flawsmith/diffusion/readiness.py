@@ -30,7 +30,8 @@ class Readiness:
     verdict: str
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values of six significant digits: the last ones depend on how a machine's threads share the sums."""
+        return {key: float(f"{value:.6g}") if type(value) is float else value for key, value in asdict(self).items()}
 
 
 def judge_readiness(

@@ -1,0 +1,143 @@
+"""A night on two machines: two workers with their own checkouts and one DVC cache retrain two categories at once."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.stack import Stack
+
+CATEGORIES = ["brushed_metal", "woven_fabric"]
+WORKERS = ["left", "right"]
+
+
+@dataclass(frozen=True)
+class Night:
+    """What is left when `python -m flows.nightly` has ended."""
+
+    checkouts: list[Any]  # one a worker
+    cache: Path
+    runs: list[Any]  # the two retrainings
+    night: Any  # the run of flow nightly
+    said: str
+    status: int
+
+
+@pytest.fixture(scope="module")
+def night(stack: Stack, make_checkout: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
+    cache = tmp_path_factory.mktemp("shared") / "cache"
+    checkouts = [make_checkout(name, categories=CATEGORIES, cache=cache) for name in WORKERS]
+    gpus = [f"gpu-{name}" for name in WORKERS]
+    options = [word for gpu in gpus for word in ("--gpu", gpu)]
+    checkouts[0].run("python", "-m", "flows.setup", *options, **stack.variables())
+    for name, gpu, checkout in zip(WORKERS, gpus, checkouts, strict=True):
+        stack.start_worker("gpu", name, checkout.folder, gpu=gpu)
+    stack.start_worker("control", "lead", checkouts[0].folder)
+    try:
+        done = checkouts[0].run("python", "-m", "flows.nightly", succeeds=False, **stack.variables())
+        everything = stack.api("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 50})
+        runs = [run for run in everything if run["name"].startswith("nightly ") and run["state_type"] != "SCHEDULED"]
+        (lead,) = (run for run in everything if run["name"] == done.stdout.partition(":")[0])
+        yield Night(checkouts, cache, runs[:2], lead, f"{done.stdout}\n{done.stderr}", done.returncode)
+    finally:
+        for name in [*WORKERS, "lead"]:
+            stack.stop_worker(name)
+
+
+def lock(checkout: Any) -> dict[str, Any]:
+    return dict(yaml.safe_load((checkout.folder / "dvc.lock").read_text())["stages"])
+
+
+def test_the_night_ends_well_and_tells_how_it_went(night: Night) -> None:
+    assert night.status == 0, night.said
+    assert night.night["state_type"] == "COMPLETED"
+    for category in CATEGORIES:
+        assert f"nightly {category}: Running" in night.said
+    assert sorted(run["parameters"]["category"] for run in night.runs) == CATEGORIES
+    assert all(run["state_name"] in ("Completed", "Kept") for run in night.runs)
+
+
+def test_the_night_s_page_has_a_line_a_category(stack: Stack, night: Night) -> None:
+    wanted = {"flow_run_id": {"any_": [night.night["id"]]}}
+    (page,) = stack.api("artifacts/filter", {"artifacts": wanted})
+    for run in night.runs:
+        (line,) = (text for text in page["data"].splitlines() if f"`{run['parameters']['category']}`" in text)
+        assert run["id"] in line
+        assert "promoted" in line or "refused" in line
+        assert line.split("|")[4].strip() != "-", "the image AUROC"
+
+
+def test_the_categories_were_retrained_at_once_by_different_workers(night: Night) -> None:
+    first, second = (
+        (datetime.fromisoformat(run["start_time"]), datetime.fromisoformat(run["end_time"])) for run in night.runs
+    )
+    assert max(first[0], second[0]) < min(first[1], second[1]), "one began after the other had ended"
+    done = [{target.partition("@")[2] for target in lock(checkout)} for checkout in night.checkouts]
+    assert sorted(map(sorted, done)) == [[category] for category in CATEGORIES], "each worker has one, in its own lock"
+
+
+def test_every_object_of_the_shared_cache_is_what_its_name_says(night: Night) -> None:
+    objects = [path for path in (night.cache / "files" / "md5").rglob("*") if path.is_file()]
+    assert len(objects) > 50
+    for path in objects:
+        name = f"{path.parent.name}{path.name}".removesuffix(".dir")
+        assert hashlib.md5(path.read_bytes()).hexdigest() == name, path  # noqa: S324 - DVC's own choice
+    assert not list(night.cache.rglob("*.tmp"))
+
+
+def test_both_checkouts_agree_with_their_locks(night: Night) -> None:
+    for checkout in night.checkouts:
+        targets = sorted(lock(checkout))
+        assert len(targets) == 7
+        assert json.loads(checkout.run("dvc", "status", "--json", *targets).stdout) == {}
+
+
+def test_together_they_made_what_one_after_the_other_makes(night: Night, make_checkout: Callable[..., Any]) -> None:
+    alone = make_checkout("alone", categories=CATEGORIES)
+    alone.run("dvc", "repro")
+    expected = lock(alone)
+    found = {target: (checkout, stage) for checkout in night.checkouts for target, stage in lock(checkout).items()}
+    assert set(found) == set(expected)
+    for target, stage in expected.items():
+        checkout, other = found[target]
+        for mine, theirs in zip(stage["outs"], other["outs"], strict=True):
+            assert mine["path"] == theirs["path"]
+            if mine["md5"] != theirs["md5"]:  # a linear algebra library may round the last digit as it likes
+                assert mine["path"].endswith(".json"), mine["path"]
+                values = [json.loads((folder / mine["path"]).read_text()) for folder in (alone.folder, checkout.folder)]
+                assert alike(*values), mine["path"]
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two JSON values differ in the last digits of their numbers at most."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
+def test_a_third_checkout_takes_everything_from_the_cache(night: Night, make_checkout: Callable[..., Any]) -> None:
+    """Results made elsewhere are not computed again: git gives the lock and the small files, the cache the rest."""
+    third = make_checkout("third", categories=CATEGORIES, cache=night.cache)
+    locks: dict[str, Any] = {}
+    for checkout in night.checkouts:
+        locks |= lock(checkout)
+        for path in checkout.run("git", "ls-files", "--others", "--exclude-standard", "artifacts").stdout.split():
+            (third.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (third.folder / path).write_bytes((checkout.folder / path).read_bytes())
+    (third.folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": locks}, sort_keys=False))
+    third.run("dvc", "checkout")
+    started = time.monotonic()
+    assert not third.ran(third.run("dvc", "repro"))
+    assert time.monotonic() - started < 120
