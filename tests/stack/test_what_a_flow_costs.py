@@ -1,6 +1,6 @@
 """What the flow costs beside the bare `dvc repro` of the same work, both from nothing on the same machine.
 
-pytest -m stack tests/stack/test_overhead.py -s      # prints the figures
+pytest -m stack tests/stack/test_what_a_flow_costs.py -s      # prints the figures
 """
 
 import time
