@@ -1,6 +1,7 @@
 """What every test relies on: no store, debug switch or random seed from outside, and no help from the network."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ hypothesis_settings.load_profile("flawsmith")
 
 ROOT = Path(__file__).parent.parent
 
-# A developer's own MLflow server must never see the tests' runs.
-for _name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+# A developer's own servers must never see the tests' runs.
+for _name in [name for name in os.environ if name.startswith(("MLFLOW_", "PREFECT_"))]:
     del os.environ[_name]
 os.environ.pop("FLAWSMITH_DEBUG", None)
 os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["GX_ANALYTICS_ENABLED"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -30,3 +32,12 @@ def params_path(tmp_path: Path) -> Path:
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One temporary Prefect server a session (ten seconds to start): the client sends events to its first one alone."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield

@@ -1,18 +1,13 @@
-"""A Prefect server of our own for the session (some ten seconds to start), and a real DVC on a small pipeline."""
+"""A real DVC on a small pipeline."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-
-for _name in [name for name in os.environ if name.startswith("PREFECT_")]:
-    del os.environ[_name]
 
 STAGES = """
 stages:
@@ -34,14 +29,6 @@ stages:
 """
 LEARN = "mkdir -p artifacts/steel/ddpm-train; echo weights > artifacts/steel/ddpm-train/model\n"
 GOOD = "mkdir -p artifacts/steel/validate; echo '{\"passed\": true}' > artifacts/steel/validate/verdict.json\n"
-
-
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
-from prefect.testing.utilities import prefect_test_harness
 
 from flawsmith.monitoring.reference import Measurement, save_reference
 from flawsmith.processes import Finished, stream
@@ -21,11 +20,9 @@ EVENT_SECONDS = 30.0  # the server stores events in batches
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[SyncPrefectClient]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with prefect_test_harness(), get_client(sync_client=True) as client:
-            yield client
+def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
 
 
 @pytest.fixture
