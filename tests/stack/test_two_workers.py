@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,10 +44,11 @@ def night(stack: Stack, make_checkout: Callable[..., Any], tmp_path_factory: pyt
     stack.start_worker("control", "lead", checkouts[0].folder)
     try:
         done = checkouts[0].run("python", "-m", "flows.nightly", succeeds=False, **stack.variables())
-        everything = stack.api("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 50})
-        runs = [run for run in everything if run["name"].startswith("nightly ") and run["state_type"] != "SCHEDULED"]
-        (lead,) = (run for run in everything if run["name"] == done.stdout.partition(":")[0])
-        yield Night(checkouts, cache, runs[:2], lead, f"{done.stdout}\n{done.stderr}", done.returncode)
+        found = re.search(r"/flow-run/([0-9a-f-]{36})", done.stdout)
+        assert found, f"{done.stdout}\n{done.stderr}"
+        lead = stack.api(f"flow_runs/{found[1]}")
+        runs = stack.api("flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [lead["id"]]}}})
+        yield Night(checkouts, cache, runs, lead, f"{done.stdout}\n{done.stderr}", done.returncode)
     finally:
         for name in [*WORKERS, "lead"]:
             stack.stop_worker(name)
