@@ -1,6 +1,7 @@
 """Registering, promoting and rolling back in a real MLflow store, with tiny models whose answers are known."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -205,6 +206,17 @@ def test_registering_the_same_content_again_adds_nothing(plant: Plant) -> None:
     again = register(plant.layout)
     assert (again.version, again.created) == (first.version, False)
     assert len(plant.registry.versions()) == 1
+
+
+def test_mlflows_own_choice_of_a_store_is_left_as_it_was(plant: Plant) -> None:
+    import mlflow
+
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") and "URI" in name}
+    register(plant.layout)
+    with plant.registry.download("1") as folder:
+        assert (folder / "model.onnx").is_file()
+    assert {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") and "URI" in name} == before
+    assert plant.registry.uri not in (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
 
 
 def test_a_dry_run_changes_nothing(plant: Plant) -> None:

@@ -169,19 +169,21 @@ class Registry:
         """MLflow's process-wide store set to this one, and put back."""
         import mlflow
 
+        names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
         with _GLOBAL_STATE:
-            before = os.environ.get("MLFLOW_TRACKING_URI")
+            before = {name: os.environ.get(name) for name in names}
             mlflow.set_tracking_uri(self.uri)
             mlflow.set_registry_uri(self.uri)
             try:
                 yield
             finally:
-                mlflow.set_tracking_uri(before)
-                mlflow.set_registry_uri(before)
-                if before is not None:  # MLflow writes this variable itself
-                    os.environ["MLFLOW_TRACKING_URI"] = before
-                else:
-                    os.environ.pop("MLFLOW_TRACKING_URI", None)
+                mlflow.set_tracking_uri(before[names[0]])
+                mlflow.set_registry_uri(before[names[1]])
+                for name, value in before.items():  # MLflow writes these variables itself
+                    if value is not None:
+                        os.environ[name] = value
+                    else:
+                        os.environ.pop(name, None)
 
     def _ensure(self, name: str, description: str) -> None:
         from mlflow.exceptions import MlflowException
