@@ -282,3 +282,15 @@ def test_the_digest_tells_every_value_apart() -> None:
     assert digest == settings_digest(parse_settings(shipped(), "elsewhere.yaml").distill)
     assert digest != settings_digest(dataclasses.replace(settings.distill, seed=settings.distill.seed + 1))
     assert digest != settings_digest(settings.distill, settings.teacher)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("validate.outside_margin", 3, "must be at least synthesize.feather"),
+        ("validate.min_triplets", 401, "the gate would always fail"),
+    ],
+)
+def test_a_gate_that_could_never_pass_is_refused(key: str, value: int, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_settings(PARAMS, {key: value})

@@ -300,6 +300,7 @@ class ToyTeacher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("mean", torch.zeros(1))  # tells the device, as a teacher's does
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(nn.functional.avg_pool2d(image * self.scale, step) for step in (4, 8))
