@@ -293,4 +293,4 @@ def test_the_digest_tells_every_value_apart() -> None:
 )
 def test_a_gate_that_could_never_pass_is_refused(key: str, value: int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        load_settings(PARAMS, {key: value})
+        load_settings(Path(__file__).parents[1] / "params.yaml", {key: value})
