@@ -9,22 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from toy_onnx import METADATA, SIZE
 
 from flawsmith.inference.metadata import ModelMetadata
-
-SIZE = 32
-METADATA = ModelMetadata(
-    category="plate",
-    threshold=0.5,
-    pixel_threshold=0.4,
-    false_alarm_rate=0.05,
-    input_size=SIZE,
-    map_low=0.1,
-    map_high=0.7,
-    detector_digest="ab" * 32,
-    teacher="none",
-    flawsmith_version="0.1.0",
-)
 
 
 def brightness_model(batch: str | int = "batch", image_name: str = "image") -> onnx.ModelProto:

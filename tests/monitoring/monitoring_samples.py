@@ -1,25 +1,16 @@
 """Parts photographed under one light, as images and as plain numbers."""
 
+from dataclasses import replace
+
 import numpy as np
+import toy_onnx
 from numpy.typing import NDArray
+from toy_onnx import SIZE
 
 from flawsmith.images import FloatImage
-from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.monitoring.reference import Measurement
 
-SIZE = 32
-METADATA = ModelMetadata(
-    category="plate",
-    threshold=0.7,
-    pixel_threshold=0.6,
-    false_alarm_rate=0.05,
-    input_size=SIZE,
-    map_low=0.1,
-    map_high=0.9,
-    detector_digest="ab" * 32,
-    teacher="none",
-    flawsmith_version="0.1.0",
-)
+METADATA = replace(toy_onnx.METADATA, threshold=0.7, pixel_threshold=0.6, map_high=0.9)
 
 
 def part(index: int, light: float = 1.0, defect: bool = False) -> FloatImage:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from flawsmith import repro
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.errors import FlawsmithError
 from flawsmith.files import digest_file, digest_json, read_json, write_json
@@ -215,9 +216,8 @@ def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
 
 
 def lock_digest(root: Path) -> str:
-    """SHA-256 of dvc.lock, "" if there is none."""
-    lock = root / "dvc.lock"
-    return digest_file(lock) if lock.is_file() else ""
+    """SHA-256 of dvc.lock as a tag, "" if there is none."""
+    return repro.lock_digest(root) or ""
 
 
 def megabytes(path: Path) -> float:

@@ -85,15 +85,15 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
     _demand_tracking(layout, "register")
     sources = package.Sources.of(layout)
     registry = Registry(layout.root, layout.category)
-    digest = digest_file(sources.model)
-    for version in reversed(registry.versions()):
-        if version.tags.get(CONTENT_DIGEST) == sources.content_digest:
+    digest, content_digest, versions = digest_file(sources.model), sources.content_digest, registry.versions()
+    for version in reversed(versions):
+        if version.tags.get(CONTENT_DIGEST) == content_digest:
             log.info("%s: version %s holds this very content already.", registry.model, version.number)
             return Registered(registry.model, version.number, False, digest, dict(version.tags), dry_run)
     lineage = read_lineage(layout.root, layout.settings, sources.model)
     tags = _version_tags(layout, sources, lineage, digest)
     if dry_run:
-        following = max((int(version.number) for version in registry.versions()), default=0) + 1
+        following = max((int(version.number) for version in versions), default=0) + 1
         return Registered(registry.model, str(following), True, digest, tags, dry_run)
     with (
         tempfile.TemporaryDirectory() as name,
