@@ -2,6 +2,8 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+ANOMALIB := .venv-anomalib
+ANOMALIB_VERSION := 2.7.0
 # The first Python that really runs and is new enough (a pyenv shim may exist and yet not run). Override: make PYTHON=...
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -9,12 +11,12 @@ ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro up down nightly test stack-test lint types fmt ui clean
+.PHONY: help install repro up down nightly test stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 repro: install ## run the pipeline (what is up to date is skipped); ARGS='distill@brushed_metal' for a part of it
 	dvc repro $(ARGS)
@@ -49,8 +51,26 @@ fmt: install ## let ruff fix and format
 ui: install ## MLflow's pages on http://127.0.0.1:5000, over the local store
 	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
 
-clean: ## remove the environment and the tools' caches (data, artifacts and runs stay)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info dvc_plots
+bench-synthesis: install ## triplets a second, training speed over matmul speed; ARGS='--category C --data DIR'
+	python -m flawsmith.bench.synthesis $(ARGS)
+
+bench-gpu: install ## one category from normals to ONNX on one GPU, preset docs/gpu-params.yaml; ARGS='--category C --data DIR'
+	python -m flawsmith.bench.gpu $(ARGS)
+
+bench-anomalib: install $(ANOMALIB)/.installed ## anomalib's PatchCore and STFPM beside kNN; ARGS='--category C --data DIR'
+	python -m flawsmith.bench.anomalib_side --python $(ANOMALIB)/bin/python $(ARGS)
+
+# An environment of its own, with the same pins wherever both need a package: the same torch is compared.
+$(ANOMALIB)/.installed: constraints.txt
+	rm -rf $(ANOMALIB)
+	$(VENV)/bin/python -m venv $(ANOMALIB)
+	@echo "Installing anomalib $(ANOMALIB_VERSION) into $(ANOMALIB): some 6 GB, a few minutes."
+	$(ANOMALIB)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		anomalib==$(ANOMALIB_VERSION) torch torchvision timm safetensors
+	touch $@
+
+clean: ## remove the environments and the tools' caches (data, artifacts and runs stay)
+	rm -rf $(VENV) $(ANOMALIB) .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info dvc_plots
 
 # The stamp holds what was installed (place, pyproject.toml, constraints.txt) and is written last. No stamp: an install
 # never finished, and what a killed pip leaves cannot be trusted, so the environment is made anew.

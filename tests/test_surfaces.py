@@ -1,6 +1,8 @@
 """A category folder: what is found, how it is split, and which mistakes of a user are named."""
 
+import hashlib
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,7 +11,17 @@ from hypothesis import strategies as st
 
 from flawsmith.errors import UserError
 from flawsmith.images import write_png
-from flawsmith.surfaces import Surface, load_image, load_images, load_labelled
+from flawsmith.settings import load_settings
+from flawsmith.surfaces import (
+    GOOD,
+    PARTS,
+    LabelledImage,
+    Surface,
+    labelled_part,
+    load_image,
+    load_images,
+    load_labelled,
+)
 
 SIZE = 8
 
@@ -119,6 +131,57 @@ def test_the_labelled_test_set(tmp_path: Path) -> None:
     assert mask.sum() == 4
     _, mask = load_labelled(found[1], SIZE // 2)
     assert mask.sum() == 1
+
+
+def images_of(counts: dict[str, int]) -> list[LabelledImage]:
+    return [
+        LabelledImage(Path("test") / defect / f"{index:03d}.png", defect, None)
+        for defect, count in counts.items()
+        for index in range(count)
+    ]
+
+
+@given(st.dictionaries(st.sampled_from([GOOD, "dent", "scratch", "oil"]), st.integers(1, 30)), st.randoms())
+def test_the_halves_share_nothing_lose_nothing_and_halve_every_type(counts: dict[str, int], random: Random) -> None:
+    images = images_of(counts)
+    research, report = (labelled_part(images, part) for part in ("research", "report"))
+    assert labelled_part(images, "all") == tuple(images)
+    assert not set(research) & set(report)
+    assert sorted(research + report, key=images.index) == images
+    for half in (research, report):
+        assert list(half) == sorted(half, key=images.index)
+    for defect, count in counts.items():
+        assert sum(image.defect == defect for image in research) == (count + 1) // 2
+    shuffled = random.sample(images, len(images))
+    assert set(labelled_part(shuffled, "report")) == set(report)
+
+
+@given(st.integers(1, 20), st.integers(0, 20))
+def test_a_half_does_not_depend_on_other_types(good: int, dents: int) -> None:
+    alone = labelled_part(images_of({GOOD: good}), "report")
+    beside = labelled_part(images_of({GOOD: good, "dent": dents}), "report")
+    assert alone == tuple(image for image in beside if image.defect == GOOD)
+
+
+def test_the_rule_of_the_halves_is_the_documented_one() -> None:
+    images = images_of({"dent": 5})
+    ranked = sorted(images, key=lambda image: hashlib.sha256(f"dent/{image.path.stem}".encode()).hexdigest())
+    assert set(labelled_part(images, "research")) == set(ranked[::2])
+    assert set(labelled_part(images, "report")) == set(ranked[1::2])
+
+
+def test_images_of_one_stem_are_parted_and_an_unknown_part_is_refused() -> None:
+    twins = [LabelledImage(Path("test/dent") / name, "dent", None) for name in ("a.jpg", "a.png")]
+    assert labelled_part(twins, "research") + labelled_part(twins, "report") == tuple(twins)
+    with pytest.raises(ValueError, match="'half'"):
+        labelled_part(twins, "half")
+
+
+def test_settings_know_the_same_parts(params_path: Path) -> None:
+    for part in PARTS:
+        assert load_settings(params_path, {"evaluate.part": part}).evaluate.part == part
+    with pytest.raises(UserError, match=f"must be one of {', '.join(PARTS)}"):
+        load_settings(params_path, {"evaluate.part": "half"})
 
 
 def test_no_test_folder_is_no_labelled_test_set(tmp_path: Path) -> None:

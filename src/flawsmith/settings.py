@@ -93,10 +93,24 @@ class DdpmTrainSettings:
 
 @dataclass(frozen=True)
 class SynthesizeSettings:
-    """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process."""
+    """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process, or from one of its controls."""
 
     seed: int = setting("seed of all triplets", 0)
     triplets: int = setting("triplets to make", 1, 1_000_000)
+    texture: str = setting(
+        "what fills a mask: `diffusion` (the DDPM), or a control: `own` (another normal's region, strongly jittered), "
+        "`cutpaste` (a patch of the same image)",
+        choices=("diffusion", "own", "cutpaste"),
+    )
+    mask: str = setting(
+        "outline of a defect: `perlin` (and ridges), or a control: `noise` (random pixels and blocks), `rectangle` "
+        "(CutPaste's patches and scars, of the paper's sizes)",
+        choices=("perlin", "noise", "rectangle"),
+    )
+    defects: tuple[int, int] = setting("range of how many defects one image carries; they share `area`", 1, 16)
+    shade_share: float = setting("share of images that carry a shade instead: a large soft change of light", 0.0, 1.0)
+    shade_area: tuple[float, float] = setting("range of a shade's visible share of the image", 0.0, 1.0)
+    shade_change: tuple[float, float] = setting("range of a shade's largest change of brightness (of 1)", 0.0, 1.0)
     rule: str = setting("how the disturbance enters the variance", choices=("constant", "realnet"))
     strength: tuple[float, float] = setting(
         "range of s, the disturbance's standard deviation per T/20; 0 is the plain DDPM", 0.0, 10.0
@@ -153,14 +167,21 @@ class DistillSettings:
     learning_rate: float = setting("peak of the student's cosine schedule", 1e-7, 1.0)
     head_learning_rate: float = setting("peak of the head's cosine schedule", 1e-7, 1.0)
     bottleneck: int = setting("channels of the student's bottleneck", 8, 4096)
-    decoder_channels: tuple[int, ...] = setting("decoder channels, finest scale first", 8, 2048)
+    decoder_channels: tuple[int, ...] = setting(
+        "decoder channels a scale that the student answers, finest first; two values skip the finest", 8, 2048
+    )
     head_channels: int = setting("channels of the segmentation head", 4, 1024)
     cosine_weights: tuple[float, ...] = setting("weight of the cosine loss a scale, finest first", 0.0, 100.0)
     focal_gamma: float = setting("gamma of the focal loss", 0.0, 10.0)
     l1_weight: float = setting("weight of the L1 part of the segmentation loss", 0.0, 100.0)
-    map_weights: tuple[float, ...] = setting("weight of each normalised map: one a scale, then the head", 0.0, 100.0)
+    memory: int = setting("places of normal parts that are remembered; 0 for a student without memory", 0, 10_000_000)
+    map_weights: tuple[float, ...] = setting(
+        "weight of each normalised map: one a scale, finest first, the memory's, the head's", 0.0, 100.0
+    )
     smoothing: float = setting("sigma of the Gaussian on the anomaly map in pixels", 0.0, 64.0)
-    top_share: float = setting("share of the highest pixels whose mean is the image score", 0.0, 1.0)
+    top_shares: tuple[float, ...] = setting(
+        "shares of the highest pixels whose means, standardised on normals, are averaged to the image score", 0.0, 1.0
+    )
     cache_gigabytes: float = setting("memory for teacher features kept between steps", 0.0, 1024.0)
     validate_every: int = setting("steps between looks at the synthetic validation part", 1, 1_000_000)
     patience: int = setting("looks without improvement before stopping early", 1, 1_000)
@@ -172,6 +193,11 @@ class EvaluateSettings:
     """`evaluate`: metrics, threshold and report."""
 
     seed: int = setting("seed of the bootstrap and of the baseline's sampling", 0)
+    part: str = setting(
+        "which half of each type of labelled test image is judged (a fixed rule halves them): look as often as you "
+        "like at `research`, keep `report` for final figures",
+        choices=("all", "research", "report"),
+    )
     false_alarm_rate: float = setting("share of normal parts that may be flagged; sets the threshold", 1e-6, 0.5)
     bootstrap: int = setting("resamples of the 95 % intervals", 10, 100_000)
     aupro_limit: float = setting("integration limit of AUPRO (false positive rate)", 0.01, 1.0)
@@ -429,7 +455,39 @@ def _check_together(settings: Settings, source: str) -> None:
             f"{source}: `validate.min_triplets` is {gate.min_triplets} but `synthesize.triplets` only "
             f"{synthesis.triplets}, so the gate would always fail; make more triplets or demand fewer."
         )
-    if len(settings.distill.cosine_weights) != levels or len(settings.distill.decoder_channels) != levels:
-        raise UserError(f"{source}: `distill.cosine_weights` and `distill.decoder_channels` need {levels} values.")
-    if len(settings.distill.map_weights) != levels + 1 or not any(settings.distill.map_weights):
-        raise UserError(f"{source}: `distill.map_weights` needs {levels + 1} values, not all 0.")
+    _check_synthesis(settings, source)
+    answered = len(settings.distill.decoder_channels)
+    if answered > levels:
+        raise UserError(f"{source}: `distill.decoder_channels` has {answered} values; the teacher has {levels} scales.")
+    if len(settings.distill.cosine_weights) != answered:
+        raise UserError(f"{source}: `distill.cosine_weights` needs {answered} values, as distill.decoder_channels has.")
+    weights = settings.distill.map_weights
+    used = [weight for place, weight in enumerate(weights) if settings.distill.memory or place != answered]
+    if len(weights) != answered + 2 or not any(used):
+        raise UserError(f"{source}: `distill.map_weights` needs {answered + 2} values, not all 0.")
+
+
+def _check_synthesis(settings: Settings, source: str) -> None:
+    """What the kinds of synthetic defects ask of other keys."""
+    synthesis, gate = settings.synthesize, settings.validate
+    if synthesis.texture == "diffusion" and synthesis.mask == "rectangle":
+        raise UserError(
+            f"{source}: `synthesize.mask` is rectangle, whose patches outgrow the windows in which the DDPM samples; "
+            "set `synthesize.texture` to cutpaste or own, or another mask."
+        )
+    if synthesis.shade_share == 0:
+        return
+    for name, value, other, limit in (
+        ("shade_area", synthesis.shade_area[1], "mask_area", gate.mask_area[1]),
+        ("visibility", synthesis.visibility, "max_change_outside", gate.max_change_outside),
+    ):
+        if value > limit:
+            raise UserError(
+                f"{source}: `synthesize.{name}` reaches {value:g} but `validate.{other}` allows only {limit:g}, so the "
+                "gate would fail on shades; lower the first or raise the second."
+            )
+    if synthesis.shade_change[0] <= synthesis.visibility:
+        raise UserError(
+            f"{source}: `synthesize.shade_change` begins at {synthesis.shade_change[0]:g}; it must be above "
+            f"synthesize.visibility ({synthesis.visibility:g}), or nobody could see the shade."
+        )

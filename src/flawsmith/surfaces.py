@@ -5,7 +5,8 @@
     <category>/test/<defect>/*         optional; defective images
     <category>/ground_truth/<defect>/<stem>_mask.png
 
-Only `labelled_test` opens `test`, and only the evaluate stage calls it.
+Only `labelled_test` opens `test`, and only the evaluate stage calls it. `labelled_part` halves what it finds by a fixed
+rule: a research half to look at as often as one likes, and a report half for final figures alone.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from flawsmith.errors import UserError
 from flawsmith.images import MAX_PIXELS, SUFFIXES, Mask, read_image, read_mask, resize_image, resize_mask, to_uint8
 
 GOOD = "good"
+PARTS = ("all", "research", "report")
 MIN_FIT_IMAGES = 2  # fewer cannot even be told apart from memorised; the README recommends 30
 
 
@@ -114,6 +116,30 @@ class Surface:
                 if (folder / f"{stem}{suffix}").is_file():
                     return folder / f"{stem}{suffix}"
         raise UserError(f"{path} has no mask; expected {folder / (path.stem + '_mask.png')}.")
+
+
+def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledImage, ...]:
+    """One of PARTS of a labelled test set, in the order given.
+
+    Within each type (good and each defect) the images, sorted by the SHA-256 of "<type>/<file stem>", go to research
+    and report by turns: every type is halved, whatever else the folder holds, and a type of one image is research's.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}, not one of {PARTS}")
+    if part == "all":
+        return tuple(images)
+    by_type: dict[str, list[LabelledImage]] = {}
+    for image in images:
+        by_type.setdefault(image.defect, []).append(image)
+    kept: set[Path] = set()
+    for members in by_type.values():
+        ranked = sorted(members, key=lambda image: (_rank(image), image.path.name))  # the name parts equal stems
+        kept |= {image.path for image in ranked[PARTS.index(part) - 1 :: 2]}
+    return tuple(image for image in images if image.path in kept)
+
+
+def _rank(image: LabelledImage) -> bytes:
+    return hashlib.sha256(f"{image.defect}/{image.path.stem}".encode()).digest()
 
 
 def load_image(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from flawsmith.detector.distill import FeatureBank, distill
+from flawsmith.detector.distill import FeatureBank, OnStep, distill
 from flawsmith.detector.knn import KnnBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
@@ -18,6 +19,7 @@ from flawsmith.detector.model import (
     feature_products,
     gaussian_kernel,
     load_detector,
+    remember,
     save_detector,
     smooth,
     top_mean,
@@ -27,12 +29,12 @@ from flawsmith.errors import UserError
 from flawsmith.images import resize_image
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import TeacherSettings, load_settings
-from flawsmith.triplets import TripletArrays
+from flawsmith.triplets import FIT, VALIDATION, TripletArrays
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 SETTINGS = dataclasses.replace(
-    PARAMS.distill, student_steps=8, head_steps=6, batch=4, bottleneck=16, decoder_channels=(8, 8, 8), head_channels=8,
-    validate_every=4, checkpoint_every=3, patience=10,
+    PARAMS.distill, student_steps=8, head_steps=6, batch=4, bottleneck=16, decoder_channels=(8, 8), head_channels=8,
+    memory=40, validate_every=4, checkpoint_every=3, patience=10,
 )  # fmt: skip
 SIZE = 64
 
@@ -42,10 +44,18 @@ def teacher() -> Teacher:
     return build_teacher(PARAMS.teacher)
 
 
+def fresh_detector(teacher: Teacher, normals: Tensor) -> tuple[Detector, Tensor]:
+    """Untrained, remembering some places of `normals`; and whose each of these is."""
+    torch.manual_seed(0)
+    detector = Detector(DetectorConfig.of(PARAMS.teacher, SETTINGS, SIZE, SETTINGS.memory), teacher).eval()
+    owners = remember(detector, [normals], len(normals))
+    assert owners is not None
+    return detector, owners
+
+
 @pytest.fixture
 def detector(teacher: Teacher) -> Detector:
-    torch.manual_seed(0)
-    return Detector(DetectorConfig.of(PARAMS.teacher, SETTINGS, SIZE), teacher).eval()
+    return fresh_detector(teacher, batch(7, 4))[0]
 
 
 def triplets(count: int, seed: int) -> TripletArrays:
@@ -137,7 +147,7 @@ def test_all_the_student_knows_passes_the_bottleneck(detector: Detector) -> None
         assert torch.equal(level[0], level[1])
 
 
-def test_maps_have_the_images_size_and_score_is_their_peak(detector: Detector) -> None:
+def test_maps_have_the_images_size(detector: Detector) -> None:
     with torch.inference_mode():
         maps, scores = detector(batch(count=3))
     assert maps.shape == (3, 1, SIZE, SIZE)
@@ -145,18 +155,34 @@ def test_maps_have_the_images_size_and_score_is_their_peak(detector: Detector) -
     assert torch.isfinite(maps).all()
 
 
-def test_calibration_brings_normal_pixels_to_zero_mean_and_unit_deviation(detector: Detector) -> None:
+def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_deviation(detector: Detector) -> None:
     batches = [batch(seed) for seed in range(3)]
-    detector.calibrate(batches)
+    detector.calibrate(lambda: batches)
     with torch.inference_mode():
         raw = torch.cat([detector.raw_maps(part) for part in batches])
+        pooled = torch.cat([detector.pooled(detector.fused_map(part)) for part in batches])
+        scores = torch.cat([detector(part)[1] for part in batches])
     normalised = (raw - detector.map_mean.view(1, -1, 1, 1)) / detector.map_std.view(1, -1, 1, 1)
     torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+    standard = (pooled - detector.score_mean) / detector.score_std
+    torch.testing.assert_close(standard.mean(dim=0), torch.zeros(len(SETTINGS.top_shares)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(standard.mean(dim=1), scores, atol=1e-4, rtol=1e-4)
+
+
+def test_without_memory_the_detector_has_one_map_less(teacher: Teacher) -> None:
+    weights = (1.0, 2.0, 50.0, 4.0)  # the memory's weight counts for nothing where there is none
+    settings = dataclasses.replace(SETTINGS, memory=0, map_weights=weights)
+    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
+    assert remember(detector, [batch()], 2) is None
+    assert detector.weights.tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    with torch.inference_mode():
+        assert detector.raw_maps(batch()).shape[1] == 3
+        assert detector(batch())[0].shape == (2, 1, SIZE, SIZE)
 
 
 def test_a_saved_detector_answers_the_same(detector: Detector, tmp_path: Path) -> None:
-    detector.calibrate([batch()])
+    detector.calibrate(lambda: [batch()])
     save_detector(detector, tmp_path, PARAMS.teacher, SETTINGS)
     loaded = load_detector(tmp_path)
     with torch.inference_mode():
@@ -208,13 +234,16 @@ def test_kept_features_are_those_computed_anew(teacher: Teacher, limit: int) -> 
 def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp_path: Path) -> None:
     fit, validation = triplets(8, 0), triplets(4, 1)
 
-    def fresh() -> Detector:
-        torch.manual_seed(0)
-        return Detector(DetectorConfig.of(PARAMS.teacher, SETTINGS, SIZE), teacher)
+    normals = torch.from_numpy(np.concatenate([fit.normal, validation.normal])).float() / 255
+    sources = {FIT: np.arange(8), VALIDATION: np.arange(8, 12)}
 
-    cpu = torch.device("cpu")
-    whole = fresh()
-    rows = distill(whole, fit, validation, SETTINGS, ResumePoint(tmp_path / "whole", "a"), cpu)
+    def run(folder: str, on_step: OnStep = lambda step, metrics: None) -> tuple[Detector, list[list[Any]]]:
+        detector, owners = fresh_detector(teacher, normals)
+        point = ResumePoint(tmp_path / folder, "a")
+        rows = distill(detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, owners, sources)
+        return detector, rows
+
+    whole, rows = run("whole")
     assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6
     assert rows[7][2] < rows[0][2]
 
@@ -222,23 +251,24 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
         pass
 
     for death in (5, 11):  # in either phase
-        point = ResumePoint(tmp_path / str(death), "a")
 
         def die(step: int, metrics: object, death: int = death) -> None:
             if step == death:
                 raise KilledError
 
         with pytest.raises(KilledError):
-            distill(fresh(), fit, validation, SETTINGS, point, cpu, die)
-        resumed = fresh()
-        again = distill(resumed, fit, validation, SETTINGS, point, cpu)
+            run(str(death), die)
+        resumed, again = run(str(death))
         np.testing.assert_equal([row[2:] for row in again], [row[2:] for row in rows])
         for left, right in zip(whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(left, right)
 
 
-def test_distillation_stops_early_and_keeps_the_best(detector: Detector, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, student_steps=60, learning_rate=2.0, patience=1, validate_every=1)
+def test_distillation_stops_early_and_keeps_the_best(teacher: Teacher, tmp_path: Path) -> None:
+    settings = dataclasses.replace(
+        SETTINGS, memory=0, student_steps=60, learning_rate=2.0, patience=1, validate_every=1
+    )
+    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher)
     rows = distill(detector, triplets(8, 0), triplets(4, 1), settings, ResumePoint(tmp_path, "a"), torch.device("cpu"))
     student = [row for row in rows if row[0] == "student"]
     assert len(student) < 60

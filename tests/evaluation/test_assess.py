@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import DEFECT_KEYS, KEYS, assess, rank_errors, spread
+from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, assess, rank_errors, spread
 from flawsmith.evaluation.memory import assess_synthetic, contrast_scorer, main, synthetic_item
 from flawsmith.randomness import numpy_generator
 from flawsmith.surfaces import GOOD
@@ -141,6 +141,26 @@ def test_gallery_holds_the_errors_first_then_the_closest_calls(result):
     assert len(result.gallery) == OPTIONS["gallery"]
     for example in result.gallery:
         np.testing.assert_allclose(contrast_scorer(example.image[None])[0][0], example.anomaly_map, atol=1e-6)
+
+
+def test_failures_are_the_worst_of_each_class_whatever_the_gallery_shows(result, items, calibration):
+    small = assess(
+        contrast_scorer,
+        contrast_scorer,
+        items,
+        calibration,
+        numpy_generator(0, "test"),
+        **OPTIONS | {"gallery": 1},
+    )
+    for part, is_defective in ((small.misses, True), (small.alarms, False)):
+        scores = sorted(
+            (float(score) for item, score in zip(items, small.detector.scores.scores, strict=True)
+             if item.is_defective == is_defective),
+            reverse=not is_defective,
+        )  # fmt: skip
+        assert [example.score for example in part] == scores[:FAILURES]
+        assert all((example.defect != GOOD) == is_defective for example in part)
+    assert [example.name for example in small.misses] == [example.name for example in result.misses]
 
 
 def test_typical_images_cover_each_kind_once(result):

@@ -1,6 +1,8 @@
 """The stage with a toy in the detector's place: labelled and unlabelled surfaces, and who opens `test`."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from torch import nn
 
 from flawsmith.errors import UserError
+from flawsmith.evaluation import fidelity
 from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.fidelity import MAX_CROPS
 from flawsmith.images import write_png
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
@@ -91,7 +95,7 @@ def test_labelled_surface_leaves_its_files(layout):
     assert content["image_auroc"] == content["image_auroc_ci"][0] == 1  # the toy's defects are plain
     assert content["n_good"] == content["n_defective"] == 5
     assert {path.name for path in out.iterdir()} == {
-        *("metrics.json", "roc.csv", "pr.csv", "curves", "scores.csv", "calibration_scores.csv"),
+        *("metrics.json", "draws.npz", "roc.csv", "pr.csv", "curves", "scores.csv", "calibration_scores.csv"),
         *("figures", "gallery", "parity", "report.html", "summary"),
     }
     summary = {path.stem: json.loads(path.read_text()) for path in (out / "summary").iterdir()}
@@ -104,12 +108,129 @@ def test_labelled_surface_leaves_its_files(layout):
     assert str(made.root) not in (out / "report.html").read_text()
 
 
+def set_settings(layout, **evaluate_settings):
+    settings = replace(layout.settings, evaluate=replace(layout.settings.evaluate, **evaluate_settings))
+    return replace(layout, settings=settings)
+
+
+def scored_files(folder):
+    return set(pd.read_csv(folder / "scores.csv")["file"])
+
+
+def test_a_half_is_judged_alone_and_every_output_says_so(layout):
+    made, _ = layout
+    add_test_set(made.root)
+    seen = {}
+    for part, size in (("research", 3), ("report", 2), ("all", 5)):
+        evaluate.run(set_settings(made, part=part))
+        out = made.stage("evaluate")
+        content = json.loads((out / "metrics.json").read_text())
+        assert (content["part"], content["n_good"], content["n_defective"]) == (part, size, size)
+        for text in (content["scored_on"], (out / "report.html").read_text(), (out / "roc.csv").read_text()):
+            assert (f"{part} half" in text) == (part != "all")
+        seen[part] = scored_files(out)
+    assert not seen["research"] & seen["report"]
+    assert seen["research"] | seen["report"] == seen["all"]
+
+
+def test_a_half_without_one_class_names_the_key(layout):
+    made, _ = layout
+    add_test_set(made.root)
+    for index in range(1, 5):
+        (made.root / f"data/tiles/test/dent/{index:03d}.png").unlink()
+    evaluate.run(set_settings(made, part="research"))
+    with pytest.raises(UserError, match=r"report half .* lacks .*evaluate\.part"):
+        evaluate.run(set_settings(made, part="report"))
+
+
+def test_a_type_of_one_image_is_missing_from_the_report_half_and_nothing_breaks(layout):
+    made, _ = layout
+    add_test_set(made.root)
+    image, mask = pixels(300, defect=True)
+    write_png(made.root / "data/tiles/test/scratch/000.png", image)
+    write_png(made.root / "data/tiles/ground_truth/scratch/000_mask.png", mask)
+    for part, types in (("research", {"dent", "scratch"}), ("report", {"dent"})):
+        evaluate.run(set_settings(made, part=part))
+        assert set(json.loads((made.stage("evaluate") / "metrics.json").read_text())["by_defect"]) == types
+
+
+def test_fidelity_is_reported_where_there_are_real_defects_and_triplets(layout, monkeypatch):
+    made, _ = layout
+    add_test_set(made.root)
+    add_triplets(made)
+
+    def run_with(part, real):
+        monkeypatch.setattr(evaluate, "build_teacher", lambda settings, root: nn.Identity())
+        monkeypatch.setattr(
+            evaluate, "pooled_features", lambda teacher, images: images.reshape(len(images), 3, -1).std(axis=2)
+        )
+        monkeypatch.setattr(evaluate, "compare", lambda real, others, **rest: real_table(real, others, **rest))
+        seen.clear()
+        evaluate.run(set_settings(made, part=part))
+        assert seen == {"real": real, "synthetic": 3, "before": 3, "normal": MAX_CROPS, "basis": MAX_CROPS}
+        return json.loads((made.stage("evaluate") / "metrics.json").read_text())
+
+    def real_table(real, others, *, basis, generator):
+        seen.update({"real": len(real), **{name: len(part) for name, part in others.items()}, "basis": len(basis)})
+        grown = {name: np.repeat(part, 6, axis=0) for name, part in others.items()}  # three triplets are too few
+        return fidelity.compare(np.repeat(real, 6, axis=0), grown, basis, generator, subsets=5)
+
+    seen = {}
+    found = run_with("all", real=5)["fidelity"]
+    assert {"real", "synthetic", "before", "normal"} <= set(found)
+    for row in ("real", "synthetic", "before", "normal"):
+        for measure in fidelity.MEASURES:
+            assert found[row][f"{measure}_ci"][0] <= found[row][measure] <= found[row][f"{measure}_ci"][1]
+    assert found["synthetic"]["frechet"] < found["before"]["frechet"]  # the triplets' defects are like the real ones
+    text = (made.stage("evaluate") / "report.html").read_text()
+    assert "Do the synthetic defects look like real ones?" in text
+    assert run_with("all", real=5)["fidelity"] == found
+    run_with("report", real=2)  # of the real defects only those that are judged
+
+
+def test_without_triplets_there_is_no_fidelity(layout):
+    made, _ = layout
+    add_test_set(made.root)
+    evaluate.run(made)
+    assert "fidelity" not in json.loads((made.stage("evaluate") / "metrics.json").read_text())
+    assert "look like real ones" not in (made.stage("evaluate") / "report.html").read_text()
+
+
+def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
+    made, fitted = layout
+    add_test_set(made.root)
+    evaluate.run(made)
+    evaluate.run_baseline(made)  # the toy stands in for both models, so even detector and baseline must agree
+    assert fitted[0] == fitted[1]
+    beside, alone = made.stage("evaluate"), made.stage("knn")
+    assert {path.name for path in alone.iterdir()} == {"metrics.json", "draws.npz", "scores.csv"}
+    content, both = (json.loads((folder / "metrics.json").read_text()) for folder in (alone, beside))
+    assert content == {key: value for key, value in both.items() if key not in ("baseline", "over_baseline")}
+    assert content.items() >= both["baseline"].items()
+    with np.load(alone / "draws.npz", allow_pickle=False) as one, np.load(beside / "draws.npz") as other:
+        assert set(one) == set(other) == set(KEYS)
+        for key in KEYS:  # the same resamples: draws may be subtracted
+            assert one[key].shape == (made.settings.evaluate.bootstrap,)
+            np.testing.assert_array_equal(one[key], other[key])
+    scores = [pd.read_csv(folder / "scores.csv")[["file", "defect", "score", "verdict"]] for folder in (alone, beside)]
+    assert scores[0].equals(scores[1])
+
+
+def test_the_baseline_alone_needs_no_model(layout):
+    made, _ = layout
+    add_test_set(made.root)
+    shutil.rmtree(made.root / "artifacts")
+    evaluate.run_baseline(made)
+    assert json.loads((made.stage("knn") / "metrics.json").read_text())["image_auroc"] == 1
+
+
 def test_unlabelled_surface_is_scored_on_held_out_triplets_and_says_so(layout):
     made, fitted = layout
     sources = add_triplets(made)
     evaluate.run(made)
     content = json.loads((made.stage("evaluate") / "metrics.json").read_text())
     assert content["labelled"] is False
+    assert content["part"] == "all"
     assert (content["n_good"], content["n_defective"]) == (2, 2)  # the fit triplet is not among them
     assert "Not measured on real defects" in (made.stage("evaluate") / "report.html").read_text()
     # what the held-out triplets were made from must be new to the baseline too

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flawsmith.evaluation.assess import KEYS
-from flawsmith.evaluation.figures import HeatScale, heat_panel, panels, verdict_text
+from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, verdict_text
 from flawsmith.evaluation.intervals import share_interval
 from flawsmith.evaluation.memory import assess_synthetic
 from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
@@ -102,6 +102,22 @@ def test_scores_bring_the_verdicts_back(folders, result):
         score > result.detector.threshold.value for score in result.detector.calibration.scores
     )
     assert len(calibration) == 40
+
+
+def test_failures_show_both_classes_even_where_one_is_smaller(folders, result):
+    shown = read_image(folders[True] / "figures" / "failures.png")
+    fewer = failures_sheet(replace(result, alarms=result.alarms[:2]), "tiles")
+    assert fewer.shape == shown.transpose(1, 2, 0).shape  # the longer column sets the height
+    assert (to_uint8(shown)[-100:, fewer.shape[1] // 2 + 20 :] != 255).any()
+    assert (fewer[-100:, fewer.shape[1] // 2 + 20 :] == 255).all()
+    assert failures_sheet(replace(result, misses=(), alarms=()), "tiles").shape[0] < 150
+
+
+def test_draws_are_the_bootstrap_s_in_plain_arrays(folders, result):
+    with np.load(folders[True] / "draws.npz", allow_pickle=False) as draws:
+        assert set(draws) == set(KEYS)
+        for key in KEYS:
+            np.testing.assert_array_equal(draws[key], result.detector.draws[key])
 
 
 def test_curves_rise_and_their_area_is_the_metric(folders, result):

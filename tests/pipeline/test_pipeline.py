@@ -23,8 +23,8 @@ OUTPUTS = {
     "validate": ["docs", "measures.parquet", "verdict.json", "worst.png"],
     "distill": ["config.json", "detector.safetensors", "losses.csv"],
     "evaluate": [
-        "calibration_scores.csv", "curves", "figures", "gallery", "metrics.json", "parity", "pr.csv", "report.html",
-        "roc.csv", "scores.csv", "summary",
+        "calibration_scores.csv", "curves", "draws.npz", "figures", "gallery", "metrics.json", "parity", "pr.csv",
+        "report.html", "roc.csv", "scores.csv", "summary",
     ],
     "export": ["model.onnx", "parity.json"],
 }  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
+from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.model import Detector, feature_products
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.devices import autocast
@@ -24,11 +25,10 @@ from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint, Rows, check_finite
 from flawsmith.schedule import learning_rate
 from flawsmith.settings import DistillSettings
-from flawsmith.triplets import TripletArrays
+from flawsmith.triplets import FIT, VALIDATION, TripletArrays
 
 BLOCK = 8  # images whose features are computed together
 LOSS_COLUMNS = ("phase", "step", "loss", "validation")
-Loss = Callable[[tuple[Features, Features, Tensor]], Tensor]
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
@@ -70,6 +70,53 @@ class FeatureBank:
         return [tuple(level[row].clone() for level in levels) for row in range(len(batch))]
 
 
+class DistanceBank:
+    """Distances to the memory for the images of a `FeatureBank`, found on first use and kept.
+
+    The normal image a triplet was made from is itself remembered: with it, every defect would stand out as it never
+    does at inspection, where no part was seen before. Its keys therefore do not count here.
+
+    Args:
+        owners: (M,) whose each key is, as an index of the fit normals.
+        sources: (N,) the fit normal behind each image of the bank.
+    """
+
+    def __init__(self, memory: NormalMemory, bank: FeatureBank, owners: Tensor, sources: NDArray[np.int64]) -> None:
+        self.memory, self.bank, self.owners, self.sources = memory, bank, owners.to(bank.device), sources
+        self._kept: dict[int, Tensor] = {}
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> Tensor:
+        """Distances (B, 1, h, w) of the images at `indices`, on the device."""
+        return torch.cat([self._one(int(index)) for index in indices])
+
+    def _one(self, index: int) -> Tensor:
+        if index not in self._kept:
+            with torch.no_grad():
+                places = as_places(self.bank[np.array([index])][-1])
+                self._kept[index] = self.memory(places, self.owners == int(self.sources[index]))
+        return self._kept[index]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch.
+
+    Attributes:
+        target: teacher features of the clean images, (B, C_k, h_k, w_k) a level.
+        seen: teacher features of the images seen: defect images, clean ones for a part of the rows.
+        remembered: distance of `seen` to the memory, (B, 1, h, w); empty without memory.
+        mask: (B, 1, h_0, w_0) in [0, 1], the defective share of each cell of the finest level.
+    """
+
+    target: Features
+    seen: Features
+    remembered: Features
+    mask: Tensor
+
+
+Loss = Callable[[Batch], Tensor]
+
+
 def as_batch(images: NDArray[np.uint8], device: torch.device) -> Tensor:
     """(B, 3, H, W) uint8 → float32 in [0, 1], channels last."""
     batch = torch.from_numpy(images).to(device).float() / 255
@@ -107,54 +154,71 @@ def distill(
     resume: ResumePoint,
     device: torch.device,
     on_step: OnStep = lambda step, metrics: None,
+    owners: Tensor | None = None,
+    sources: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> list[list[Any]]:
     """Train `detector.student`, then `detector.head`, in place; return one row of LOSS_COLUMNS a step.
 
     Both phases keep the weights that did best on the synthetic validation triplets, whose source images no training
     triplet shares, and stop early after `patience` looks without improvement.
 
+    Args:
+        owners: (M,) the fit normal behind each key of the memory, which is filled already; None without memory.
+        sources: role → (N,) the fit normal behind each of that role's triplets; needed with a memory.
+
     Raises:
         FlawsmithError: the loss became NaN.
     """
     detector.to(device)
     room = int(settings.cache_gigabytes * 2**30) // 2
+    parts = {FIT: fit, VALIDATION: validation}
     banks = {
         role: tuple(FeatureBank(detector.teacher, images, device, room) for images in (part.normal, part.defect))
-        for role, part in (("fit", fit), ("val", validation))
+        for role, part in parts.items()
     }
+    distances: dict[str, tuple[DistanceBank, ...]] = {}
+    if detector.memory is not None and owners is not None and sources is not None:
+        distances = {
+            role: tuple(DistanceBank(detector.memory, bank, owners, sources[role]) for bank in banks[role])
+            for role in parts
+        }
     stride = detector.teacher.strides[0]
     masks = {
         role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), stride).to(device)
-        for role, part in (("fit", fit), ("val", validation))
+        for role, part in parts.items()
     }
 
-    def batch(role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> tuple[Features, Features, Tensor]:
-        """Teacher features of the clean and of the seen images, and the mask; `clean` rows see the normal image."""
+    def batch(role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> Batch:
+        """The triplets at `indices`; `clean` rows see the normal image."""
         normal, defect = banks[role]
         target = normal[indices]
         keep = torch.from_numpy(clean).to(device).view(-1, 1, 1, 1)
         seen = tuple(torch.where(keep, n, d) for n, d in zip(target, defect[indices], strict=True))
-        return target, seen, masks[role][torch.from_numpy(indices)] * ~keep
+        mask = masks[role][torch.from_numpy(indices)] * ~keep
+        remembered: Features = ()
+        if distances:
+            of_normal, of_defect = distances[role]
+            remembered = (torch.where(keep, of_normal[indices], of_defect[indices]),)
+        return Batch(target, seen, remembered, mask)
 
-    def training_batch(phase: str, step: int) -> tuple[Features, Features, Tensor]:
+    def training_batch(phase: str, step: int) -> Batch:
         generator = numpy_generator(settings.seed, "distill", phase, step)
         indices = generator.integers(0, len(fit.ids), settings.batch)
-        return batch("fit", indices, np.arange(settings.batch) < round(settings.normal_share * settings.batch))
+        return batch(FIT, indices, np.arange(settings.batch) < round(settings.normal_share * settings.batch))
 
-    def validation_batches() -> Iterator[tuple[Features, Features, Tensor]]:
+    def validation_batches() -> Iterator[Batch]:
         for first in range(0, len(validation.ids), settings.batch):
             indices = np.arange(first, min(first + settings.batch, len(validation.ids)))
-            yield batch("val", indices, np.zeros(len(indices), np.bool_))
+            yield batch(VALIDATION, indices, np.zeros(len(indices), np.bool_))
 
-    def student_loss(data: tuple[Features, Features, Tensor]) -> Tensor:
-        target, seen, _ = data
-        return cosine_loss(target, detector.student(seen), settings.cosine_weights)
+    def student_loss(data: Batch) -> Tensor:
+        return cosine_loss(data.target, detector.student(data.seen), settings.cosine_weights)
 
-    def head_loss(data: tuple[Features, Features, Tensor]) -> Tensor:
-        _, seen, mask = data
+    def head_loss(data: Batch) -> Tensor:
         with torch.no_grad():
-            products = feature_products(seen, detector.student(seen))
-        return segmentation_loss(detector.head(products), mask, settings.focal_gamma, settings.l1_weight)
+            read = (*feature_products(data.seen, detector.student(data.seen)), *data.remembered)
+        logits = detector.head(read, data.mask.shape[-2:])
+        return segmentation_loss(logits, data.mask, settings.focal_gamma, settings.l1_weight)
 
     def training_loss(phase: str, loss: Loss, step: int) -> Tensor:
         return loss(training_batch(phase, step))

@@ -7,10 +7,13 @@ from flawsmith.detector.teacher import Features
 
 
 def cosine_loss(teacher: Features, student: Features, weights: tuple[float, ...]) -> Tensor:
-    """Weighted mean over scales of 1 - cosine similarity, averaged over positions (arXiv 2604.19240; DeSTSeg eq. 1)."""
+    """Weighted mean over scales of 1 - cosine similarity, averaged over positions (arXiv 2604.19240; DeSTSeg eq. 1).
+
+    Over those scales that the student answers, the coarsest ones of the teacher's.
+    """
     losses = [
         weight * (1 - F.cosine_similarity(t, s, dim=1)).mean()
-        for weight, t, s in zip(weights, teacher, student, strict=True)
+        for weight, t, s in zip(weights, teacher[-len(student) :], student, strict=True)
     ]
     return sum(losses[1:], losses[0]) / sum(weights)
 

@@ -1,7 +1,7 @@
 """The detector as one module: image in, anomaly map and score out, all normalisation inside."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.student import SegmentationHead, Student
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
@@ -28,12 +29,14 @@ class DetectorConfig:
     bottleneck: int
     decoder_channels: tuple[int, ...]
     head_channels: int
+    memory: int
     map_weights: tuple[float, ...]
     smoothing: float
-    top_share: float
+    top_shares: tuple[float, ...]
 
     @classmethod
-    def of(cls, teacher: TeacherSettings, distill: DistillSettings, image_size: int) -> "DetectorConfig":
+    def of(cls, teacher: TeacherSettings, distill: DistillSettings, image_size: int, memory: int) -> "DetectorConfig":
+        """The configuration that settings ask for, with `memory` places remembered (see `memory_size`)."""
         return cls(
             teacher.backbone,
             teacher.out_indices,
@@ -41,22 +44,29 @@ class DetectorConfig:
             distill.bottleneck,
             distill.decoder_channels,
             distill.head_channels,
+            memory,
             distill.map_weights,
             distill.smoothing,
-            distill.top_share,
+            distill.top_shares,
         )
 
 
 class Detector(nn.Module):
-    """Frozen teacher, student and segmentation head, fused into one anomaly map.
+    """Frozen teacher, student, memory and segmentation head, fused into one anomaly map.
 
-    Four raw maps at the finest feature resolution: 1 - cosine similarity at three scales, and the head's logit. Each is
-    brought to zero mean and unit deviation over the pixels of the calibration normals (`calibrate`), so that their
-    weighted mean adds like to like; the fused map is smoothed and enlarged to the image's size.
+    Raw maps: 1 - cosine similarity between teacher and student at each scale that the student answers, the same between
+    the coarsest teacher feature and the nearest remembered one, and the head's logit. Each is brought to zero mean and
+    unit deviation over the pixels of the calibration normals (`calibrate`), so that their weighted mean adds like to
+    like; the fused map is smoothed and enlarged to the image's size.
+
+    Defects come at all sizes, from a pore to a shadow over the whole part, so the image score looks at several: the
+    means of the highest `top_shares` of the map, each in units of its deviation over the calibration normals, averaged.
     """
 
     map_mean: Tensor
     map_std: Tensor
+    score_mean: Tensor
+    score_std: Tensor
     weights: Tensor
     kernel: Tensor
 
@@ -64,52 +74,93 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.teacher = teacher or Teacher(config.backbone, config.out_indices)
-        self.student = Student(self.teacher.channels, config.bottleneck, config.decoder_channels)
-        self.head = SegmentationHead(self.teacher.channels, config.head_channels)
-        maps = len(self.teacher.channels) + 1
-        weights = torch.tensor(config.map_weights)
-        self.register_buffer("map_mean", torch.zeros(maps))
-        self.register_buffer("map_std", torch.ones(maps))
+        channels = self.teacher.channels
+        self.student = Student(channels, config.bottleneck, config.decoder_channels)
+        self.memory = NormalMemory(config.memory, channels[-1]) if config.memory else None
+        answered = channels[-len(config.decoder_channels) :]
+        read = (*answered, 1) if config.memory else answered
+        self.head = SegmentationHead(read, config.head_channels)
+        used = [weight for place, weight in enumerate(config.map_weights) if config.memory or place != len(answered)]
+        weights = torch.tensor(used)
+        self.register_buffer("map_mean", torch.zeros(len(used)))
+        self.register_buffer("map_std", torch.ones(len(used)))
+        self.register_buffer("score_mean", torch.zeros(len(config.top_shares)))
+        self.register_buffer("score_std", torch.ones(len(config.top_shares)))
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
         self.register_buffer("kernel", gaussian_kernel(config.smoothing / self.teacher.strides[0]), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal pixels."""
-        maps = (self.raw_maps(image) - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
-        fused = (maps * self.weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
-        fused = smooth(fused, self.kernel)
-        score = top_mean(fused, self.config.top_share)
+        """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal parts in both."""
+        fused = self.fused_map(image)
+        score = ((self.pooled(fused) - self.score_mean) / self.score_std).mean(dim=1)
         return F.interpolate(fused, size=image.shape[-2:], mode="bilinear", align_corners=False), score
 
+    def fused_map(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) → the smoothed weighted mean of the normalised raw maps, (B, 1, S/4, S/4)."""
+        maps = (self.raw_maps(image) - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
+        return smooth((maps * self.weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), self.kernel)
+
+    def pooled(self, fused: Tensor) -> Tensor:
+        """(B, 1, h, w) → (B, len(top_shares)): mean of the highest share of pixels, for each share."""
+        return torch.stack([top_mean(fused, share) for share in self.config.top_shares], dim=1)
+
     def raw_maps(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, 4, S/4, S/4): cosine distance a scale, finest first, then the head's logit."""
+        """(B, 3, S, S) → (B, K, S/4, S/4): cosine distance a scale, finest first, then to the memory; head's logit."""
         features = self.teacher(image)
         products = feature_products(features, self.student(features))
-        size = products[0].shape[-2:]
         distances = [1 - product.sum(dim=1, keepdim=True) for product in products]
-        enlarged = [
-            distance if distance.shape[-2:] == size else F.interpolate(distance, size=size, mode="bilinear")
-            for distance in distances
-        ]
-        return torch.cat([*enlarged, self.head(products)], dim=1)
+        read = products
+        if self.memory is not None:
+            remembered = self.memory(as_places(features[-1]))
+            distances, read = [*distances, remembered], (*products, remembered)
+        size = features[0].shape[-2:]
+        enlarged = [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in distances]
+        return torch.cat([*enlarged, self.head(read, size)], dim=1)
 
     @torch.inference_mode()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set the normalisation of each raw map from batches (B, 3, S, S) of calibration normals."""
-        sums, squares, count = torch.zeros(len(self.map_mean)), torch.zeros(len(self.map_mean)), 0
-        for batch in batches:
-            maps = self.raw_maps(batch).double().cpu()
-            sums = sums + maps.sum(dim=(0, 2, 3))
-            squares = squares + maps.square().sum(dim=(0, 2, 3))
-            count += maps.shape[0] * maps.shape[2] * maps.shape[3]
-        mean = sums / count
+    def calibrate(self, batches: Callable[[], Iterable[Tensor]]) -> None:
+        """Set the normalisation of raw maps, then of pooled scores, from batches (B, 3, S, S) of calibration normals.
+
+        Args:
+            batches: called twice, because what is pooled depends on the maps' normalisation.
+        """
+        mean, deviation = _moments(self.raw_maps(batch).movedim(1, -1).flatten(0, 2) for batch in batches())
         self.map_mean.copy_(mean)
-        self.map_std.copy_((squares / count - mean.square()).clamp_min(1e-12).sqrt())
+        self.map_std.copy_(deviation)
+        mean, deviation = _moments(self.pooled(self.fused_map(batch)) for batch in batches())
+        self.score_mean.copy_(mean)
+        self.score_std.copy_(deviation)
+
+
+@torch.inference_mode()
+def remember(detector: Detector, normals: Iterable[Tensor], images: int) -> Tensor | None:
+    """Fill the detector's memory from batches (B, 3, S, S) of the fit normals, `images` in all.
+
+    Returns:
+        whose each key is, (M,) indices of normals; None if the detector has no memory.
+    """
+    if detector.memory is None:
+        return None
+    return detector.memory.fill((as_places(detector.teacher(batch)[-1]) for batch in normals), images)
+
+
+def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over all rows of `parts`, each (n, K), in float64."""
+    sums, squares, count = torch.zeros(1), torch.zeros(1), 0
+    for part in parts:
+        rows = part.double().cpu()
+        sums, squares, count = sums + rows.sum(dim=0), squares + rows.square().sum(dim=0), count + len(rows)
+    mean = sums / count
+    return mean, (squares / count - mean.square()).clamp_min(1e-12).sqrt()
 
 
 def feature_products(teacher: Features, student: Features) -> Features:
-    """Channel-wise products of L2-normalised features; their sum over channels is the cosine similarity."""
-    return tuple(F.normalize(t, dim=1) * F.normalize(s, dim=1) for t, s in zip(teacher, student, strict=True))
+    """Channel-wise products of L2-normalised features; their sum over channels is the cosine similarity.
+
+    One for each level that the student answers, the coarsest ones of the teacher's.
+    """
+    levels = zip(teacher[-len(student) :], student, strict=True)
+    return tuple(F.normalize(t, dim=1) * F.normalize(s, dim=1) for t, s in levels)
 
 
 def gaussian_kernel(sigma: float) -> Tensor:

@@ -23,7 +23,10 @@ def conv_block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> n
 
 
 class Student(nn.Module):
-    """Teacher features of any image → estimate of the teacher features of that image without its defect."""
+    """Teacher features of any image → estimate of the teacher features of that image without its defect.
+
+    It reads all of the teacher's levels and answers the coarsest `len(decoder_channels)` of them.
+    """
 
     def __init__(self, channels: tuple[int, ...], bottleneck: int, decoder_channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -42,12 +45,12 @@ class Student(nn.Module):
         self.decode = nn.ModuleList()
         self.answer = nn.ModuleList()
         inputs = bottleneck
-        for outputs, target in zip(reversed(decoder_channels), reversed(channels), strict=True):
+        for outputs, target in zip(reversed(decoder_channels), reversed(channels), strict=False):
             self.decode.append(nn.Sequential(conv_block(inputs, outputs), conv_block(outputs, outputs)))
             self.answer.append(nn.Conv2d(outputs, target, 1))
             inputs = outputs
 
-    def forward(self, features: Features) -> Features:  # finest first, as the teacher's
+    def forward(self, features: Features) -> Features:  # finest answered level first
         code = torch.cat([reduce(level) for reduce, level in zip(self.reduce, features, strict=True)], dim=1)
         hidden = self.bottleneck(code)
         answers: list[Tensor] = []
@@ -58,10 +61,10 @@ class Student(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Reads where teacher and student disagree: normalised products of their features → one logit a pixel.
+    """Reads where teacher and student disagree, and how far from anything remembered: maps → one logit a pixel.
 
-    The input is DeSTSeg's (Zhang et al., CVPR 2023, sec. 3.3): channel by channel products of L2-normalised features,
-    whose sum over channels is the cosine similarity. Works at the finest level's resolution.
+    From the student it reads what DeSTSeg does (Zhang et al., CVPR 2023, sec. 3.3): channel by channel products of
+    L2-normalised features, whose sum over channels is the cosine similarity; from the memory one distance a place.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int) -> None:
@@ -81,12 +84,16 @@ class SegmentationHead(nn.Module):
         if self.answer.bias is not None:
             nn.init.constant_(self.answer.bias, -3.0)  # defects are rare: start from a probability of 5 %
 
-    def forward(self, products: Features) -> Tensor:  # -> (B, 1, H / 4, W / 4) logits
-        size = products[0].shape[-2:]
+    def forward(self, read: Features, size: tuple[int, ...]) -> Tensor:
+        """Maps (B, C_k, h_k, w_k) → logits (B, 1, *size)."""
         # channels x resolution grow large before the sum, hence reduce first, then upsample
-        hidden = self.reduce[0](products[0])
-        for reduce, level in zip(list(self.reduce)[1:], products[1:], strict=True):
-            hidden = hidden + F.interpolate(reduce(level), size=size, mode="bilinear", align_corners=False)
+        first, *others = (
+            F.interpolate(reduce(level), size=size, mode="bilinear", align_corners=False)
+            for reduce, level in zip(self.reduce, read, strict=True)
+        )
+        hidden = first
+        for other in others:
+            hidden = hidden + other
         hidden = F.relu(hidden)
         for context in self.context:
             hidden = hidden + context(hidden)

@@ -27,6 +27,7 @@ from flawsmith.surfaces import GOOD
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
 DEFECT_KEYS = ("image_auroc", "pixel_auroc", "aupro")
+FAILURES = 8  # of each class, shown whatever the gallery's size
 SAMPLED_PIXELS = 2**20  # of each class, to choose the bins from
 RESAMPLES_AT_ONCE = 50  # bounds the bootstrap's memory: 3 x 50 x 4096 counts of 8 bytes are 5 MB
 
@@ -98,6 +99,8 @@ class Assessment:
     Attributes:
         advantage: detector minus baseline for each of KEYS, with the paired bootstrap's interval.
         gallery: worst errors first.
+        misses, alarms: defective and good images apart, the FAILURES worst of each; where fewer verdicts are wrong, the
+            closest calls follow.
         typical: the median-scored image of each defect type and of the good ones.
     """
 
@@ -107,6 +110,8 @@ class Assessment:
     baseline: Performance
     advantage: Mapping[str, Estimate]
     gallery: tuple[Example, ...]
+    misses: tuple[Example, ...]
+    alarms: tuple[Example, ...]
     typical: tuple[Example, ...]
 
     @property
@@ -148,11 +153,14 @@ def assess(
         )
         first = performances[0]
         groups = [item.defect for item in items]
-        worst = rank_errors(first.scores.scores, groups, first.threshold.value)[:gallery]
+        ranked = rank_errors(first.scores.scores, groups, first.threshold.value)
+        worst = ranked[:gallery]
+        misses = [index for index in ranked if groups[index] != GOOD][:FAILURES]
+        alarms = [index for index in ranked if groups[index] == GOOD][:FAILURES]
         typical = [_median_index(first.scores.scores, groups, name) for name in (*first.by_defect, GOOD)]
         shown = {
             index: _example(items[index], index, first, cast(NDArray[np.float32], detector_maps.read(index)))
-            for index in {*worst, *typical}
+            for index in {*worst, *misses, *alarms, *typical}
         }
     return Assessment(
         items=tuple(items),
@@ -161,6 +169,8 @@ def assess(
         baseline=performances[1],
         advantage={key: paired_difference(first, performances[1], key) for key in KEYS},
         gallery=tuple(shown[index] for index in worst),
+        misses=tuple(shown[index] for index in misses),
+        alarms=tuple(shown[index] for index in alarms),
         typical=tuple(shown[index] for index in typical),
     )
 

@@ -6,6 +6,7 @@ Nothing here decides anything. PNG bytes carry no time and no version, so equal 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,6 +22,7 @@ from flawsmith.images import FloatImage, Mask, to_uint8
 from flawsmith.surfaces import GOOD
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
+Corner = Literal["lower left", "lower right", "upper right"]  # matplotlib's search for the best place is slow
 
 TRUTH = (0, 200, 255)  # cyan: rare on metal, fabric, tiles, and far from the heat map's colours
 REGION = (255, 255, 255)
@@ -113,7 +115,14 @@ def curves_png(result: Assessment, title: str, theme: Theme = LIGHT) -> bytes:
     roc.plot(detector.test_false_alarms.value, detector.test_detections.value, label="at the threshold", **spot)
     roc.axvline(detector.threshold.target_rate, color=theme.soft, lw=0.8, ls=":")
     _dress(roc, "Images: ROC (area)", "good images flagged", "defective images flagged", theme)
-    _dress(recall, "Images: precision-recall (average precision)", "defective images flagged", "precision", theme)
+    _dress(
+        recall,
+        "Images: precision-recall (average precision)",
+        "defective images flagged",
+        "precision",
+        theme,
+        legend="lower left",
+    )
     return _png(figure)
 
 
@@ -132,7 +141,14 @@ def pixel_curves_png(result: Assessment, title: str, aupro_limit: float, theme: 
         _precision_line(recall, pixel, style, theme, f"{label} {values['pixel_ap'].value:.3f}")
         _line(overlap, region.false_positive_rate, region.recall, style, theme, f"{label} {values['aupro'].value:.3f}")
     _dress(roc, "Pixels: ROC (area)", "normal pixels flagged", "defect pixels flagged", theme)
-    _dress(recall, "Pixels: precision-recall (average precision)", "defect pixels flagged", "precision", theme)
+    _dress(
+        recall,
+        "Pixels: precision-recall (average precision)",
+        "defect pixels flagged",
+        "precision",
+        theme,
+        legend="lower left",
+    )
     _dress(overlap, "Regions: overlap (AUPRO)", "normal pixels flagged", "mean overlap with a region", theme)
     overlap.set_xlim(0, aupro_limit)
     return _png(figure)
@@ -158,26 +174,56 @@ def histogram_png(result: Assessment, title: str, theme: Theme = LIGHT) -> bytes
         label="calibration normals",
     )
     axes.axvline(performance.threshold.value, color=theme.ink, lw=1.4, ls="--", label="threshold")
-    _dress(axes, "Image scores", "anomaly score", "images", theme, unit_square=False)
+    _dress(axes, "Image scores", "anomaly score", "images", theme, unit_square=False, legend="upper right")
     return _png(figure)
 
 
 def sheet(examples: Sequence[Example], scale: HeatScale, title: str, side: int = 160) -> Pixels:
     """A contact sheet of rows image | truth | heat map | verdict, two rows abreast."""
-    margin, words, header = 10, 150, 54
+    return _two_columns((examples[::2], examples[1::2]), ("image", "image"), scale, title, "", side)
+
+
+def failures_sheet(result: Assessment, title: str, side: int = 160) -> Pixels:
+    """The worst misses (left) and the worst false alarms (right), worst on top, all heat maps on one colour scale.
+
+    Where fewer verdicts are wrong the closest calls follow; the caption of each row says which it is.
+    """
+    scale, detector = HeatScale.of(result.detector), result.detector
+    missed, alarms = (sum(example.is_wrong for example in part) for part in (result.misses, result.alarms))
+    note = (
+        f"threshold on the score {detector.threshold.value:.4g}; heat: dark {scale.floor:.3g}, middle "
+        f"{scale.threshold:.3g} (the map's threshold, outlined white), bright {scale.ceiling:.3g}"
+    )
+    headings = (f"defective: {missed} of these missed", f"good: {alarms} of these false alarms")
+    return _two_columns((result.misses, result.alarms), headings, scale, title, note, side)
+
+
+def _two_columns(
+    columns: tuple[Sequence[Example], Sequence[Example]],
+    headings: tuple[str, str],
+    scale: HeatScale,
+    title: str,
+    note: str,
+    side: int,
+) -> Pixels:
+    """Rows image | truth | heat map | verdict in two columns; each column's heading stands over its images."""
+    margin, words, header = 10, 150, 54 + (20 if note else 0)
     row_width, row_height = 3 * (side + margin) + words, side + margin
-    rows = -(-len(examples) // 2)
+    rows = max(len(column) for column in columns)
     page = Image.new("RGB", (2 * row_width + 3 * margin, header + rows * row_height + margin), LIGHT.paper)
     draw = ImageDraw.Draw(page)
     fonts = {size: ImageFont.load_default(size) for size in (13, 17)}
     draw.text((margin, margin), title, LIGHT.ink, fonts[17])
-    for column in range(2):
-        for index, text in enumerate(("image", "truth", "heat map", "verdict")):
+    draw.text((margin, margin + 22), note, LIGHT.soft, fonts[13])
+    for column, heading in enumerate(headings):
+        for index, text in enumerate((heading, "truth", "heat map", "verdict")):
             left = margin + column * (row_width + margin) + index * (side + margin)
             draw.text((left, header - 19), text, LIGHT.soft, fonts[13])
-    for index, example in enumerate(examples):
-        left = margin + (index % 2) * (row_width + margin)
-        top = header + (index // 2) * row_height
+    for column, row, example in (
+        (column, row, example) for column, examples in enumerate(columns) for row, example in enumerate(examples)
+    ):
+        left = margin + column * (row_width + margin)
+        top = header + row * row_height
         for pane in panels(example, scale):
             page.paste(Image.fromarray(pane).resize((side, side), Image.Resampling.LANCZOS), (left, top))
             left += side + margin
@@ -231,7 +277,9 @@ def _line(
     )
 
 
-def _dress(axes: Axes, title: str, x: str, y: str, theme: Theme, unit_square: bool = True) -> None:
+def _dress(
+    axes: Axes, title: str, x: str, y: str, theme: Theme, unit_square: bool = True, legend: Corner = "lower right"
+) -> None:
     axes.set_title(title, color=theme.ink, fontsize=10, loc="left")
     axes.set_xlabel(x, color=theme.soft, fontsize=9)
     axes.set_ylabel(y, color=theme.soft, fontsize=9)
@@ -243,7 +291,7 @@ def _dress(axes: Axes, title: str, x: str, y: str, theme: Theme, unit_square: bo
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.02)
         axes.grid(color=theme.soft, alpha=0.2, lw=0.6)
-    axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
+    axes.legend(loc=legend, fontsize=8, frameon=False, labelcolor=theme.ink)
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,4 +1,6 @@
-"""What an evaluation leaves on disk in formats that others read: metrics.json, CSV curves and scores, parity images."""
+"""What an evaluation leaves on disk in formats that others read: metrics.json, bootstrap draws, CSV curves and scores,
+parity images.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,53 +10,105 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.evaluation.assess import KEYS, Assessment, Performance, spread
+from flawsmith.evaluation.fidelity import WINDOW, Fidelity
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.evaluation.scoring import Item
-from flawsmith.files import write_csv, write_json
+from flawsmith.files import atomic_file, write_csv, write_json
 from flawsmith.images import write_png
 
 GRID = np.linspace(0, 1, 201)
 
 
-def scored_on(labelled: bool) -> str:
-    """What the figures stand for, in words that every output carries."""
-    return "labelled test set" if labelled else "held-out synthetic triplets, no labelled test set"
+def scored_on(labelled: bool, part: str = "all") -> str:
+    """What the figures stand for, in words that every output carries. `part` is one of `surfaces.PARTS`."""
+    if not labelled:
+        return "held-out synthetic triplets, no labelled test set"
+    return "labelled test set" if part == "all" else f"labelled test set, {part} half"
 
 
-def metrics_content(result: Assessment, labelled: bool) -> dict[str, Any]:
-    """metrics.json: flat keys, each with `<key>_ci`; rates at the threshold; the baseline.
+def metrics_content(
+    result: Assessment, labelled: bool, part: str = "all", fidelity: Fidelity | None = None
+) -> dict[str, Any]:
+    """metrics.json: flat keys, each with `<key>_ci`; rates at the threshold; the baseline; fidelity where measured.
 
     Metrics are rounded to 6 decimals; thresholds are exact, since a verdict hangs on them.
     """
-    defective = sum(item.is_defective for item in result.items)
-    by_defect = {
-        name: {
-            "n": sum(item.defect == name for item in result.items),
-            **_flat(values),
-            **_flat({"detection_rate": result.detector.detections[name]}),
-        }
-        for name, values in result.detector.by_defect.items()
-    }
     return {
-        **_performance_content(result.detector),
+        **performance_content(result.detector, result.items, labelled, part),
         "baseline": _performance_content(result.baseline),
         "over_baseline": _flat(result.advantage),
-        "by_defect": by_defect,
-        "labelled": labelled,
-        "scored_on": scored_on(labelled),
-        "n_good": len(result.items) - defective,
-        "n_defective": defective,
-        "n_calibration": len(result.calibration_items),
-        "false_alarm_rate": result.detector.threshold.target_rate,
-        "expected_false_alarm_rate": round(result.detector.threshold.expected_rate, 6),
+        **({"fidelity": fidelity_content(fidelity)} if fidelity else {}),
     }
 
 
-def write_data(folder: Path, result: Assessment, labelled: bool) -> None:
-    """metrics.json, summary/ for `dvc metrics`, curves for `dvc plots`, scores.csv and calibration_scores.csv."""
-    write_json(folder / "metrics.json", metrics_content(result, labelled))
-    detector, baseline = result.detector, result.baseline
+def fidelity_content(fidelity: Fidelity) -> dict[str, Any]:
+    """The table of `fidelity.compare`: a mapping a row, flat keys as elsewhere."""
+    return {
+        **{name: _flat(values) for name, values in fidelity.rows.items()},
+        "crops": dict(fidelity.crops),
+        "samples": fidelity.samples,
+        "frechet_dimensions": fidelity.dimensions,
+        "window": WINDOW,
+    }
+
+
+def performance_content(performance: Performance, items: Sequence[Item], labelled: bool, part: str) -> dict[str, Any]:
+    """The part of metrics.json that one detector alone has."""
+    defective = sum(item.is_defective for item in items)
+    by_defect = {
+        name: {
+            "n": sum(item.defect == name for item in items),
+            **_flat(values),
+            **_flat({"detection_rate": performance.detections[name]}),
+        }
+        for name, values in performance.by_defect.items()
+    }
+    return {
+        **_performance_content(performance),
+        "by_defect": by_defect,
+        "labelled": labelled,
+        "part": part,
+        "scored_on": scored_on(labelled, part),
+        "n_good": len(items) - defective,
+        "n_defective": defective,
+        "n_calibration": len(performance.calibration.scores),
+        "false_alarm_rate": performance.threshold.target_rate,
+        "expected_false_alarm_rate": round(performance.threshold.expected_rate, 6),
+    }
+
+
+def write_draws(path: Path, performance: Performance) -> None:
+    """The bootstrap draws as .npz: one float64 array `(B,)` for each of KEYS.
+
+    Evaluations of the same images with the same evaluate.seed and evaluate.bootstrap share their resamples, so their
+    draws may be subtracted one by one: a paired bootstrap over images.
+    """
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **{key: performance.draws[key] for key in KEYS})  # type: ignore[arg-type]
+
+
+def write_performance(folder: Path, performance: Performance, items: Sequence[Item], labelled: bool, part: str) -> None:
+    """metrics.json, draws.npz and scores.csv of one detector judged alone, in the form that `write_data` gives them."""
+    write_json(folder / "metrics.json", performance_content(performance, items, labelled, part))
+    write_draws(folder / "draws.npz", performance)
+    write_csv(
+        folder / "scores.csv",
+        ["file", "defect", "score", "verdict"],
+        (
+            [item.name, item.defect, _exact(score), verdict(performance.is_flagged(float(score)))]
+            for item, score in zip(items, performance.scores.scores, strict=True)
+        ),
+    )
+
+
+def write_data(
+    folder: Path, result: Assessment, labelled: bool, part: str = "all", fidelity: Fidelity | None = None
+) -> None:
+    """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
+    write_json(folder / "metrics.json", metrics_content(result, labelled, part, fidelity))
+    write_draws(folder / "draws.npz", result.detector)
+    detector, baseline, words = result.detector, result.baseline, scored_on(labelled, part)
     # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns
     for name, performance in (("detector", detector), ("knn-baseline", baseline)):
         headline = {key: round(performance.values[key].value, 4) for key in KEYS}
@@ -63,11 +117,11 @@ def write_data(folder: Path, result: Assessment, labelled: bool) -> None:
         ("roc.csv", "pr.csv", detector.image_curve, baseline.image_curve),
         ("curves/pixel_roc.csv", "curves/pixel_pr.csv", detector.pixel_curve, baseline.pixel_curve),
     ):
-        _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in (ours, theirs)], labelled)
+        _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in (ours, theirs)], words)
         precision = [curve.precision[np.searchsorted(curve.recall, GRID)] for curve in (ours, theirs)]
-        _write_curve(folder / pr, "recall", "precision", precision, labelled)
+        _write_curve(folder / pr, "recall", "precision", precision, words)
     overlap = [_recall_at(curve) for curve in (detector.region_curve, baseline.region_curve)]
-    _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, labelled)
+    _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, words)
     write_csv(
         folder / "scores.csv",
         ["file", "defect", "score", "verdict", "baseline_score"],
@@ -128,9 +182,9 @@ def _recall_at(curve: Curve) -> NDArray[np.float64]:
     return curve.recall[np.searchsorted(curve.false_positive_rate, GRID, side="right") - 1]
 
 
-def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64]], labelled: bool) -> None:
+def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64]], words: str) -> None:
     rows = ([float(place), float(ours), float(theirs)] for place, ours, theirs in zip(GRID, *values, strict=True))
-    write_csv(path, [x, y, f"baseline_{y}", "scored_on"], ([*row, scored_on(labelled)] for row in rows))
+    write_csv(path, [x, y, f"baseline_{y}", "scored_on"], ([*row, words] for row in rows))
 
 
 def _exact(value: np.float32) -> str:

@@ -12,6 +12,7 @@ import jinja2
 from PIL import Image
 
 from flawsmith.evaluation.assess import KEYS, Assessment, Example, Performance
+from flawsmith.evaluation.fidelity import WINDOW, Fidelity
 from flawsmith.evaluation.figures import (
     DARK,
     LIGHT,
@@ -19,6 +20,7 @@ from flawsmith.evaluation.figures import (
     Pixels,
     Theme,
     curves_png,
+    failures_sheet,
     histogram_png,
     panels,
     pixel_curves_png,
@@ -39,6 +41,12 @@ NAMES = {
     "pixel_f1_max": ("Pixel F1-max", "best F1 of marked pixels, picked with the labels: an upper bound"),
     "aupro": ("AUPRO", "mean overlap with each defect region while few normal pixels are marked"),
 }
+FIDELITY_ROWS = {
+    "real": ("Real defects, the other half", "the least there is to reach"),
+    "synthetic": ("Synthetic defects", "what the detector learned from"),
+    "before": ("The same places before the defect", "the triplets' normal images"),
+    "normal": ("Normal images at random places", "calibration normals: no defect at all"),
+}
 HEADLINE = ("image_auroc", "pixel_auroc", "aupro")
 SHEET_EXAMPLES = 16
 
@@ -53,10 +61,12 @@ class Subject:
     bootstrap: int
     image_size: int
     teacher: str
+    part: str = "all"
 
 
-def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
-    """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves}.png and gallery/{worst,typical}.png."""
+def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: Fidelity | None = None) -> None:
+    """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,failures}.png and
+    gallery/{worst,typical}.png."""
     title = figure_title(result, subject)
     drawings: dict[str, Callable[[Theme], bytes]] = {
         "scores": lambda theme: histogram_png(result, title, theme),
@@ -73,26 +83,36 @@ def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
         ("typical", result.typical, "the median-scored image of each kind"),
     ):
         write_png(folder / "gallery" / f"{name}.png", sheet(examples, scale, f"{title}; {words}"))
+    write_png(folder / "figures" / "failures.png", failures_sheet(result, f"{title}; worst misses and false alarms"))
     figures = {name: (_uri(light[name], "png"), _uri(draw(DARK), "png")) for name, draw in drawings.items()}
     with atomic_file(folder / "report.html") as path:
-        path.write_text(render_report(result, subject, figures), encoding="utf-8")
+        path.write_text(render_report(result, subject, figures, fidelity), encoding="utf-8")
 
 
 def figure_title(result: Assessment, subject: Subject) -> str:
     """Category and what was scored; a figure without a labelled test set says so itself."""
     if subject.labelled:
-        return f"{subject.category}: {len(result.items)} labelled test images"
+        half = "" if subject.part == "all" else f" ({subject.part} half)"
+        return f"{subject.category}: {len(result.items)} labelled test images{half}"
     return f"{subject.category}: {len(result.items)} SYNTHETIC images, no labelled test set"
 
 
-def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple[str, str]]) -> str:
+def render_report(
+    result: Assessment, subject: Subject, figures: dict[str, tuple[str, str]], fidelity: Fidelity | None = None
+) -> str:
     """The HTML text. `figures` maps a name to its data URIs for light and dark."""
     detector, scale = result.detector, HeatScale.of(result.detector)
     counts = Counter(item.defect for item in result.items)
     lows = [performance.values[key].low for performance in (detector, result.baseline) for key in HEADLINE]
     axis = min(0.9, int(10 * min(lows)) / 10)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": _number, "interval": _interval, "percent": _percent, "signed": _signed}
+    environment.filters |= {
+        "number": _number,
+        "interval": _interval,
+        "percent": _percent,
+        "signed": _signed,
+        "short": _short,
+    }
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     return template.render(
         subject=subject,
@@ -100,7 +120,7 @@ def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple
         detector=detector,
         baseline=result.baseline,
         title=figure_title(result, subject),
-        scored_on=scored_on(subject.labelled),
+        scored_on=scored_on(subject.labelled, subject.part),
         names=NAMES,
         keys=KEYS,
         headline=HEADLINE,
@@ -114,6 +134,9 @@ def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple
         alarm_warning=alarm_warning(detector),
         flagged=_flagged_counts(result),
         figures=figures,
+        fidelity=fidelity,
+        fidelity_rows=FIDELITY_ROWS,
+        window=WINDOW,
         gallery=[_card(example, scale) for example in result.gallery],
         typical=[_card(example, scale) for example in result.typical],
         wrong=sum(example.is_wrong for example in result.gallery),
@@ -198,6 +221,12 @@ def _uri(content: bytes, kind: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}"
+
+
+def _short(value: float) -> str:
+    """Three significant digits, for values of any size."""
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _signed(value: float) -> str:

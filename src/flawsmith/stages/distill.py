@@ -1,26 +1,30 @@
 """Stage distill: triplets that passed the gate + calibration normals → a trained, calibrated detector."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flawsmith.detector.distill import LOSS_COLUMNS, as_batch, distill
-from flawsmith.detector.model import Detector, DetectorConfig, save_detector
+from flawsmith.detector.memory import memory_size
+from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import best_device, fast_math
-from flawsmith.errors import QualityGateError
+from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
 from flawsmith.layout import Layout
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import section_values, settings_digest
 from flawsmith.surfaces import load_images_uint8
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder
+from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
 
 STAGE = "distill"
-CALIBRATION_BATCH = 8
+NORMALS_BATCH = 8
 
 
 def run(layout: Layout) -> None:
@@ -37,25 +41,37 @@ def run(layout: Layout) -> None:
     with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(device):
         folder = TripletFolder(triplets)
         fit, validation = (TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION))
-        size = fit.mask.shape[-1]
+        size, split = fit.mask.shape[-1], layout.split()
+        frozen = build_teacher(teacher, layout.root)
+        cells = size // frozen.strides[-1]
+        places = memory_size(settings.memory, len(split.fit), cells, cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
-            detector = Detector(DetectorConfig.of(teacher, settings, size), build_teacher(teacher, layout.root))
-        detector.to(memory_format=torch.channels_last)
+            detector = Detector(DetectorConfig.of(teacher, settings, size, places), frozen)
+        detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        def batches(paths: Sequence[Path]) -> Iterator[Tensor]:
+            for first in range(0, len(paths), NORMALS_BATCH):
+                images = load_images_uint8(paths[first : first + NORMALS_BATCH], data.image_size, data.max_pixels)
+                yield as_batch(images, device)
+
+        owners = remember(detector, batches(split.fit), len(split.fit))
         identity = digest_json(
             {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
         )
         resume = ResumePoint(layout.resume(STAGE), identity)
         rows = distill(
-            detector, fit, validation, settings, resume, device, lambda step, m: tracked.log_metrics(m, step=step)
+            detector,
+            fit,
+            validation,
+            settings,
+            resume,
+            device,
+            lambda step, metrics: tracked.log_metrics(metrics, step=step),
+            owners,
+            _sources(folder, split.fit, {FIT: fit.ids, VALIDATION: validation.ids}),
         )
-        normals = load_images_uint8(layout.split().calibration, data.image_size, data.max_pixels)
-
-        def batches() -> Iterator[Tensor]:
-            for first in range(0, len(normals), CALIBRATION_BATCH):
-                yield as_batch(normals[first : first + CALIBRATION_BATCH], device)
-
-        detector.eval().calibrate(batches())
+        detector.eval().calibrate(lambda: batches(split.calibration))
         with atomic_folder(layout.stage(STAGE)) as out:
             save_detector(detector, out, teacher, settings)
             write_csv(
@@ -66,3 +82,22 @@ def run(layout: Layout) -> None:
         resume.clear()
         tracked.log_artifact(layout.stage(STAGE) / "losses.csv")
         tracked.set_outputs({STAGE: layout.stage(STAGE)})
+
+
+def _sources(
+    folder: TripletFolder, normals: Sequence[Path], ids: Mapping[str, Sequence[str]]
+) -> dict[str, NDArray[np.int64]]:
+    """Role → the fit normal, as an index of `normals`, that each of its triplets was made from.
+
+    Raises:
+        UserError: a triplet was made from an image that is no fit normal now.
+    """
+    names = {row["triplet_id"]: row["source"] for row in read_manifest(folder.folder / "manifest.parquet").to_pylist()}
+    places = {path.name: place for place, path in enumerate(normals)}
+    strangers = sorted(set(names.values()) - set(places))
+    if strangers:
+        raise UserError(
+            f"{folder.folder} was made from {strangers[0]}, which is no normal image for training now; run "
+            "`flawsmith synthesize` again."
+        )
+    return {role: np.array([places[names[one]] for one in members], np.int64) for role, members in ids.items()}

@@ -1,35 +1,62 @@
 """evaluate: how good the detector is, beside a kNN baseline; the only stage that opens the labelled test set.
 
 flawsmith evaluate --category C: reads distill/ and data/C (synthesize/ where there is no labelled test set), writes
-metrics.json, roc.csv, pr.csv, curves/, scores.csv, calibration_scores.csv, figures/, gallery/, parity/ and report.html.
+metrics.json, draws.npz, roc.csv, pr.csv, curves/, scores.csv, calibration_scores.csv, figures/, gallery/, parity/ and
+report.html. `run_baseline` judges the kNN baseline alone, which needs the data and no trained model.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flawsmith.detector.knn import KnnBaseline
 from flawsmith.detector.model import load_detector
-from flawsmith.detector.teacher import build_teacher
+from flawsmith.detector.teacher import build_teacher, pooled_features
 from flawsmith.devices import best_device
-from flawsmith.evaluation.assess import KEYS, Assessment, assess
-from flawsmith.evaluation.outputs import write_data, write_parity_images
+from flawsmith.errors import UserError
+from flawsmith.evaluation.assess import KEYS, Assessment, assess, measure
+from flawsmith.evaluation.fidelity import MAX_CROPS, Fidelity, compare, crop, defect_place, pick, random_place
+from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import Subject, summary, write_report
-from flawsmith.evaluation.scoring import Item, labelled_items, normal_items, torch_scorer, triplet_items
+from flawsmith.evaluation.scoring import Item, labelled_items, normal_items, open_spools, torch_scorer, triplet_items
 from flawsmith.files import atomic_folder
+from flawsmith.images import FloatImage, resize_image, resize_mask
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
-from flawsmith.surfaces import load_images
+from flawsmith.surfaces import labelled_part, load_image, load_images
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import VALIDATION, TripletFolder, read_manifest
 
-STAGE = "evaluate"
+STAGE, BASELINE = "evaluate", "knn"
 
 log = logging.getLogger(__name__)
+
+
+class Judged(NamedTuple):
+    """The images that finished models are judged on.
+
+    Attributes:
+        items: images of the labelled test set, or held-out triplets where there is none.
+        labelled: whether they are of the labelled test set.
+        part: one of `surfaces.PARTS`; `all` of held-out triplets.
+        held_out: of the triplets, id → file name of the source image.
+    """
+
+    items: tuple[Item, ...]
+    labelled: bool
+    part: str
+    held_out: Mapping[str, str]
+
+    def foreign_to(self, paths: Sequence[Path]) -> list[Path]:
+        """Those of the normals' paths that no held-out triplet was made from, so that a baseline may remember them."""
+        sources = set(self.held_out.values())
+        return [path for path in paths if path.name not in sources]
 
 
 def run(layout: Layout) -> None:
@@ -39,24 +66,19 @@ def run(layout: Layout) -> None:
         UserError: an earlier stage's output is missing, or the test set is not usable as it is.
         FlawsmithError: the detector answers NaN.
     """
-    everything, settings, data = layout.settings, layout.settings.evaluate, layout.settings.data
+    settings, data = layout.settings.evaluate, layout.settings.data
     weights = layout.input("distill", "detector.safetensors").parent
-    surface, split = layout.surface(), layout.split()
-    items, labelled, held_out = test_items(layout)
-    inputs = {"distill": weights, "data": surface.folder / "train"}
-    if labelled:
-        inputs |= {"test": surface.folder / "test", "ground_truth": surface.folder / "ground_truth"}
-    else:
+    split = layout.split()
+    judged = judged_images(layout)
+    inputs = {"distill": weights, **_inputs(layout, judged)}
+    if _triplet_ids(layout):
         inputs["synthesize"] = layout.stage("synthesize")
-    sections = {STAGE: settings, "data": data, "teacher": everything.teacher}
-    params = {name: section_values(section) for name, section in sections.items()}
-    with stage_run(layout, STAGE, inputs, params) as tracked:
-        # the normals that held-out triplets were made from must not sit in the baseline's memory
-        baseline = fit_baseline(layout, [path for path in split.fit if path.name not in set(held_out.values())])
+    with stage_run(layout, STAGE, inputs, _params(layout)) as tracked:
+        baseline = fit_baseline(layout, judged.foreign_to(split.fit))
         result = assess(
             torch_scorer(load_detector(weights)),
             torch_scorer(baseline),
-            items,
+            judged.items,
             normal_items(split.calibration, data.image_size, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),
             false_alarm_rate=settings.false_alarm_rate,
@@ -66,7 +88,7 @@ def run(layout: Layout) -> None:
             gallery=settings.gallery,
         )
         with atomic_folder(layout.stage(STAGE)) as folder:
-            write_outputs(folder, result, layout, items, labelled)
+            write_outputs(folder, result, measure_fidelity(layout, judged), layout, judged)
         out = layout.stage(STAGE)
         tracked.log_metrics(_tracked_values(result))
         for name in ("report.html", "metrics.json", "figures", "gallery"):
@@ -75,23 +97,61 @@ def run(layout: Layout) -> None:
     log.info("%s: %s", layout.category, summary(result))
 
 
-def test_items(layout: Layout) -> tuple[tuple[Item, ...], bool, Mapping[str, str]]:
-    """The images that finished models are judged on: the labelled test set, or held-out triplets where there is none.
+def run_baseline(layout: Layout) -> None:
+    """Judge the kNN baseline alone, as `run` judges it beside the detector: the same images, split and resamples.
 
-    Returns:
-        the images; whether they are the labelled test set; of the triplets, id → file name of the source image.
+    Writes metrics.json, draws.npz and scores.csv into the folder `knn` beside the stages' own.
 
     Raises:
         UserError: the test set is not usable as it is, or there is neither it nor a held-out triplet.
     """
-    data = layout.settings.data
-    items = labelled_items(layout.surface().labelled_test(), data.image_size, data.max_pixels)
-    if items:
-        return items, True, {}
+    settings, data = layout.settings.evaluate, layout.settings.data
+    split, judged = layout.split(), judged_images(layout)
+    with stage_run(layout, BASELINE, _inputs(layout, judged), _params(layout)) as tracked, open_spools(2) as spools:
+        maps, masks = spools
+        (result,) = measure(
+            [torch_scorer(fit_baseline(layout, judged.foreign_to(split.fit)))],
+            judged.items,
+            normal_items(split.calibration, data.image_size, data.max_pixels),
+            numpy_generator(settings.seed, "bootstrap"),
+            [maps],
+            masks,
+            false_alarm_rate=settings.false_alarm_rate,
+            bootstrap=settings.bootstrap,
+            aupro_limit=settings.aupro_limit,
+            batch=settings.batch,
+        )
+        with atomic_folder(layout.stage(BASELINE)) as folder:
+            write_performance(folder, result, judged.items, judged.labelled, judged.part)
+        out = layout.stage(BASELINE)
+        tracked.log_metrics({key: result.values[key].value for key in KEYS})
+        tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv"})
+
+
+def judged_images(layout: Layout) -> Judged:
+    """The images that finished models are judged on: of the labelled test set the part that `evaluate.part` names, or
+    held-out triplets where there is none.
+
+    Raises:
+        UserError: the test set is not usable as it is, its part lacks good or defective images, or there is neither it
+            nor a held-out triplet.
+    """
+    data, part = layout.settings.data, layout.settings.evaluate.part
+    surface = layout.surface()
+    labelled = surface.labelled_test()
+    if labelled:
+        kept = labelled_part(labelled, part)
+        if len({image.is_defective for image in kept}) < 2:
+            raise UserError(
+                f"The {part} half of {surface.folder / 'test'} lacks good or defective images: each type's images go "
+                "to research and report by turns, so it takes two or more of a type; add images, or set "
+                "evaluate.part to `all`."
+            )
+        return Judged(labelled_items(kept, data.image_size, data.max_pixels), True, part, {})
     manifest = layout.input("synthesize", "manifest.parquet")
     held_out = held_out_sources(manifest)
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
-    return triplet_items(TripletFolder(manifest.parent), held_out, data.image_size), False, held_out
+    return Judged(triplet_items(TripletFolder(manifest.parent), held_out, data.image_size), False, "all", held_out)
 
 
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline:
@@ -115,20 +175,74 @@ def held_out_sources(manifest: Path) -> dict[str, str]:
     return {str(row["triplet_id"]): str(row["source"]) for row in rows if row["role"] == VALIDATION}
 
 
-def write_outputs(folder: Path, result: Assessment, layout: Layout, items: tuple[Item, ...], labelled: bool) -> None:
+def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
+    """How much the triplets' defects resemble the real ones that are judged, or None where there are too few of either.
+
+    All crops are at the model's size; normals for the scale come from the fit part, those compared from calibration.
+    """
+    settings, data, split = layout.settings, layout.settings.data, layout.split()
+    defective = [item for item in judged.items if item.is_defective] if judged.labelled else []
+    triplets, found = TripletFolder(layout.stage("synthesize")), _triplet_ids(layout)
+    if not defective or not found:
+        return None
+    generator = numpy_generator(settings.evaluate.seed, "fidelity")
+    device = best_device()
+    teacher = build_teacher(settings.teacher, layout.root).to(device)
+
+    def normals(paths: Sequence[Path]) -> list[FloatImage]:
+        crops = []
+        for number in range(MAX_CROPS):  # several places of an image where there are few images
+            image = load_image(paths[number % len(paths)], data.image_size, data.max_pixels)
+            crops.append(crop(image, random_place(image, generator)))
+        return crops
+
+    crops: dict[str, list[FloatImage]] = {"real": [], "synthetic": [], "before": []}
+    for index in pick(len(defective), generator):
+        image, mask = defective[index].load()
+        crops["real"].append(crop(image, defect_place(mask)))
+    for index in pick(len(found), generator):
+        normal, defect, mask = triplets.read(found[index])
+        place = defect_place(resize_mask(mask, data.image_size))
+        for name, image in (("synthetic", defect), ("before", normal)):
+            crops[name].append(crop(resize_image(image, data.image_size), place))
+    crops |= {"normal": normals(split.calibration), "basis": normals(split.fit)}
+    features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
+    return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)
+
+
+def _triplet_ids(layout: Layout) -> list[str]:
+    return sorted(path.stem for path in (layout.stage("synthesize") / "mask").glob("*.png"))
+
+
+def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, layout: Layout, judged: Judged) -> None:
     """Everything the stage leaves."""
     settings = layout.settings
     subject = Subject(
         category=layout.category,
-        labelled=labelled,
+        labelled=judged.labelled,
         aupro_limit=settings.evaluate.aupro_limit,
         bootstrap=settings.evaluate.bootstrap,
         image_size=settings.data.image_size,
         teacher=settings.teacher.backbone,
+        part=judged.part,
     )
-    write_data(folder, result, labelled)
-    write_parity_images(folder / "parity", items, settings.evaluate.parity_images)
-    write_report(folder, result, subject)
+    write_data(folder, result, judged.labelled, judged.part, fidelity)
+    write_parity_images(folder / "parity", judged.items, settings.evaluate.parity_images)
+    write_report(folder, result, subject, fidelity)
+
+
+def _inputs(layout: Layout, judged: Judged) -> dict[str, Path]:
+    """What an evaluation reads besides a model, for the record."""
+    folder = layout.surface().folder
+    if judged.labelled:
+        return {"data": folder / "train", "test": folder / "test", "ground_truth": folder / "ground_truth"}
+    return {"data": folder / "train", "synthesize": layout.stage("synthesize")}
+
+
+def _params(layout: Layout) -> dict[str, dict[str, Any]]:
+    settings = layout.settings
+    sections = {STAGE: settings.evaluate, "data": settings.data, "teacher": settings.teacher}
+    return {name: section_values(section) for name, section in sections.items()}
 
 
 def _tracked_values(result: Assessment) -> dict[str, float]:

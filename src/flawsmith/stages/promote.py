@@ -10,7 +10,7 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.registry.promotion import Outcome, promote
-from flawsmith.stages.evaluate import test_items
+from flawsmith.stages.evaluate import judged_images
 
 
 def run(
@@ -19,12 +19,12 @@ def run(
     """Compare, decide and act for one category; arguments and errors are those of `registry.promotion.promote`."""
 
     def compare(challenger: Predictor, champion: Predictor | None) -> tuple[Comparison, bool]:
-        items, labelled, _ = test_items(layout)
+        judged = judged_images(layout)
         rules, data, evaluate = layout.settings.promote, layout.settings.data, layout.settings.evaluate
         comparison = compare_models(
             challenger,
             champion,
-            items,
+            judged.items,
             normal_items(layout.split().calibration, data.image_size, data.max_pixels),
             numpy_generator(rules.seed, "promote"),
             bootstrap=rules.bootstrap,
@@ -32,6 +32,6 @@ def run(
             batch=evaluate.batch,
             min_defect_images=rules.min_defect_images,
         )
-        return comparison, labelled
+        return comparison, judged.labelled
 
     return promote(layout, compare, version=version, reason=reason, readmit=readmit, dry_run=dry_run)

@@ -1,4 +1,4 @@
-"""Stage synthesize: denoiser + normal images → triplets (normal, defect, mask) and their manifest."""
+"""Stage synthesize: normal images + denoiser (a control needs none) → triplets (normal, defect, mask) and manifest."""
 
 import json
 from typing import Any
@@ -31,7 +31,9 @@ DIGEST_KEY = b"flawsmith.settings"  # in the manifest's schema metadata: what th
 def run(layout: Layout) -> None:
     """Make the triplets and write `normal|defect|mask/`, `manifest.parquet` and `sheet.png`."""
     settings, data = layout.settings.synthesize, layout.settings.data
-    inputs = {"data": layout.surface().folder / "train", "ddpm-train": layout.stage("ddpm-train")}
+    inputs = {"data": layout.surface().folder / "train"}
+    if settings.texture == "diffusion":
+        inputs["ddpm-train"] = layout.stage("ddpm-train")
     params = {STAGE: section_values(settings), "data": section_values(data)}
     with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(best_device()):
         workshop = build_workshop(layout)
@@ -56,19 +58,22 @@ def run(layout: Layout) -> None:
 
 
 def build_workshop(layout: Layout) -> Workshop:
-    """The denoiser and the fit normals, ready to make any triplet of this category."""
-    data = layout.settings.data
-    layout.input("ddpm-train", "unet.safetensors")
-    denoiser, ddpm = load_denoiser(layout.stage("ddpm-train"))
+    """The fit normals, and the denoiser if the texture needs it, ready to make any triplet of this category."""
+    data, device = layout.settings.data, best_device()
+    denoiser, scheduler = None, None
+    if layout.settings.synthesize.texture == "diffusion":
+        layout.input("ddpm-train", "unet.safetensors")
+        loaded, ddpm = load_denoiser(layout.stage("ddpm-train"))
+        denoiser = loaded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        scheduler = build_scheduler(ddpm)
     paths = layout.split().fit
     normals = load_images_uint8(paths, data.image_size, data.max_pixels)
     generator = numpy_generator(layout.settings.synthesize.seed, "foreground")
     sample = np.sort(generator.permutation(len(normals))[:FOREGROUND_SAMPLE])
     foreground = Foreground.estimate(normals[sample].astype(np.float32) / np.float32(255))
-    device = best_device()
     return Workshop(
-        denoiser=denoiser.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        scheduler=build_scheduler(ddpm),
+        denoiser=denoiser,
+        scheduler=scheduler,
         normals=normals,
         names=[path.name for path in paths],
         foreground=foreground,
@@ -80,7 +85,8 @@ def build_workshop(layout: Layout) -> Workshop:
 def made_with(layout: Layout) -> str:
     """Digest of all settings that decide a triplet (the denoiser's own digest stands in its config)."""
     settings = layout.settings
-    return settings_digest(settings.data, settings.synthesize, settings.ddpm_train)
+    model = (settings.ddpm_train,) if settings.synthesize.texture == "diffusion" else ()
+    return settings_digest(settings.data, settings.synthesize, *model)
 
 
 def write_manifest(rows: list[dict[str, Any]], digest: str, folder: Any) -> None:

@@ -1,12 +1,15 @@
-"""Triplets (normal, defect, mask) from the disturbed reverse process, blended into normal images.
+"""Triplets (normal, defect, mask): the disturbed reverse process, or a control, blended into normal images.
 
 A *candidate* is fully decided by the seed, its role and its number; candidates are sampled in batches of windows of one
 size, and those whose change nobody can see are dropped. The batch a candidate belongs to is decided by its number too,
 so that any triplet can be made again bit for bit (kernels round differently for other batch sizes).
+
+Whatever fills the masks (`synthesize.texture`) and outlines them (`synthesize.mask`), candidates share source images,
+windows, blending and the rule of what can be seen.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,26 +26,56 @@ from flawsmith.foreground import Foreground
 from flawsmith.images import Mask
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.controls import cutpaste_texture, noise_mask, own_texture, rectangle_mask
 from flawsmith.synthesis.masks import MaskDraw, feathered, sample_mask
+from flawsmith.synthesis.shades import Shade, sample_shade, shaded
 from flawsmith.triplets import FIT, VALIDATION
 
 CHUNK_BATCHES = 4  # candidates are drawn in chunks of so many batches, then grouped by window size
 MAX_TRIES = 5  # candidates drawn for each triplet wanted before giving up
 CLOSING = 2  # pixels: radius of the square that closes gaps in the mask of changed pixels
 MIN_PIXELS = 4  # a visible defect has at least so many changed pixels
+MIN_SEEN = 0.5  # share of a control's mask that is itself visible, as the quality gate demands of most
+OUTLINES = {"perlin": sample_mask, "noise": noise_mask, "rectangle": rectangle_mask}  # of `synthesize.mask`
+SHADE = "shade"  # in the place of a texture
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """All that is drawn for one triplet before diffusion."""
+class Defect:
+    """What is drawn for one defect of a candidate before its texture is made.
 
-    role: str
-    number: int
-    source: int  # index of the normal image
+    Attributes:
+        texture: as `synthesize.texture`, or `shade`.
+        donor: index of the normal image whose region is the texture; the source's own where there is no other.
+        strength, start: of the disturbed reverse process.
+        opacity: of the blend; 1 for what is pasted or shaded.
+        stream: name of the random stream of the texture.
+        shade: of a shade alone.
+    """
+
+    texture: str
+    donor: int
     strength: float
     start: float
     opacity: float
     outline: MaskDraw
+    stream: tuple[str | int, ...]
+    shade: Shade | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """All that is drawn for one triplet before any texture is made."""
+
+    role: str
+    number: int
+    source: int  # index of the normal image
+    defects: tuple[Defect, ...]  # one or more; later ones are blended over earlier ones
+
+    @property
+    def outline(self) -> MaskDraw:
+        """The first defect's: its window decides the candidate's batch."""
+        return self.defects[0].outline
 
 
 @dataclass(frozen=True)
@@ -60,12 +93,13 @@ class Workshop:
     """What every triplet of a category is made from.
 
     Attributes:
+        denoiser, scheduler: needed for the texture `diffusion` alone.
         normals: (N, 3, S, S) uint8, the fit part at the model's size.
         names: N file names, the streams' and the manifest's name of each normal.
     """
 
-    denoiser: Denoiser
-    scheduler: DDPMScheduler
+    denoiser: Denoiser | None
+    scheduler: DDPMScheduler | None
     normals: NDArray[np.uint8]
     names: Sequence[str]
     foreground: Foreground
@@ -83,14 +117,55 @@ class Workshop:
         """Draw candidate `number` of a role: the same one whenever it is asked for."""
         settings = self.settings
         generator = numpy_generator(settings.seed, "candidate", role, number)
-        source = int(generator.choice(self.sources(role)))
+        sources = self.sources(role)
+        source = int(generator.choice(sources))
+        allowed = self._allowed(source)
+        # what is new has streams of its own, so that it moves no draw of a candidate without it
+        if numpy_generator(settings.seed, "shade", role, number).random() < settings.shade_share:
+            return Candidate(role, number, source, (self._shade(generator, source, allowed, (role, number)),))
+        count = int(numpy_generator(settings.seed, "defects", role, number).integers(*settings.defects, endpoint=True))
+        if count > 1:  # the defects of one image share the area that a single one may have
+            low, high = settings.area
+            settings = replace(settings, area=(low, max(low, high / count)))
+        defects = []
+        for place in range(count):
+            stream: tuple[str | int, ...] = (role, number, place) if place else (role, number)
+            if place:
+                generator = numpy_generator(settings.seed, "candidate", *stream)
+            defects.append(self._defect(generator, settings, source, sources, allowed, stream))
+        return Candidate(role, number, source, tuple(defects))
+
+    def _defect(
+        self,
+        generator: np.random.Generator,
+        settings: SynthesizeSettings,
+        source: int,
+        sources: NDArray[np.int64],
+        allowed: Mask | None,
+        stream: tuple[str | int, ...],
+    ) -> Defect:
         strength, start, opacity = (
             float(generator.uniform(*bounds)) for bounds in (settings.strength, settings.start, settings.opacity)
         )
-        normal = self.normals[source].astype(np.float32) / np.float32(255)
-        allowed = self.foreground.mask(normal) if self.foreground.is_object else None
-        outline = sample_mask(generator, normal.shape[1], settings, allowed)
-        return Candidate(role, number, source, strength, start, opacity, outline)
+        outline = OUTLINES[settings.mask](generator, self.normals.shape[2], settings, allowed)
+        donor = source
+        others = sources[sources != source]  # of the same role: the roles share no image in this way either
+        if settings.texture == "own" and others.size:
+            donor = int(numpy_generator(settings.seed, "donor", *stream).choice(others))
+        opacity = 1.0 if settings.texture == "cutpaste" else opacity
+        return Defect(settings.texture, donor, strength, start, opacity, outline, stream)
+
+    def _shade(
+        self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: tuple[str | int, ...]
+    ) -> Defect:
+        outline, shade = sample_shade(generator, self.normals[source], self.settings, allowed)
+        return Defect(SHADE, source, 0.0, 0.0, 1.0, outline, stream, shade)
+
+    def _allowed(self, index: int) -> Mask | None:
+        """Where a normal image may have a defect; None is everywhere."""
+        if not self.foreground.is_object:
+            return None
+        return self.foreground.mask(self.normals[index].astype(np.float32) / np.float32(255))
 
     def chunk(self, role: str, index: int) -> list[list[Candidate]]:
         """The candidates of one chunk as batches of equal windows, each at most `settings.batch` long."""
@@ -104,38 +179,89 @@ class Workshop:
         return batches
 
     def make(self, batch: Sequence[Candidate]) -> list[Triplet | None]:
-        """Sample one batch and blend it in; None where the defect cannot be seen."""
-        settings = self.settings
-        windows = np.stack([_window(self.normals[item.source], item) for item in batch])
-        sampled = sample_disturbed(
-            self.denoiser,
-            self.scheduler,
-            torch.from_numpy(windows.astype(np.float32) / np.float32(127.5) - np.float32(1)),
-            [item.start for item in batch],
-            [item.strength for item in batch],
-            settings.steps,
-            Disturbance(settings.rule, settings.disturb_until, settings.octaves),
-            [torch_generator(settings.seed, "texture", item.role, item.number) for item in batch],
-            self.device,
-        )
-        textures = ((sampled.numpy() + np.float32(1)) * np.float32(127.5)).astype(np.float32)
-        return [self._blend(item, texture) for item, texture in zip(batch, textures, strict=True)]
+        """Make the textures of one batch and blend them in; None where the defect cannot be seen."""
+        sampled = self._sample([(item, defect) for item in batch for defect in item.defects])
+        return [self._blend(item, sampled) for item in batch]
 
-    def _blend(self, item: Candidate, texture: NDArray[np.float32]) -> Triplet | None:
-        """defect = normal + opacity * alpha * (texture - normal) inside the window, untouched outside."""
-        settings, normal = self.settings, self.normals[item.source]
+    def _sample(self, wanted: Sequence[tuple[Candidate, Defect]]) -> dict[tuple[str | int, ...], NDArray[np.float32]]:
+        """Textures (3, side, side) in [0, 255] from the disturbed reverse process, by the names of their streams."""
+        settings = self.settings
+        wanted = [(item, defect) for item, defect in wanted if defect.texture == "diffusion"]
+        if not wanted:
+            return {}
+        if self.denoiser is None or self.scheduler is None:
+            raise ValueError("the texture `diffusion` needs a denoiser and its scheduler")
+        textures = {}
+        for side in sorted({defect.outline.window[2] for _, defect in wanted}):
+            alike = [(item, defect) for item, defect in wanted if defect.outline.window[2] == side]
+            for first in range(0, len(alike), settings.batch):
+                some = alike[first : first + settings.batch]
+                windows = np.stack([_window(self.normals[item.source], defect) for item, defect in some])
+                sampled = sample_disturbed(
+                    self.denoiser,
+                    self.scheduler,
+                    torch.from_numpy(windows.astype(np.float32) / np.float32(127.5) - np.float32(1)),
+                    [defect.start for _, defect in some],
+                    [defect.strength for _, defect in some],
+                    settings.steps,
+                    Disturbance(settings.rule, settings.disturb_until, settings.octaves),
+                    [torch_generator(settings.seed, "texture", *defect.stream) for _, defect in some],
+                    self.device,
+                )
+                pixels = ((sampled.numpy() + np.float32(1)) * np.float32(127.5)).astype(np.float32)
+                textures.update({defect.stream: pixel for (_, defect), pixel in zip(some, pixels, strict=True)})
+        return textures
+
+    def _texture(
+        self, item: Candidate, defect: Defect, sampled: Mapping[tuple[str | int, ...], NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """What fills the window of one defect, (3, side, side) in [0, 255]."""
+        normal = self.normals[item.source]
+        if defect.texture == "diffusion":
+            texture = sampled[defect.stream]
+        else:
+            generator = numpy_generator(self.settings.seed, "texture", *defect.stream)
+            if defect.texture == "cutpaste":
+                texture = cutpaste_texture(generator, normal, defect.outline)
+            else:
+                allowed = self._allowed(defect.donor)
+                texture = own_texture(generator, self.normals[defect.donor], defect.outline.window[2], allowed)
         if (normal == normal[:1]).all():  # a gray surface has gray defects
             texture = np.repeat(texture.mean(axis=0, keepdims=True), 3, axis=0)
-        alpha = feathered(item.outline.mask, settings.feather)
-        inside = _window(normal, item).astype(np.float32)
-        weight = np.float32(item.opacity) * _window(alpha[None], item)
-        defect = normal.copy()
-        _window(defect, item)[:] = np.rint(np.clip(inside + weight * (texture - inside), 0, 255)).astype(np.uint8)
-        mask = changed_mask(normal, defect, alpha > 0, settings.visibility)
+        return texture
+
+    def _blend(self, item: Candidate, sampled: Mapping[tuple[str | int, ...], NDArray[np.float32]]) -> Triplet | None:
+        """defect = normal + opacity * alpha * (texture - normal) inside each window, untouched outside."""
+        settings, normal = self.settings, self.normals[item.source]
+        first = item.defects[0]
+        if first.shade is not None:
+            return self._blend_shade(item, first.shade, first.outline.mask)
+        defect, region = normal.copy(), np.zeros(normal.shape[1:], np.bool_)
+        for part in item.defects:
+            texture = self._texture(item, part, sampled)
+            alpha = feathered(part.outline.mask, 0.0 if part.texture == "cutpaste" else settings.feather)
+            inside = _window(defect, part).astype(np.float32)
+            weight = np.float32(part.opacity) * _window(alpha[None], part)
+            _window(defect, part)[:] = np.rint(np.clip(inside + weight * (texture - inside), 0, 255)).astype(np.uint8)
+            region |= alpha > 0
+        mask = changed_mask(normal, defect, region, settings.visibility)
         # what changed too little to be marked is put back, so that nothing changes far from the mask
         defect = np.where(ndimage.distance_transform_edt(~mask) <= settings.feather + 1, defect, normal)
-        wanted = max(MIN_PIXELS, settings.min_changed * int(item.outline.mask.sum()))
+        drawn = np.logical_or.reduce([part.outline.mask for part in item.defects])
+        wanted = max(MIN_PIXELS, settings.min_changed * int(drawn.sum()))
+        if any(part.texture != "diffusion" or part.outline.kind == "noise" for part in item.defects):
+            # of a patch pasted on its like, or of loose pixels, closing may have drawn more of the mask than changed
+            visible = _change(normal, defect)[mask] > settings.visibility * 255
+            wanted = wanted if visible.sum() >= MIN_SEEN * mask.sum() else np.inf
         return Triplet(item, normal, defect, mask) if mask.sum() >= wanted else None
+
+    def _blend_shade(self, item: Candidate, shade: Shade, mask: Mask) -> Triplet | None:
+        """A shade fades out, so it is marked where its own change can be seen, whatever the texture under it adds."""
+        settings, normal = self.settings, self.normals[item.source]
+        defect = shaded(normal, shade, mask, settings.visibility)
+        visible = _change(normal, defect)[mask] > settings.visibility * 255
+        wanted = max(MIN_PIXELS, settings.min_changed * int(mask.sum()))
+        return Triplet(item, normal, defect, mask) if visible.sum() >= wanted else None
 
 
 def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
@@ -157,8 +283,8 @@ def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
             index += 1
             if made < count and tried >= MAX_TRIES * max(count, len(results)):
                 raise UserError(
-                    f"Only {made} of {tried} synthetic defects could be seen; raise synthesize.strength, start or "
-                    "opacity, or lower synthesize.min_changed or visibility."
+                    f"Only {made} of {tried} synthetic defects could be seen; {_REMEDIES[workshop.settings.texture]}"
+                    "lower synthesize.min_changed or visibility."
                 )
 
 
@@ -179,8 +305,8 @@ def changed_mask(
     Gaps of up to four pixels between changed pixels are closed (texture crosses its own brightness there); lone specks
     of fewer than four pixels are dropped.
     """
-    change = np.abs(defect.astype(np.int16) - normal.astype(np.int16)).max(axis=0)
-    closed = ndimage.binary_closing(np.pad(change > visibility * 255, CLOSING), np.ones((2 * CLOSING + 1,) * 2, bool))
+    changed = _change(normal, defect) > visibility * 255
+    closed = ndimage.binary_closing(np.pad(changed, CLOSING), np.ones((2 * CLOSING + 1,) * 2, bool))
     mask = closed[CLOSING:-CLOSING, CLOSING:-CLOSING] & region
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     sizes = np.bincount(labels.ravel())
@@ -188,32 +314,62 @@ def changed_mask(
     return (sizes >= MIN_PIXELS)[labels]
 
 
+_REMEDIES = {
+    "diffusion": "raise synthesize.strength, start or opacity, or ",
+    "own": "raise synthesize.opacity, or ",
+    "cutpaste": "",
+}
+
+
+def _change(normal: NDArray[np.uint8], defect: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """(S, S): the change of the channel that changed most."""
+    return np.asarray(np.abs(defect.astype(np.int16) - normal.astype(np.int16)).max(axis=0), np.int16)
+
+
 def manifest_row(workshop: Workshop, triplet_id: str, triplet: Triplet) -> dict[str, Any]:
-    """One row of the manifest: everything that decides the triplet."""
+    """One row of the manifest: everything that decides the triplet; None is what its texture has no use for.
+
+    The row describes the first of `defects` defects; `further` holds the same columns of the others.
+    """
     item, settings = triplet.candidate, workshop.settings
-    top, left, side = item.outline.window
+    first, *others = (_defect_columns(workshop, defect) for defect in item.defects)
     return {
         "triplet_id": triplet_id,
         "role": item.role,
         "candidate": item.number,
         "seed": settings.seed,
         "source": workshop.names[item.source],
+        "defects": len(item.defects),
+        **first,
+        "mask_area": float(triplet.mask.mean()),
+        "further": others,
+    }
+
+
+def _defect_columns(workshop: Workshop, defect: Defect) -> dict[str, Any]:
+    settings, outline, shade = workshop.settings, defect.outline, defect.shade
+    top, left, side = outline.window
+    diffused, pasted = defect.texture == "diffusion", defect.texture == "cutpaste"
+    return {
+        "texture": defect.texture,
+        "donor": workshop.names[defect.donor] if defect.texture in ("own", "cutpaste") else None,
         "window_top": top,
         "window_left": left,
         "window_side": side,
-        "rule": settings.rule,
-        "strength": item.strength,
-        "start": item.start,
-        "steps": settings.steps,
-        "disturb_until": settings.disturb_until,
-        "octaves": settings.octaves,
-        "opacity": item.opacity,
-        "feather": settings.feather,
-        "mask_kind": item.outline.kind,
-        "mask_period": item.outline.period,
-        "mask_threshold": item.outline.threshold,
-        "mask_angle": item.outline.angle,
-        "mask_area": float(triplet.mask.mean()),
+        "rule": settings.rule if diffused else None,
+        "strength": defect.strength if diffused else None,
+        "start": defect.start if diffused else None,
+        "steps": settings.steps if diffused else None,
+        "disturb_until": settings.disturb_until if diffused else None,
+        "octaves": settings.octaves if diffused else None,
+        "opacity": defect.opacity,
+        "feather": 0.0 if pasted or shade else settings.feather,
+        "mask_kind": outline.kind,
+        "mask_period": outline.period,
+        "mask_threshold": outline.threshold,
+        "mask_angle": outline.angle,
+        "shade_change": shade.change if shade else None,
+        "shade_gain_share": shade.gain_share if shade else None,
     }
 
 
@@ -223,6 +379,6 @@ def role_counts(settings: SynthesizeSettings) -> dict[str, int]:
     return {FIT: settings.triplets - held, VALIDATION: held}
 
 
-def _window(image: NDArray[Any], item: Candidate) -> NDArray[Any]:
-    top, left, side = item.outline.window
+def _window(image: NDArray[Any], defect: Defect) -> NDArray[Any]:
+    top, left, side = defect.outline.window
     return image[:, top : top + side, left : left + side]

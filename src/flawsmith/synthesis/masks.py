@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from flawsmith.errors import UserError
@@ -21,7 +22,7 @@ from flawsmith.images import Mask
 from flawsmith.settings import SynthesizeSettings
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
 
-MaskKind = Literal["perlin", "ridge"]
+MaskKind = Literal["perlin", "ridge", "noise", "rectangle", "scar", "shade"]  # the last four: controls.py, shades.py
 Window = tuple[int, int, int]  # top, left, side in pixels
 
 TRIES = 64  # outlines drawn for one mask before giving up
@@ -44,12 +45,16 @@ class MaskDraw:
 
     Attributes:
         mask: `(size, size)` bool, never empty, True only inside the window.
-        kind: `perlin` (blobs, flecks, clusters) or `ridge` (lines of 1-4 px).
-        period: lattice period in pixels (for a ridge the one across it).
-        threshold: level of the noise in [-1, 1]: where a `perlin` mask begins, or whose line a ridge follows.
-        angle: of the lattice in radians, in [0, pi).
+        kind: `perlin` (blobs, flecks, clusters) or `ridge` (lines of 1-4 px); `noise`, `rectangle` and `scar` are
+            controls, `shade` is a large soft change of light.
+        period: lattice period in pixels (for a ridge the one across it); the side of the blocks of `noise`, the shorter
+            side of a `rectangle` or `scar`.
+        threshold: level of the noise in [-1, 1]: where a `perlin` mask begins, or whose line a ridge follows; of the
+            white noise in [0, 1] for `noise`; 0 for the other kinds.
+        angle: of the lattice, or of a scar, in radians, in [0, pi).
         window: top, left, side in pixels; the mask keeps `margin(feather)` px from those of its borders that lie inside
-            the image. A defect may run over the edge of the image, as real ones do.
+            the image (what is pasted or shaded has no soft edge in a window, and may touch them). A defect may run over
+            the edge of the image, as real ones do.
     """
 
     mask: Mask
@@ -82,45 +87,98 @@ def sample_mask(
     Raises:
         UserError: the foreground is empty, no window can hold the least area, or no outline in range was found.
     """
-    if foreground is not None and foreground.shape != (size, size):
-        raise ValueError(f"foreground must be ({size}, {size}), not {foreground.shape}")
-    places = None if foreground is None else np.flatnonzero(foreground)
-    if places is not None and not places.size:
-        raise UserError("The foreground is empty, so there is no place for a defect; check the normal images.")
-
-    rim = margin(settings.feather)
-    windows = sorted(side for side in set(settings.windows) if 2 * rim < side <= size)
-    largest = windows[-1] - 2 * rim if windows else 0  # what the largest window leaves to a mask
-    low, high = max(1, int(np.ceil(settings.area[0] * size**2))), int(settings.area[1] * size**2)  # pixels
-    most = min(high, int(FILL * largest**2))
-    if low > most:
-        raise UserError(
-            f"synthesize.area asks for defects of {low} to {high} pixels in {size} x {size}, but the "
-            f"synthesize.windows {list(settings.windows)} hold at most {int(FILL * largest**2)}; change one of them."
-        )
-    if places is not None and places.size < low:
-        raise UserError(f"The foreground has {places.size} pixels, the smallest defect {low}; lower synthesize.area.")
-    wish = _Wish.draw(generator, settings.ridge_share, (low, most), largest)
-    side = next(side for side in windows if side - 2 * rim >= wish.extent or side == windows[-1])
+    room = Room.of(size, settings, foreground)
+    wish = _Wish.draw(generator, settings.ridge_share, (room.low, room.most), room.largest)
+    side = room.window(wish.extent)
 
     for attempt in range(TRIES):
-        place = int(generator.integers(size**2) if places is None else places[generator.integers(places.size)])
-        row, column = divmod(place, size)
+        row, column = room.places.draw(generator)
         top, left = (int(np.clip(at - side // 2, 0, size - side)) for at in (row, column))
         here = np.s_[top : top + side, left : left + side]
         allowed = np.ones((side, side), bool) if foreground is None else foreground[here]
         outline = _Outline.draw(generator, wish, settings)
         reach = outline.reach(generator, (row - top, column - left), allowed)
-        closed = _close(reach, wish.area, _on_margin(top, left, side, size, rim))
+        closed = _close(reach, wish.area, on_margin(top, left, side, size, room.rim))
         wanted = wish.area / 2 if attempt < TRIES // 2 else 0  # keeps the areas as they were drawn, while it can
-        if max(low, wanted) <= closed.sum() <= high:
+        if max(room.low, wanted) <= closed.sum() <= room.high:
             mask = np.zeros((size, size), bool)
             mask[here] = closed
             return MaskDraw(mask, wish.kind, outline.period, outline.threshold, outline.angle, (top, left, side))
     remedy = "lower synthesize.ridge_share" if wish.kind == "ridge" else "lower synthesize.perlin_threshold"
     raise UserError(
-        f"No {wish.kind} mask of {low} to {high} pixels was found in {TRIES} tries; widen synthesize.area or {remedy}."
+        f"No {wish.kind} mask of {room.low} to {room.high} pixels was found in {TRIES} tries; widen synthesize.area or "
+        f"{remedy}."
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the centre of a defect may lie: anywhere, or on the foreground."""
+
+    size: int  # side of the image in pixels
+    listed: NDArray[np.intp] | None  # flat indices of the foreground; None is everywhere
+
+    @classmethod
+    def of(cls, size: int, foreground: Mask | None) -> "Places":
+        """All pixels of `foreground` `(size, size)`.
+
+        Raises:
+            UserError: it is empty.
+        """
+        if foreground is not None and foreground.shape != (size, size):
+            raise ValueError(f"foreground must be ({size}, {size}), not {foreground.shape}")
+        listed = None if foreground is None else np.flatnonzero(foreground)
+        if listed is not None and not listed.size:
+            raise UserError("The foreground is empty, so there is no place for a defect; check the normal images.")
+        return cls(size, listed)
+
+    def draw(self, generator: np.random.Generator) -> tuple[int, int]:
+        """One place (row, column), all alike likely."""
+        listed = self.listed
+        place = int(generator.integers(self.size**2) if listed is None else listed[generator.integers(listed.size)])
+        return divmod(place, self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """The law of areas and windows, the same for every kind of mask that is sampled in a window."""
+
+    places: Places
+    rim: int  # pixels between mask and window
+    windows: tuple[int, ...]  # sides in pixels, ascending
+    low: int  # least and largest area in pixels,
+    high: int
+    most: int  # and the largest that a window can hold
+    largest: int  # side of the square that the largest window leaves to a mask
+
+    @classmethod
+    def of(cls, size: int, settings: SynthesizeSettings, foreground: Mask | None) -> "Room":
+        """The room for masks in an image of `size` pixels a side.
+
+        Raises:
+            UserError: the foreground is empty or too small, or no window can hold the least area.
+        """
+        places = Places.of(size, foreground)
+        rim = margin(settings.feather)
+        windows = tuple(sorted(side for side in set(settings.windows) if 2 * rim < side <= size))
+        largest = windows[-1] - 2 * rim if windows else 0
+        low, high = max(1, int(np.ceil(settings.area[0] * size**2))), int(settings.area[1] * size**2)
+        most = min(high, int(FILL * largest**2))
+        if low > most:
+            raise UserError(
+                f"synthesize.area asks for defects of {low} to {high} pixels in {size} x {size}, but the "
+                f"synthesize.windows {list(settings.windows)} hold at most {int(FILL * largest**2)}; change one of "
+                "them."
+            )
+        if places.listed is not None and places.listed.size < low:
+            raise UserError(
+                f"The foreground has {places.listed.size} pixels, the smallest defect {low}; lower synthesize.area."
+            )
+        return cls(places, rim, windows, low, high, most, largest)
+
+    def window(self, extent: float) -> int:
+        """The smallest window that leaves a square of side `extent`, else the largest there is."""
+        return next(side for side in self.windows if side - 2 * self.rim >= extent or side == self.windows[-1])
 
 
 def feathered(mask: Mask, width: float) -> FloatField:
@@ -153,9 +211,9 @@ class _Wish:
     @classmethod
     def draw(cls, generator: np.random.Generator, ridge_share: float, area: tuple[int, int], largest: int) -> "_Wish":
         if generator.random() >= ridge_share:
-            pixels = _log_uniform(generator, area)
+            pixels = log_uniform(generator, area)
             return cls("perlin", pixels, 0.0, float(np.sqrt(pixels / FILL)))
-        width, length = _log_uniform(generator, RIDGE_WIDTH), _log_uniform(generator, (RIDGE_LENGTH, largest))
+        width, length = log_uniform(generator, RIDGE_WIDTH), log_uniform(generator, (RIDGE_LENGTH, largest))
         pixels = float(np.clip(RIDGE_TAPER * width * length, *area))
         return cls("ridge", pixels, width, pixels / (RIDGE_TAPER * width))
 
@@ -185,7 +243,7 @@ class _Outline:
             period=float(generator.choice(periods or [nearest])),
             threshold=float(generator.uniform(*((-RIDGE_LEVEL, RIDGE_LEVEL) if ridge else settings.perlin_threshold))),
             angle=float(generator.uniform(0, np.pi)),
-            aspect=_log_uniform(generator, RIDGE_ASPECT if ridge else BLOB_ASPECT),
+            aspect=log_uniform(generator, RIDGE_ASPECT if ridge else BLOB_ASPECT),
             octaves=int(generator.integers(1, 4)),
             persistence=float(generator.uniform(0.2, 0.4) if ridge else generator.uniform(0.4, 0.7)),
             parts=int(generator.choice([1, 1, 1, 2, 3] if ridge else [1, 1, 2, 4, MAX_PARTS])),
@@ -205,7 +263,7 @@ class _Outline:
         )
         if self.wish.kind == "ridge":
             return self._ridge_reach(noise, centre, allowed)
-        distance = _distance(len(allowed), centre, self.angle, min(self.aspect, 2.0))
+        distance = distance_to(len(allowed), centre, self.angle, min(self.aspect, 2.0))
         above = noise - np.float32(self.threshold)
         candidates = allowed & (above > 0)
         reach = np.full_like(noise, np.inf)
@@ -221,9 +279,9 @@ class _Outline:
         if not spine.any():
             return reach
         # the falloff is centred on the line, at its place nearest to the centre drawn
-        away = np.where(spine, _distance(side, centre), np.inf)
+        away = np.where(spine, distance_to(side, centre), np.inf)
         on_line = divmod(int(away.argmin()), side)
-        distance = _distance(side, on_line)
+        distance = distance_to(side, on_line)
         half = self.wish.width / 2
         shoulder = np.clip((from_line - 0.5) / max(half - 0.5, 1e-6), 0, 1)  # 0 on the spine, 1 at the full half width
         candidates = allowed & ((shoulder < 1) | spine)
@@ -231,11 +289,12 @@ class _Outline:
         return _keep_parts(reach, self.parts)
 
 
-def _log_uniform(generator: np.random.Generator, bounds: tuple[float, float]) -> float:
+def log_uniform(generator: np.random.Generator, bounds: tuple[float, float]) -> float:
+    """One number of log-uniform law in `bounds`, both positive."""
     return float(np.exp(generator.uniform(*np.log(bounds))))
 
 
-def _distance(side: int, centre: tuple[int, int], angle: float = 0.0, aspect: float = 1.0) -> FloatField:
+def distance_to(side: int, centre: tuple[int, int], angle: float = 0.0, aspect: float = 1.0) -> FloatField:
     """Distance to `centre` in pixels, `(side, side)`, stretched `aspect` times along `angle` at equal area; never 0."""
     y = (np.arange(side, dtype=np.float32) - centre[0])[:, None]
     x = (np.arange(side, dtype=np.float32) - centre[1])[None, :]
@@ -244,7 +303,7 @@ def _distance(side: int, centre: tuple[int, int], angle: float = 0.0, aspect: fl
     return np.maximum(result, np.float32(0.1))
 
 
-def _on_margin(top: int, left: int, side: int, size: int, rim: int) -> Mask:
+def on_margin(top: int, left: int, side: int, size: int, rim: int) -> Mask:
     """The window's pixels too near to those of its borders that are not the image's."""
     result = np.zeros((side, side), bool)
     for cut, strip in (

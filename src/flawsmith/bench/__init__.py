@@ -1,0 +1,1 @@
+"""Benchmarks: what the pipeline costs on this machine. `docs/benchmarks.md` says what each prints."""

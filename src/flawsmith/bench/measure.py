@@ -1,0 +1,173 @@
+"""How the benchmarks measure: operations, seconds, matmul speed, targets, and the JSON line at the end."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from flawsmith.devices import has_fast_bf16
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.settings import Settings, load_settings
+
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}  # large enough for full speed; on two cores as long as a training step
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is wanted of a measured value: at least `least`."""
+
+    name: str
+    value: float
+    least: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.value >= self.least
+
+    def sentence(self) -> str:
+        return f"{self.name}: {self.value:.3g} (target: at least {self.least:g}) - {'met' if self.is_met else 'MISSED'}"
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the convolutions and matrix products in `work`, backward passes included.
+
+    Counted by torch from the shapes that really ran; a multiply-add is two. Norms, activations and noise count nothing,
+    so what is achieved per second is understated, never overstated.
+    """
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given: without it a clock measures how fast work is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+class MatmulSpeed:
+    """FLOP/s of a large square matrix product in the precision that training uses; `measure` adds one sample."""
+
+    def __init__(self, device: torch.device, side: int | None = None) -> None:
+        self.device = device
+        self.side = side or MATMUL_SIDE[device.type]
+        kind = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        generator = torch.Generator().manual_seed(0)
+        self._factors: list[Tensor] = [
+            torch.randn((self.side, self.side), generator=generator).to(device, kind) for _ in range(2)
+        ]
+        self.samples: list[float] = []
+        self._multiply()  # the first call starts threads and chooses a kernel
+
+    def _multiply(self) -> None:
+        torch.matmul(*self._factors)
+
+    def measure(self) -> float:
+        """FLOP/s of one product."""
+        self.samples.append(2 * self.side**3 / seconds_of(self._multiply, self.device))
+        return self.samples[-1]
+
+    @property
+    def best(self) -> float:
+        return max(self.samples)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.samples))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": has_fast_bf16(device),
+        "load_before": busy,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """The machine in one line; a load of a core or more means that others were measured too."""
+    load = found["load_before"]
+    shared = f", load average {load:.1f}" + (" (shared: figures are too low)" if load >= 1 else "") if load else ""
+    precision = "bfloat16" if found["bf16"] else "float32"
+    return f"{found['device']}, {found['cores']} cores, {found['threads']} threads, {precision}{shared}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def bench_settings(
+    params: Path, category: str | None, data: Path | None, overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """The project's settings for a run in another folder: paths absolute, nothing recorded; of one category if named.
+
+    Raises:
+        UserError: as `load_settings`.
+    """
+    settings = load_settings(params)
+    root, weights = params.parent.resolve(), settings.teacher.weights
+    changed: dict[str, Any] = {
+        "categories": [category] if category else list(settings.categories),
+        "data.root": str(data.resolve() if data else root / settings.data.root),
+        "tracking.mode": "off",
+    }
+    if weights != "hub" and not weights.startswith("pypi:"):
+        changed["teacher.weights"] = str(root / weights)
+    return load_settings(params, changed | dict(overrides or {}))
+
+
+def first_category(data: Path | None, otherwise: str) -> str:
+    """The first category in a folder of categories; `otherwise` where no folder is named.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    if data is None:
+        return otherwise
+    found = sorted(path.parent.parent.name for path in data.glob("*/train/good"))
+    if not found:
+        raise UserError(f"{data} holds no category; put images into {data}/<category>/train/good, or correct --data.")
+    return found[0]
+
+
+def finish(content: Mapping[str, Any]) -> None:
+    """Print the result as one line of JSON, the last of stdout."""
+    print(json.dumps(content, allow_nan=False), flush=True)
+
+
+def guarded(main: Callable[[Sequence[str] | None], None], name: str) -> None:
+    """Run a benchmark; the product's own errors end in one sentence and their exit status."""
+    try:
+        main(None)
+    except FlawsmithError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,115 @@
+"""Shades: large soft areas where the light or a coating differs, such as the `uneven` defects of real surfaces.
+
+The image changes by a gain and an offset, both scaled by one soft field alpha in [0, 1]:
+
+    defect = normal + alpha (gain normal + offset)
+
+Other illumination (or absorption) is a pure gain, a haze or film a pure offset; a shade is anything between. Its area
+is that of the pixels whose change can be seen. As for masks, every pixel has a *reach*: the radius R of the field at
+which its change becomes visible. With alpha = (1 - (r / R)^p)^2, and c the change that alpha = 1 would make, the change
+alpha c exceeds v where
+
+    R > r / (1 - sqrt(v / c))^(1/p)
+
+so R is solved for the area wanted, and the edge is as wide as the field itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from flawsmith.images import Mask
+from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.masks import MaskDraw, Places, distance_to, log_uniform
+from flawsmith.synthesis.perlin import FloatField, perlin_noise
+
+SOFTNESS = (1.5, 5.0)  # range of p: 1.5 is a peaked hill, 5 a plateau with a soft rim
+ASPECT = (1.0, 4.0)
+WARP = 0.8  # the distance r is multiplied by 1 +- this, after low-frequency noise
+WARP_PERIOD = 1.0  # of that noise, in diameters of the visible area
+SMOOTHING = 1 / 40  # of the image: sigma of the Gaussian behind which brightness, not texture, is left
+ROOM = 0.8  # share of the way to black or white that a shade may go
+
+
+@dataclass(frozen=True, eq=False)
+class Shade:
+    """A soft change of light.
+
+    Attributes:
+        alpha: (S, S) float32 in [0, 1].
+        change: signed change of brightness where it is largest, of 1.
+        gain_share: how much of it is gain; 1 is light, 0 a film.
+        gain, offset: as in the module's equation, for pixels in [0, 1].
+    """
+
+    alpha: FloatField
+    change: float
+    gain_share: float
+    gain: float
+    offset: float
+
+
+def sample_shade(
+    generator: np.random.Generator,
+    normal: NDArray[np.uint8],
+    settings: SynthesizeSettings,
+    foreground: Mask | None = None,
+) -> tuple[MaskDraw, Shade]:
+    """Draw a shade for one image (3, S, S), on the foreground (S, S) where there is one.
+
+    The visible area is log-uniform in `settings.shade_area`, as far as the foreground can hold it, the largest change
+    log-uniform in `settings.shade_change`, dark or bright; it is smaller and of the other sign where the surface is too
+    dark or too bright for it. The mask may be empty: there is nothing to see then.
+    """
+    size = normal.shape[1]
+    level = ndimage.gaussian_filter(
+        normal.astype(np.float32) / np.float32(255), (0, size * SMOOTHING, size * SMOOTHING)
+    )
+    row, column = Places.of(size, foreground).draw(generator)
+    area = log_uniform(
+        generator, (max(settings.shade_area[0] * size**2, 1.0), max(settings.shade_area[1] * size**2, 1.0))
+    )
+    wished, sign = log_uniform(generator, settings.shade_change), float(generator.choice([-1.0, 1.0]))
+    gain_share, softness = float(generator.uniform(0, 1)), log_uniform(generator, SOFTNESS)
+    angle, aspect = float(generator.uniform(0, np.pi)), log_uniform(generator, ASPECT)
+
+    here = float(level[:, row, column].mean())
+    rooms = {-1.0: ROOM * here, 1.0: ROOM * (1 - here)}
+    sign = sign if rooms[sign] >= wished else max(rooms, key=lambda key: rooms[key])
+    change = sign * min(wished, rooms[sign])
+    gain, offset = gain_share * change / max(here, 1e-3), (1 - gain_share) * change
+
+    period = WARP_PERIOD * 2 * float(np.sqrt(area / np.pi))
+    origin = generator.uniform(0, 1000, 2)
+    noise = perlin_noise((size, size), period, generator, angle, 3, 0.5, (float(origin[0]), float(origin[1])))
+    distance = distance_to(size, (row, column), angle, aspect) * (1 + np.float32(WARP) * noise)
+    largest = np.abs(np.float32(gain) * level + np.float32(offset)).max(axis=0)  # (S, S), c of the module's equation
+    seen = largest > settings.visibility
+    if foreground is not None:
+        seen &= foreground
+    reach = np.full((size, size), np.inf, np.float32)
+    reach[seen] = distance[seen] / (1 - np.sqrt(settings.visibility / largest[seen])) ** np.float32(1 / softness)
+    inside = np.sort(reach[seen])
+    if not inside.size:
+        nothing = np.zeros((size, size), bool)
+        return _outline(nothing, period, angle), Shade(reach * 0, change, gain_share, gain, offset)
+    radius = inside[min(round(area), inside.size) - 1]
+    alpha = (1 - np.clip(distance / radius, 0, 1) ** np.float32(softness)) ** 2
+    if foreground is not None:
+        alpha = np.where(foreground, alpha, np.float32(0))
+    return _outline(reach <= radius, period, angle), Shade(alpha, change, gain_share, gain, offset)
+
+
+def shaded(normal: NDArray[np.uint8], shade: Shade, mask: Mask, visibility: float) -> NDArray[np.uint8]:
+    """`normal` (3, S, S) under the shade; outside the mask no pixel moves by more than `visibility` (of 1)."""
+    values = normal.astype(np.float32)
+    change = shade.alpha * (np.float32(shade.gain) * values + np.float32(255 * shade.offset))
+    limit = np.floor(np.float32(visibility * 255))  # grain brighter than its surroundings would cross it here and there
+    change = np.where(mask, change, np.clip(change, -limit, limit))
+    return np.rint(np.clip(values + change, 0, 255)).astype(np.uint8)
+
+
+def _outline(mask: Mask, period: float, angle: float) -> MaskDraw:
+    return MaskDraw(mask, "shade", period, 0.0, angle, (0, 0, mask.shape[0]))

@@ -1,0 +1,75 @@
+"""The memory of normal places: what was kept is recalled, nearest means nearest, and what is forbidden stays out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flawsmith.detector import memory as module
+from flawsmith.detector.memory import NormalMemory, as_places, lattice, memory_size
+
+CHANNELS = 6
+
+
+def places(images: int, side: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(images, CHANNELS, side, side, generator=generator), dim=1)
+
+
+def filled(normals: Tensor, size: int) -> tuple[NormalMemory, Tensor]:
+    memory = NormalMemory(size, CHANNELS)
+    return memory, memory.fill(normals.split(2), len(normals))
+
+
+@given(images=st.integers(1, 20), height=st.integers(1, 9), width=st.integers(1, 9), limit=st.integers(1, 2000))
+@settings(deadline=None)
+def test_a_lattice_keeps_as_many_places_as_asked(images: int, height: int, width: int, limit: int) -> None:
+    size = memory_size(limit, images, height, width)
+    assert size == min(limit, images * height * width)
+    assert int(lattice(images, height, width, size).sum()) == size
+
+
+def test_a_lattice_is_even_over_images_and_over_the_borders() -> None:
+    kept = lattice(60, 16, 16, 60 * 256 // 4).double()
+    assert kept.mean(dim=(1, 2)).sub(0.25).abs().max() < 0.03  # a random draw: up to 0.07
+    assert kept.mean(dim=0).sub(0.25).abs().max() < 0.06  # every cell, so every border cell too
+    beside = (kept[:, :, 1:] * kept[:, :, :-1]).mean() + (kept[:, 1:] * kept[:, :-1]).mean()
+    assert beside < 0.25**2  # two directions by chance: 2 x 0.0625
+
+
+def test_a_whole_memory_knows_every_normal_place() -> None:
+    normals = places(5, 4)
+    memory, owners = filled(normals, 5 * 16)
+    torch.testing.assert_close(memory(normals), torch.zeros(5, 1, 4, 4), atol=1e-3, rtol=0)
+    assert owners.tolist() == [image for image in range(5) for _ in range(16)]
+
+
+def test_the_distance_is_that_of_the_key_of_greatest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, _ = filled(places(5, 4), 50)
+    asked = places(3, 4, seed=1)
+    rows = asked.permute(0, 2, 3, 1).reshape(-1, CHANNELS)
+    expected = 1 - (rows @ memory.keys.float().T).amax(dim=1)
+    for chunk in (1, 7, 50, 8192):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        torch.testing.assert_close(memory(asked).flatten(), expected)
+
+
+def test_the_places_of_a_forbidden_image_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 7)
+    normals = places(4, 4)
+    memory, owners = filled(normals, 64)
+    for image in range(4):
+        asked = normals[image : image + 1]
+        others, _ = filled(torch.cat([normals[:image], normals[image + 1 :]]), 48)
+        torch.testing.assert_close(memory(asked, owners == image), others(asked))
+        assert (memory(asked) < memory(asked, owners == image)).all()
+
+
+@given(gain=st.floats(0.2, 5), seed=st.integers(0, 100))
+@settings(deadline=None, max_examples=20)
+def test_places_do_not_see_contrast(gain: float, seed: int) -> None:
+    level = torch.randn(1, CHANNELS, 5, 5, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(as_places(level * gain), as_places(level), atol=1e-5, rtol=0)
+    torch.testing.assert_close(as_places(level).norm(dim=1), torch.ones(1, 5, 5), atol=1e-5, rtol=0)
