@@ -23,7 +23,7 @@ from flawsmith.study.store import Store
 METHODS = "flawsmith,no-diffusion,knn"
 # Loaded by every Python of a study: kills, just before the n-th checkpoint is put in place, the process or its parent.
 SABOTAGE = """
-import os, signal
+import os, signal, time
 victim, number = os.environ.get("KILL", ""), int(os.environ.get("KILL_AT", "0"))
 if victim:
     saved = []
@@ -32,6 +32,7 @@ if victim:
             saved.append(event)
             if len(saved) == number:
                 os.kill(os.getppid() if victim == "parent" else os.getpid(), signal.SIGKILL)
+                time.sleep(60)  # the stage must notice its study's end, not outrun it on a busy machine
     import sys
     sys.addaudithook(watch)
 """
