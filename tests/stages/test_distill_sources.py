@@ -1,31 +1,41 @@
-"""Which normal each triplet was made from: the memory must not know it while the head learns."""
+"""What the memory may know: never the source of a validation triplet, nor, in training, that of the triplet at hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flawsmith.errors import UserError
-from flawsmith.stages.distill import _sources
+from flawsmith.stages.distill import _manifest_rows, remembered_normals, source_indices
 from flawsmith.triplets import FIT, VALIDATION, TripletFolder
 
-NORMALS = [Path("good") / name for name in ("a.png", "b.png", "c.png")]
-IDS = {FIT: ("fit-0", "fit-1"), VALIDATION: ("val-0",)}
+NORMALS = [Path("good") / name for name in ("a.png", "b.png", "c.png", "d.png")]
+SOURCES = {"val-0": "b.png", "fit-1": "c.png", "fit-0": "a.png"}  # the manifest's order means nothing
 
 
-def folder(tmp_path: Path, sources: dict[str, str]) -> TripletFolder:
-    rows = [{"triplet_id": name, "source": source} for name, source in sources.items()]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
-    return TripletFolder(tmp_path)
+def rows(tmp_path: Path, sources: dict[str, str]) -> dict[str, dict[str, Any]]:
+    table = [
+        {"triplet_id": name, "source": source, "role": VALIDATION if name.startswith("val") else FIT}
+        for name, source in sources.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "manifest.parquet")
+    return _manifest_rows(TripletFolder(tmp_path), NORMALS)
 
 
-def test_each_triplet_is_traced_to_its_normal_whatever_the_manifests_order(tmp_path: Path) -> None:
-    found = _sources(folder(tmp_path, {"val-0": "a.png", "fit-1": "b.png", "fit-0": "c.png"}), NORMALS, IDS)
-    assert {role: indices.tolist() for role, indices in found.items()} == {FIT: [2, 1], VALIDATION: [0]}
+def test_the_memory_never_holds_the_source_of_a_validation_triplet(tmp_path: Path) -> None:
+    kept = remembered_normals(NORMALS, rows(tmp_path, SOURCES))
+    assert [path.name for path in kept] == ["a.png", "c.png", "d.png"]
+
+
+def test_each_training_triplet_is_traced_to_its_normal_in_the_memory(tmp_path: Path) -> None:
+    found = rows(tmp_path, SOURCES)
+    kept = remembered_normals(NORMALS, found)
+    assert source_indices(kept, found, ["fit-0", "fit-1"]).tolist() == [0, 1]
+    assert source_indices(kept, found, ["val-0"]).tolist() == [-1]
 
 
 def test_a_source_that_is_no_fit_normal_now_is_one_clear_error(tmp_path: Path) -> None:
-    moved = folder(tmp_path, {"fit-0": "a.png", "fit-1": "gone.png", "val-0": "b.png"})
     with pytest.raises(UserError, match=r"gone\.png.*flawsmith synthesize"):
-        _sources(moved, NORMALS, IDS)
+        rows(tmp_path, SOURCES | {"fit-1": "gone.png"})

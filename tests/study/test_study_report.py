@@ -148,6 +148,8 @@ def test_the_report_says_that_too_few_pairs_cannot_be_significant(tmp_path):
     write_report(tmp_path, pairs([0.1, 0.2, 0.3]), about())
     text = (tmp_path / "report.md").read_text()
     assert "With 3 pairs Wilcoxon's p cannot fall below 0.25" in text
+    write_report(tmp_path, pairs([0.1]), about())
+    assert "there is no test; run more seeds" in (tmp_path / "report.md").read_text()
     write_report(tmp_path, pairs([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), about())
     assert "cannot fall below" not in (tmp_path / "report.md").read_text()
 

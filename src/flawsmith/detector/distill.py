@@ -77,8 +77,8 @@ class DistanceBank:
     does at inspection, where no part was seen before. Its keys therefore do not count here.
 
     Args:
-        owners: (M,) whose each key is, as an index of the fit normals.
-        sources: (N,) the fit normal behind each image of the bank.
+        owners: (M,) whose each key is, as an index of the remembered normals.
+        sources: (N,) the remembered normal behind each image of the bank, -1 if it is not remembered.
     """
 
     def __init__(self, memory: NormalMemory, bank: FeatureBank, owners: Tensor, sources: NDArray[np.int64]) -> None:
@@ -163,8 +163,8 @@ def distill(
     triplet shares, and stop early after `patience` looks without improvement.
 
     Args:
-        owners: (M,) the fit normal behind each key of the memory, which is filled already; None without memory.
-        sources: role → (N,) the fit normal behind each of that role's triplets; needed with a memory.
+        owners: (M,) the normal behind each key of the memory, which is filled already; None without memory.
+        sources: role → (N,) the normal behind each of that role's triplets, -1 if not remembered; needed with a memory.
 
     Raises:
         FlawsmithError: the loss became NaN.

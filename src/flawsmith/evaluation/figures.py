@@ -194,7 +194,7 @@ def failures_sheet(result: Assessment, title: str, side: int = 160) -> Pixels:
         f"threshold on the score {detector.threshold.value:.4g}; heat: dark {scale.floor:.3g}, middle "
         f"{scale.threshold:.3g} (the map's threshold, outlined white), bright {scale.ceiling:.3g}"
     )
-    headings = (f"defective: {missed} of these missed", f"good: {alarms} of these false alarms")
+    headings = (f"defective: {missed} missed", f"good: {alarms} false alarms")  # no wider than a pane
     return _two_columns((result.misses, result.alarms), headings, scale, title, note, side)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,9 @@ def run(layout: Layout) -> None:
         size, split = fit.mask.shape[-1], layout.split()
         frozen = build_teacher(teacher, layout.root)
         cells = size // frozen.strides[-1]
-        places = memory_size(settings.memory, len(split.fit), cells, cells)
+        rows_of = _manifest_rows(folder, split.fit)
+        normals = remembered_normals(split.fit, rows_of)
+        places = memory_size(settings.memory, len(normals), cells, cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
             detector = Detector(DetectorConfig.of(teacher, settings, size, places), frozen)
@@ -55,7 +58,7 @@ def run(layout: Layout) -> None:
                 images = load_images_uint8(paths[first : first + NORMALS_BATCH], data.image_size, data.max_pixels)
                 yield as_batch(images, device)
 
-        owners = remember(detector, batches(split.fit), len(split.fit))
+        owners = remember(detector, batches(normals), len(normals))
         identity = digest_json(
             {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
         )
@@ -69,7 +72,7 @@ def run(layout: Layout) -> None:
             device,
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
             owners,
-            _sources(folder, split.fit, {FIT: fit.ids, VALIDATION: validation.ids}),
+            {role: source_indices(normals, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))},
         )
         detector.eval().calibrate(lambda: batches(split.calibration))
         with atomic_folder(layout.stage(STAGE)) as out:
@@ -84,20 +87,32 @@ def run(layout: Layout) -> None:
         tracked.set_outputs({STAGE: layout.stage(STAGE)})
 
 
-def _sources(
-    folder: TripletFolder, normals: Sequence[Path], ids: Mapping[str, Sequence[str]]
-) -> dict[str, NDArray[np.int64]]:
-    """Role → the fit normal, as an index of `normals`, that each of its triplets was made from.
+def _manifest_rows(folder: TripletFolder, normals: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Triplet id → its row of the manifest.
 
     Raises:
         UserError: a triplet was made from an image that is no fit normal now.
     """
-    names = {row["triplet_id"]: row["source"] for row in read_manifest(folder.folder / "manifest.parquet").to_pylist()}
-    places = {path.name: place for place, path in enumerate(normals)}
-    strangers = sorted(set(names.values()) - set(places))
+    rows = read_manifest(folder.folder / "manifest.parquet").to_pylist()
+    strangers = sorted({row["source"] for row in rows} - {path.name for path in normals})
     if strangers:
         raise UserError(
             f"{folder.folder} was made from {strangers[0]}, which is no normal image for training now; run "
             "`flawsmith synthesize` again."
         )
-    return {role: np.array([places[names[one]] for one in members], np.int64) for role, members in ids.items()}
+    return {row["triplet_id"]: row for row in rows}
+
+
+def remembered_normals(normals: Sequence[Path], rows: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """The fit normals without those behind validation triplets, which must stay new to the whole detector: where there
+    is no labelled test set, `evaluate` scores these very triplets."""
+    held_out = {row["source"] for row in rows.values() if row["role"] == VALIDATION}
+    return [path for path in normals if path.name not in held_out]
+
+
+def source_indices(
+    normals: Sequence[Path], rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]
+) -> NDArray[np.int64]:
+    """Of each triplet the place of its source among `normals`, -1 if it is none of them."""
+    places = {path.name: place for place, path in enumerate(normals)}
+    return np.array([places.get(rows[one]["source"], -1) for one in ids], np.int64)

@@ -153,8 +153,10 @@ def power_note(tests: Sequence[PairedTest]) -> str:
     if not weak:
         return ""
     fewest = min(weak, key=lambda test: test.n)
+    if fewest.n < 2:
+        return "With fewer than 2 pairs of (category, seed) there is no test; run more seeds or categories."
     return (
-        f"With {fewest.n} pair{'s' if fewest.n != 1 else ''} Wilcoxon's p cannot fall below {fewest.smallest:.3g}, so "
+        f"With {fewest.n} pairs Wilcoxon's p cannot fall below {fewest.smallest:.3g}, so "
         f"it cannot show p < {ALPHA:g} whatever the difference; that takes 6 pairs. The t test can, but rests on "
         "normal differences, which so few cannot show."
     )
