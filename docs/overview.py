@@ -1,6 +1,6 @@
 """Draws the README's picture: normal | synthetic defect | mask | a real test image | its anomaly map.
 
-python docs/overview.py brushed_metal fit-00002,fit-00003 dent/004.png,scratch/004.png
+python docs/overview.py brushed_metal fit-00003,fit-00012 dent/004.png,scratch/004.png
 """
 
 import sys
