@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flawsmith.devices import has_fast_bf16
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.layout import Layout
 from flawsmith.settings import Settings, load_settings
+from flawsmith.stages import demo_data
 
+DEMO_SURFACE = "brushed_metal"
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}  # large enough for full speed; on two cores as long as a training step
 
 
@@ -157,6 +160,25 @@ def first_category(data: Path | None, otherwise: str) -> str:
     if not found:
         raise UserError(f"{data} holds no category; put images into {data}/<category>/train/good, or correct --data.")
     return found[0]
+
+
+def prepare(
+    params: Path, category: str | None, data: Path | None, scratch: Path, overrides: Mapping[str, Any] | None = None
+) -> Layout:
+    """The category in a project of its own in `scratch`: the data asked for, the project's, or rendered there.
+
+    Raises:
+        UserError: there is no such category, or as `load_settings`.
+    """
+    name = category or first_category(data, DEMO_SURFACE)
+    layout = Layout(bench_settings(params, name, data, overrides), name, scratch)
+    if not (Path(layout.settings.data.root) / name).is_dir():
+        if data is not None or name not in layout.settings.demo_data.surfaces:
+            raise UserError(f"{layout.settings.data.root}/{name} does not exist; name another --data or --category.")
+        layout = replace(layout, settings=bench_settings(params, name, scratch / "data", overrides))
+        print(f"rendering the demo's {name} ...", flush=True)
+        demo_data.run(layout.settings, scratch, name)
+    return layout
 
 
 def finish(content: Mapping[str, Any]) -> None:

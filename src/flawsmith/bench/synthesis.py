@@ -22,32 +22,30 @@ import torch
 from numpy.typing import NDArray
 
 from flawsmith.bench.measure import (
+    DEMO_SURFACE,
     MatmulSpeed,
     Target,
-    bench_settings,
     count_flops,
     describe,
     finish,
-    first_category,
     guarded,
     machine,
+    prepare,
     seconds_of,
     synchronise,
 )
 from flawsmith.devices import best_device, fast_math
 from flawsmith.diffusion.train import train_denoiser
-from flawsmith.errors import UserError
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values
-from flawsmith.stages import ddpm_train, demo_data, distill, evaluate, export, synthesize, validate
+from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
 from flawsmith.surfaces import load_images_uint8
 from flawsmith.synthesis.generate import Candidate, Workshop
 from flawsmith.triplets import FIT, TripletFolder
 
 TRIPLETS_PER_SECOND, EFFICIENCY, FLOPS_RATIO = 5.0, 0.5, 10.0  # targets, at 256 px on 2 cores
-DEMO_SURFACE = "brushed_metal"
 TRAIN_STEPS = 12  # timed steps of the denoiser's training; the first ones warm up
 WARM_UP = 2
 COMPARED = 4  # triplets sampled both in their window and in the whole image
@@ -214,23 +212,6 @@ def run_seconds(
     return found
 
 
-def prepare(params: Path, category: str | None, data: Path | None, scratch: Path) -> Layout:
-    """The category in a project of its own in `scratch`: the data asked for, the project's, or rendered there.
-
-    Raises:
-        UserError: there is no such category.
-    """
-    name = category or first_category(data, DEMO_SURFACE)
-    layout = Layout(bench_settings(params, name, data, OVERRIDES), name, scratch)
-    if not (Path(layout.settings.data.root) / name).is_dir():
-        if data is not None or name not in layout.settings.demo_data.surfaces:
-            raise UserError(f"{layout.settings.data.root}/{name} does not exist; name another --data or --category.")
-        layout = replace(layout, settings=bench_settings(params, name, scratch / "data", OVERRIDES))
-        print(f"rendering the demo's {name} ...", flush=True)
-        demo_data.run(layout.settings, scratch, name)
-    return layout
-
-
 def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:
     """Put a denoiser where synthesize looks for it: the project's, if it fits the settings, or one trained briefly."""
     settings = layout.settings.ddpm_train
@@ -302,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-run", action="store_true", help="leave out the share of a run: half the time")
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="flawsmith-bench-") as scratch:
-        layout = prepare(chosen.params, chosen.category, chosen.data, Path(scratch))
+        layout = prepare(chosen.params, chosen.category, chosen.data, Path(scratch), OVERRIDES)
         trained = chosen.params.parent / "artifacts" / layout.category / ddpm_train.STAGE
         found = bench(
             layout,
