@@ -1,10 +1,12 @@
 """Who runs what, when and how often, with a shell script in the runner's place: no stage computes here."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -50,6 +52,10 @@ class Scene:
         return run_tasks(
             plan.tasks, self.store, plan.root, workers, on_finished or (lambda task: self.finished.append(task.stage))
         )
+
+    def between_looks(self, act: Callable[[], None]) -> None:
+        """Call `act` where the study sleeps; the module `time` itself is left alone, for subprocess sleeps by it too."""
+        self.patch.setattr(worker, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: act()))
 
     def lines(self, word: str) -> list[str]:
         return [line.split()[1] for line in self.record.read_text().splitlines() if line.startswith(word)]
@@ -120,27 +126,46 @@ def test_a_stage_that_another_process_has_is_waited_for(scene):
     held.acquire()
     rounds = []
 
-    def pause(seconds: float) -> None:
-        rounds.append(seconds)
+    def pause() -> None:
+        rounds.append(1)
+        time.sleep(0.01)
         if len(rounds) == 5:  # the other process is done
             scene.store.output(task).mkdir()
             write_json(scene.store.beside(task, "cost.json"), {"seconds": 1.0})
             held.release()
 
-    scene.patch.setattr(worker.time, "sleep", pause)
+    scene.between_looks(pause)
     assert scene.run(methods=("knn",)) == {}
     assert scene.lines("begin") == []
     assert scene.finished == ["knn"]
 
 
 def test_an_interrupted_study_leaves_no_process(scene):
-    def interrupt(seconds: float) -> None:
+    def interrupt() -> None:
         if scene.lines("begin"):
             raise KeyboardInterrupt
 
-    scene.patch.setattr(worker.time, "sleep", interrupt)
+    scene.between_looks(interrupt)
     with pytest.raises(KeyboardInterrupt):
         scene.run(before=f"echo $$ > {scene.folder}/pid; exec sleep 600")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((scene.folder / "pid").read_text()), 0)
+
+
+def test_a_second_interruption_kills_what_does_not_want_to_end(scene):
+    def interrupt() -> None:
+        if (scene.folder / "pid").exists():
+            raise KeyboardInterrupt
+
+    def interrupt_again(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    scene.between_looks(interrupt)
+    scene.patch.setattr(subprocess, "time", SimpleNamespace(sleep=interrupt_again))
+    with pytest.raises(KeyboardInterrupt):
+        scene.run(
+            before=f"trap '' TERM; echo $$ > {scene.folder}/new; mv {scene.folder}/new {scene.folder}/pid; exec sleep 600"
+        )
     with pytest.raises(ProcessLookupError):
         os.kill(int((scene.folder / "pid").read_text()), 0)
 

@@ -124,17 +124,20 @@ def _note_death(child: _Child, store: Store, began: float) -> None:
 
 
 def _end(children: Sequence[_Child]) -> None:
+    """Ask all to end, then make them; a second Ctrl-C shortens the wait."""
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, signal.SIGTERM)
-    for child in children:
-        try:
-            child.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
+    try:
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(GRACE_SECONDS)
+    finally:
+        for child in children:
+            if child.process.poll() is None:
                 os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()
-        _close(child)
+                child.process.wait()
+            _close(child)
 
 
 def _close(child: _Child) -> None:
