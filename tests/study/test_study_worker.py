@@ -54,7 +54,7 @@ class Scene:
         )
 
     def between_looks(self, act: Callable[[], None]) -> None:
-        """Call `act` where the study sleeps; the module `time` itself is left alone, for subprocess sleeps by it too."""
+        """Call `act` where the study sleeps; the module `time` is left alone, for subprocess sleeps by it too."""
         self.patch.setattr(worker, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: act()))
 
     def lines(self, word: str) -> list[str]:
