@@ -163,9 +163,7 @@ def test_a_second_interruption_kills_what_does_not_want_to_end(scene):
     scene.between_looks(interrupt)
     scene.patch.setattr(subprocess, "time", SimpleNamespace(sleep=interrupt_again))
     with pytest.raises(KeyboardInterrupt):
-        scene.run(
-            before=f"trap '' TERM; echo $$ > {scene.folder}/new; mv {scene.folder}/new {scene.folder}/pid; exec sleep 600"
-        )
+        scene.run(before=f"trap '' TERM; cd {scene.folder}; echo $$ > new; mv new pid; exec sleep 600")
     with pytest.raises(ProcessLookupError):
         os.kill(int((scene.folder / "pid").read_text()), 0)
 
