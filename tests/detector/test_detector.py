@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from flawsmith.detector.distill import FeatureBank, OnStep, distill
+from flawsmith.detector.distill import FeatureBank, OnStep, Origins, distill
 from flawsmith.detector.knn import KnnBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
@@ -157,7 +157,7 @@ def test_maps_have_the_images_size(detector: Detector) -> None:
 
 def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_deviation(detector: Detector) -> None:
     batches = [batch(seed) for seed in range(3)]
-    detector.calibrate(lambda: batches)
+    detector.calibrate(iter(batches))
     with torch.inference_mode():
         raw = torch.cat([detector.raw_maps(part) for part in batches])
         pooled = torch.cat([detector.pooled(detector.fused_map(part)) for part in batches])
@@ -168,6 +168,17 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
     standard = (pooled - detector.score_mean) / detector.score_std
     torch.testing.assert_close(standard.mean(dim=0), torch.zeros(len(SETTINGS.top_shares)), atol=1e-3, rtol=0)
     torch.testing.assert_close(standard.mean(dim=1), scores, atol=1e-4, rtol=1e-4)
+
+
+def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher: Teacher) -> None:
+    for channels, stride in (((8,), 16), ((8, 8), 8), ((8, 8, 8), 4)):
+        settings = dataclasses.replace(
+            SETTINGS, memory=0, decoder_channels=channels, map_weights=(1.0,) * (len(channels) + 2)
+        )
+        detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
+        assert detector.stride == stride
+        with torch.inference_mode():
+            assert detector.raw_maps(batch()).shape[-2:] == (SIZE // stride, SIZE // stride)
 
 
 def test_without_memory_the_detector_has_one_map_less(teacher: Teacher) -> None:
@@ -182,7 +193,7 @@ def test_without_memory_the_detector_has_one_map_less(teacher: Teacher) -> None:
 
 
 def test_a_saved_detector_answers_the_same(detector: Detector, tmp_path: Path) -> None:
-    detector.calibrate(lambda: [batch()])
+    detector.calibrate([batch()])
     save_detector(detector, tmp_path, PARAMS.teacher, SETTINGS)
     loaded = load_detector(tmp_path)
     with torch.inference_mode():
@@ -240,7 +251,9 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
     def run(folder: str, on_step: OnStep = lambda step, metrics: None) -> tuple[Detector, list[list[Any]]]:
         detector, owners = fresh_detector(teacher, normals)
         point = ResumePoint(tmp_path / folder, "a")
-        rows = distill(detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, owners, sources)
+        rows = distill(
+            detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, Origins(owners, sources)
+        )
         return detector, rows
 
     whole, rows = run("whole")

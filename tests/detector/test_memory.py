@@ -20,7 +20,8 @@ def places(images: int, side: int, seed: int = 0) -> Tensor:
 
 def filled(normals: Tensor, size: int) -> tuple[NormalMemory, Tensor]:
     memory = NormalMemory(size, CHANNELS)
-    return memory, memory.fill(normals.split(2), len(normals))
+    kept = lattice(len(normals), normals.shape[2], normals.shape[3], size)
+    return memory, memory.fill(normals.split(2), kept)
 
 
 @given(images=st.integers(1, 20), height=st.integers(1, 9), width=st.integers(1, 9), limit=st.integers(1, 2000))

@@ -98,6 +98,19 @@ class DistanceBank:
 
 
 @dataclass(frozen=True)
+class Origins:
+    """Which remembered normal is behind what, so that in training none recognises itself.
+
+    Attributes:
+        owners: (M,) the normal behind each key of the memory.
+        sources: role → (N,) the normal behind each of that role's triplets, -1 if it is not remembered.
+    """
+
+    owners: Tensor
+    sources: Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One training batch.
 
@@ -105,7 +118,7 @@ class Batch:
         target: teacher features of the clean images, (B, C_k, h_k, w_k) a level.
         seen: teacher features of the images seen: defect images, clean ones for a part of the rows.
         remembered: distance of `seen` to the memory, (B, 1, h, w); empty without memory.
-        mask: (B, 1, h_0, w_0) in [0, 1], the defective share of each cell of the finest level.
+        mask: (B, 1, h, w) in [0, 1], the defective share of each cell of the maps.
     """
 
     target: Features
@@ -154,8 +167,7 @@ def distill(
     resume: ResumePoint,
     device: torch.device,
     on_step: OnStep = lambda step, metrics: None,
-    owners: Tensor | None = None,
-    sources: Mapping[str, NDArray[np.int64]] | None = None,
+    origins: Origins | None = None,
 ) -> list[list[Any]]:
     """Train `detector.student`, then `detector.head`, in place; return one row of LOSS_COLUMNS a step.
 
@@ -163,8 +175,7 @@ def distill(
     triplet shares, and stop early after `patience` looks without improvement.
 
     Args:
-        owners: (M,) the normal behind each key of the memory, which is filled already; None without memory.
-        sources: role → (N,) the normal behind each of that role's triplets, -1 if not remembered; needed with a memory.
+        origins: of the detector's memory, which is filled already; None without memory.
 
     Raises:
         FlawsmithError: the loss became NaN.
@@ -177,14 +188,15 @@ def distill(
         for role, part in parts.items()
     }
     distances: dict[str, tuple[DistanceBank, ...]] = {}
-    if detector.memory is not None and owners is not None and sources is not None:
+    if detector.memory is not None and origins is not None:
         distances = {
-            role: tuple(DistanceBank(detector.memory, bank, owners, sources[role]) for bank in banks[role])
+            role: tuple(
+                DistanceBank(detector.memory, bank, origins.owners, origins.sources[role]) for bank in banks[role]
+            )
             for role in parts
         }
-    stride = detector.teacher.strides[0]
     masks = {
-        role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), stride).to(device)
+        role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(device)
         for role, part in parts.items()
     }
 

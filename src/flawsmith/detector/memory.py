@@ -51,25 +51,21 @@ class NormalMemory(nn.Module):
         return 1 - nearest.view(batch, 1, height, width)
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[Tensor], images: int) -> Tensor:
-        """Keep places of `images` normals, spread evenly over all; return whose each key is, (M,) indices of images.
+    def fill(self, batches: Iterable[Tensor], kept: Tensor) -> Tensor:
+        """Keep places of normals; return whose each key is, (M,) indices of images.
 
         Args:
             batches: `as_places` (B, C, h, w) of the normals, in order.
+            kept: which places, (images, h, w) bool with M true: `lattice`.
         """
-        kept: list[Tensor] = []
-        owners: list[Tensor] = []
+        keys: list[Tensor] = []
         seen = 0
-        kept_places: Tensor | None = None
         for places in batches:
-            if kept_places is None:
-                kept_places = lattice(images, places.shape[-2], places.shape[-1], len(self.keys))
-            chosen = kept_places[seen : seen + len(places)]
-            kept.append(places.permute(0, 2, 3, 1)[chosen.to(places.device)].half().cpu())
-            owners.append(torch.nonzero(chosen)[:, 0] + seen)
+            chosen = kept[seen : seen + len(places)].to(places.device)
+            keys.append(places.permute(0, 2, 3, 1)[chosen].half().cpu())
             seen += len(places)
-        self.keys.copy_(torch.cat(kept))
-        return torch.cat(owners)
+        self.keys.copy_(torch.cat(keys))
+        return torch.nonzero(kept)[:, 0]
 
 
 def as_places(coarse: Tensor) -> Tensor:

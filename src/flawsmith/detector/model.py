@@ -1,7 +1,7 @@
 """The detector as one module: image in, anomaly map and score out, all normalisation inside."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flawsmith.detector.memory import NormalMemory, as_places
-from flawsmith.detector.student import SegmentationHead, Student
+from flawsmith.detector.memory import NormalMemory, as_places, lattice
+from flawsmith.detector.student import SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
@@ -57,7 +57,8 @@ class Detector(nn.Module):
     Raw maps: 1 - cosine similarity between teacher and student at each scale that the student answers, the same between
     the coarsest teacher feature and the nearest remembered one, and the head's logit. Each is brought to zero mean and
     unit deviation over the pixels of the calibration normals (`calibrate`), so that their weighted mean adds like to
-    like; the fused map is smoothed and enlarged to the image's size.
+    like; the fused map is smoothed and enlarged to the image's size. All of them meet at the stride of the finest level
+    that the student answers.
 
     Defects come at all sizes, from a pore to a shadow over the whole part, so the image score looks at several: the
     means of the highest `top_shares` of the map, each in units of its deviation over the calibration normals, averaged.
@@ -87,7 +88,12 @@ class Detector(nn.Module):
         self.register_buffer("score_mean", torch.zeros(len(config.top_shares)))
         self.register_buffer("score_std", torch.ones(len(config.top_shares)))
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
-        self.register_buffer("kernel", gaussian_kernel(config.smoothing / self.teacher.strides[0]), persistent=False)
+        self.register_buffer("kernel", gaussian_kernel(config.smoothing / self.stride), persistent=False)
+
+    @property
+    def stride(self) -> int:
+        """Pixels a cell of the maps."""
+        return self.teacher.strides[-len(self.config.decoder_channels)]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal parts in both."""
@@ -96,8 +102,12 @@ class Detector(nn.Module):
         return F.interpolate(fused, size=image.shape[-2:], mode="bilinear", align_corners=False), score
 
     def fused_map(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → the smoothed weighted mean of the normalised raw maps, (B, 1, S/4, S/4)."""
-        maps = (self.raw_maps(image) - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
+        """(B, 3, S, S) → the smoothed weighted mean of the normalised raw maps, (B, 1, S/stride, S/stride)."""
+        return self.fuse(self.raw_maps(image))
+
+    def fuse(self, raw: Tensor) -> Tensor:
+        """Raw maps (B, K, h, w) → their smoothed weighted mean after normalisation, (B, 1, h, w)."""
+        maps = (raw - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
         return smooth((maps * self.weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), self.kernel)
 
     def pooled(self, fused: Tensor) -> Tensor:
@@ -105,29 +115,31 @@ class Detector(nn.Module):
         return torch.stack([top_mean(fused, share) for share in self.config.top_shares], dim=1)
 
     def raw_maps(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, K, S/4, S/4): cosine distance a scale, finest first, then to the memory; head's logit."""
+        """(B, 3, S, S) → (B, K, h, w) at `stride`: cosine distance a scale, finest first, then to the memory; logit."""
         features = self.teacher(image)
+        remembered = self.recall(features)
         products = feature_products(features, self.student(features))
-        distances = [1 - product.sum(dim=1, keepdim=True) for product in products]
-        read = products
-        if self.memory is not None:
-            remembered = self.memory(as_places(features[-1]))
-            distances, read = [*distances, remembered], (*products, remembered)
-        size = features[0].shape[-2:]
-        enlarged = [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in distances]
-        return torch.cat([*enlarged, self.head(read, size)], dim=1)
+        distances = [*(1 - product.sum(dim=1, keepdim=True) for product in products), *remembered]
+        size = distances[0].shape[-2:]
+        return torch.cat(
+            [*(enlarge(part, size) for part in distances), self.head((*products, *remembered), size)], dim=1
+        )
+
+    def recall(self, features: Features) -> Features:
+        """Distance of each place to the memory, (B, 1, h, w); nothing without one."""
+        return () if self.memory is None else (self.memory(as_places(features[-1])),)
 
     @torch.inference_mode()
-    def calibrate(self, batches: Callable[[], Iterable[Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Set the normalisation of raw maps, then of pooled scores, from batches (B, 3, S, S) of calibration normals.
 
-        Args:
-            batches: called twice, because what is pooled depends on the maps' normalisation.
+        Their raw maps are kept meanwhile: K floats a cell, 20 kB an image of 256 pixels.
         """
-        mean, deviation = _moments(self.raw_maps(batch).movedim(1, -1).flatten(0, 2) for batch in batches())
+        raw = [self.raw_maps(batch) for batch in batches]
+        mean, deviation = _moments(maps.movedim(1, -1).flatten(0, 2) for maps in raw)
         self.map_mean.copy_(mean)
         self.map_std.copy_(deviation)
-        mean, deviation = _moments(self.pooled(self.fused_map(batch)) for batch in batches())
+        mean, deviation = _moments(self.pooled(self.fuse(maps)) for maps in raw)
         self.score_mean.copy_(mean)
         self.score_std.copy_(deviation)
 
@@ -141,7 +153,9 @@ def remember(detector: Detector, normals: Iterable[Tensor], images: int) -> Tens
     """
     if detector.memory is None:
         return None
-    return detector.memory.fill((as_places(detector.teacher(batch)[-1]) for batch in normals), images)
+    cells = detector.config.image_size // detector.teacher.strides[-1]
+    kept = lattice(images, cells, cells, detector.config.memory)
+    return detector.memory.fill((as_places(detector.teacher(batch)[-1]) for batch in normals), kept)
 
 
 def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,13 @@ def conv_block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> n
     )
 
 
+def enlarge(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    """(B, C, h, w) → (B, C, *size), bilinear; left alone if it has that size."""
+    if maps.shape[-2:] == torch.Size(size):
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
 class Student(nn.Module):
     """Teacher features of any image → estimate of the teacher features of that image without its defect.
 
@@ -87,10 +94,7 @@ class SegmentationHead(nn.Module):
     def forward(self, read: Features, size: tuple[int, ...]) -> Tensor:
         """Maps (B, C_k, h_k, w_k) → logits (B, 1, *size)."""
         # channels x resolution grow large before the sum, hence reduce first, then upsample
-        first, *others = (
-            F.interpolate(reduce(level), size=size, mode="bilinear", align_corners=False)
-            for reduce, level in zip(self.reduce, read, strict=True)
-        )
+        first, *others = (enlarge(reduce(level), size) for reduce, level in zip(self.reduce, read, strict=True))
         hidden = first
         for other in others:
             hidden = hidden + other

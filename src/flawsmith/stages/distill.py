@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawsmith.detector.distill import LOSS_COLUMNS, as_batch, distill
+from flawsmith.detector.distill import LOSS_COLUMNS, Origins, as_batch, distill
 from flawsmith.detector.memory import memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
 from flawsmith.detector.teacher import build_teacher
@@ -59,6 +59,10 @@ def run(layout: Layout) -> None:
                 yield as_batch(images, device)
 
         owners = remember(detector, batches(normals), len(normals))
+        sources = {
+            role: source_indices(normals, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
+        }
+        origins = None if owners is None else Origins(owners, sources)
         identity = digest_json(
             {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
         )
@@ -71,10 +75,9 @@ def run(layout: Layout) -> None:
             resume,
             device,
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
-            owners,
-            {role: source_indices(normals, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))},
+            origins,
         )
-        detector.eval().calibrate(lambda: batches(split.calibration))
+        detector.eval().calibrate(batches(split.calibration))
         with atomic_folder(layout.stage(STAGE)) as out:
             save_detector(detector, out, teacher, settings)
             write_csv(
