@@ -406,7 +406,8 @@ def study(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="A,B", help="Of flawsmith, no-diffusion, random-mask, cutpaste, knn. Default: flawsmith,knn."
+            metavar="A,B",
+            help="Of flawsmith, no-diffusion, random-mask, cutpaste, knn, memory. Default: flawsmith,knn.",
         ),
     ] = None,
     overrides: SetOption = None,

@@ -203,6 +203,10 @@ class EvaluateSettings:
     aupro_limit: float = setting("integration limit of AUPRO (false positive rate)", 0.01, 1.0)
     batch: int = setting("images scored together", 1, 1024)
     gallery: int = setting("images in the report's gallery", 1, 1000)
+    baseline: str = setting(
+        "what the detector is compared with: `euclidean` (as PatchCore), `cosine` (the detector's memory alone)",
+        choices=("euclidean", "cosine"),
+    )
     baseline_vectors: int = setting("size of the kNN baseline's memory bank", 100, 10_000_000)
     parity_images: int = setting("test images handed on for the export's parity certificate", 8, 1024)
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from flawsmith.detector.distill import FeatureBank, OnStep, Origins, distill
-from flawsmith.detector.knn import KnnBaseline
+from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
     Detector,
@@ -301,3 +301,18 @@ def test_knn_finds_the_odd_patch(teacher: Teacher) -> None:
     assert bad_scores.min() > good_scores.max()
     mask = torch.from_numpy(data.mask)
     assert bad[:, 0][mask].mean() > bad[:, 0][~mask].mean()
+
+
+def test_the_memory_baseline_is_the_detectors_memory_and_nothing_else(teacher: Teacher) -> None:
+    data = triplets(6, 3)
+    normal, defect = (torch.from_numpy(images).float() / 255 for images in (data.normal, data.defect))
+    detector, _ = fresh_detector(teacher, normal)
+    baseline = MemoryBaseline.fit(teacher, [normal[:4], normal[4:]], SETTINGS.memory, 6, SIZE)
+    with torch.inference_mode():
+        (distances,) = detector.recall(detector.teacher(defect))
+        maps, scores = baseline(defect)
+    assert maps.shape == (6, 1, SIZE, SIZE)
+    torch.testing.assert_close(scores, distances.flatten(1).amax(dim=1))
+    whole = MemoryBaseline.fit(teacher, [normal], 10**6, 6, SIZE)
+    with torch.inference_mode():
+        torch.testing.assert_close(whole(normal)[1], torch.zeros(6), atol=2e-3, rtol=0)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flawsmith.detector.memory import NormalMemory, as_places, lattice, memory_size
 from flawsmith.detector.model import gaussian_kernel, smooth
+from flawsmith.detector.student import enlarge
 from flawsmith.detector.teacher import Teacher
 
 SMOOTHING = 4.0  # sigma in pixels, PatchCore's
@@ -54,6 +56,40 @@ class KnnBaseline(nn.Module):
         """Distance of each of (n, C) rows to its nearest memory vector, by |a-b|^2 = |a|^2 - 2ab + |b|^2."""
         squared = torch.addmm(self.memory.square().sum(dim=1), rows, self.memory.T, alpha=-2).amin(dim=1)
         return (squared + rows.square().sum(dim=1)).clamp_min(0).sqrt()
+
+
+class MemoryBaseline(nn.Module):
+    """The detector's own memory and nothing else: no triplets, no student, no head.
+
+    Beside `KnnBaseline` it tells what remembering better is worth from what training adds. Map and score as there, from
+    the cosine distance of each place of the coarsest level (see `memory`).
+    """
+
+    kernel: Tensor
+
+    def __init__(self, teacher: Teacher, memory: NormalMemory) -> None:
+        super().__init__()
+        self.teacher, self.memory = teacher, memory
+        self.register_buffer("kernel", gaussian_kernel(SMOOTHING / teacher.strides[1]))
+
+    @classmethod
+    @torch.inference_mode()
+    def fit(
+        cls, teacher: Teacher, batches: Iterable[Tensor], vectors: int, images: int, image_size: int
+    ) -> "MemoryBaseline":
+        """Keep `vectors` places, or all, of batches (B, 3, S, S) of normals, `images` in all."""
+        cells = image_size // teacher.strides[-1]
+        kept = lattice(images, cells, cells, memory_size(vectors, images, cells, cells))
+        memory = NormalMemory(int(kept.sum()), teacher.channels[-1]).to(teacher.mean.device)
+        memory.fill((as_places(teacher(batch)[-1]) for batch in batches), kept)
+        return cls(teacher, memory).eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,)."""
+        _, middle, coarse = self.teacher(image)
+        distance = self.memory(as_places(coarse))
+        maps = smooth(enlarge(distance, middle.shape[-2:]), self.kernel)
+        return enlarge(maps, image.shape[-2:]), distance.flatten(1).amax(dim=1)
 
 
 def _places(teacher: Teacher, image: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flawsmith.detector.knn import KnnBaseline
+from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.model import load_detector
 from flawsmith.detector.teacher import build_teacher, pooled_features
 from flawsmith.devices import best_device
@@ -154,8 +154,8 @@ def judged_images(layout: Layout) -> Judged:
     return Judged(triplet_items(TripletFolder(manifest.parent), held_out, data.image_size), False, "all", held_out)
 
 
-def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline:
-    """The kNN baseline of one category, from its fit images alone."""
+def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBaseline:
+    """The baseline that `evaluate.baseline` names for one category, from its fit images alone."""
     settings, data = layout.settings.evaluate, layout.settings.data
     device = best_device()
 
@@ -165,6 +165,8 @@ def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline:
             yield torch.from_numpy(images).to(device)
 
     teacher = build_teacher(layout.settings.teacher, layout.root).to(device)
+    if settings.baseline == "cosine":
+        return MemoryBaseline.fit(teacher, batches(), settings.baseline_vectors, len(paths), data.image_size)
     generator = torch_generator(settings.seed, "baseline")
     return KnnBaseline.fit(teacher, batches(), settings.baseline_vectors, generator)
 

@@ -57,6 +57,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "CutPaste patches (Li et al. 2021)", {"synthesize.texture": "cutpaste", "synthesize.mask": "rectangle"}
         ),
         KNN: Method("the memory bank on the same teacher, without training", {}, (KNN,)),
+        "memory": Method(
+            "the detector's memory alone: the same bank with its features normalised and more places",
+            {"evaluate.baseline": "cosine", "evaluate.baseline_vectors": 40000},
+            (KNN,),
+        ),
     }
 )
 
@@ -400,10 +405,11 @@ def _check_surface(layout: Layout, request: Request) -> None:
     """Refuse a folder now that would fail after the first category's hours."""
     surface = layout.surface()
     surface.normals()
-    if (KNN in request.methods or request.parts != ("all",)) and not (surface.folder / "test").is_dir():
+    untrained = [name for name in request.methods if METHODS[name].stages == (KNN,)]
+    if (untrained or request.parts != ("all",)) and not (surface.folder / "test").is_dir():
         raise UserError(
             f"{surface.folder} has no labelled test set (test/good, test/<defect>), without which there is no method "
-            f"{KNN} and no --part; add one, or leave them out."
+            f"{' or '.join(untrained) or KNN} and no --part; add one, or leave them out."
         )
 
 
