@@ -203,6 +203,48 @@ def predict(
 
 
 @app.command(rich_help_panel=USE_PANEL)
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="A model.onnx. Default: the champion of --category.")
+    ] = None,
+    category: OneCategoryOption = None,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0: the system chooses.", min=0, max=65535)] = 8080,
+    workers: Annotated[int, typer.Option(metavar="N", help="Images judged at once.", min=1)] = 2,
+    queue: Annotated[int, typer.Option(metavar="N", help="Requests that wait; more get 429.", min=0)] = 16,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="CPU threads of one run. Default: one a physical core.", min=1)
+    ] = None,
+    max_megabytes: Annotated[float, typer.Option(metavar="X", help="Larger requests get 413.", min=0.001)] = 32.0,
+    max_megapixels: Annotated[float, typer.Option(metavar="X", help="Larger images get 422.", min=0.01)] = 25.0,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds a request may take.", min=0.1)] = 10.0,
+    poll: Annotated[float, typer.Option(metavar="S", help="Seconds between looks for a new model.", min=0.1)] = 5.0,
+    drain: Annotated[
+        float, typer.Option(metavar="S", help="Seconds of 503 on /readyz between SIGTERM and the end.", min=0)
+    ] = 0.0,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Judge images over HTTP, with a page to drop one on; the model is exchanged when the champion or the file changes.
+
+    Example: flawsmith serve artifacts/brushed_metal/export/model.onnx --port 8080
+    """
+    from flawsmith.serve.app import Limits
+    from flawsmith.serve.models import FileSource, RegistrySource, Source
+    from flawsmith.serve.server import Address
+    from flawsmith.serve.server import serve as act
+
+    source: Source
+    if model is not None:
+        source = FileSource(model, threads)
+    else:
+        layout = _one_layout(params, category, overrides)
+        source = RegistrySource(layout.root, layout.category, threads)
+    limits = Limits(workers, queue, int(max_megabytes * 1e6), int(max_megapixels * 1e6), timeout)
+    act(source, limits, Address(host, port), poll, drain)
+
+
+@app.command(rich_help_panel=USE_PANEL)
 def monitor(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New production images, searched recursively.")],
     category: OneCategoryOption = None,

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flawsmith.errors import UserError
@@ -160,7 +162,7 @@ def predict_folder(
                 counts[row["verdict"]] += 1
                 results.add({"file": file.name, **row})
                 if overlays:
-                    write_png(folder / OVERLAYS / pictures[file.name], _overlay(image, prediction, predictor))
+                    write_png(folder / OVERLAYS / pictures[file.name], draw(image, prediction, predictor))
             progress.update(len(pending))
             pending.clear()
 
@@ -236,7 +238,8 @@ class _Results:
         self._csv.close()
 
 
-def _overlay(image: FloatImage, prediction: Prediction, predictor: Predictor) -> Any:
+def draw(image: FloatImage, prediction: Prediction, predictor: Predictor) -> NDArray[np.uint8]:
+    """The overlay of an image `(3, H, W)`: heat, outline and verdict; `(H, W, 3)`."""
     verdict = "DEFECTIVE" if prediction.is_defective else "good"
     relation = ">" if prediction.is_defective else "<="
     return draw_overlay(

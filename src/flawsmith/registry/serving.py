@@ -8,9 +8,6 @@ A version holds `model.onnx`, this package (it is on no index) and `served.py`, 
 process that serves imports no torch. Importing this module costs the seconds that MLflow takes: import it where needed.
 """
 
-import base64
-import io
-import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array, Object, Property
-from numpy.typing import NDArray
-from PIL import Image
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import MAX_PIXELS, FloatImage, read_image
+from flawsmith.images import MAX_PIXELS, FloatImage
+from flawsmith.inference.codec import decode_image, encode_map
 from flawsmith.inference.folder import describe
 from flawsmith.inference.predictor import Predictor
 
@@ -92,15 +87,6 @@ class SurfaceModel(PythonModel):
         elif kind == "png":
             answer["anomaly_map"] = encode_map(prediction.anomaly_map)
         return answer
-
-
-def encode_map(anomaly_map: NDArray[np.float32]) -> dict[str, Any]:
-    """A map `(S, S)` as a 16-bit gray PNG in base64: a value is `low + pixel / 65535 * (high - low)`."""
-    low, high = float(anomaly_map.min()), float(anomaly_map.max())
-    levels = np.rint((anomaly_map.astype(np.float64) - low) / ((high - low) or 1.0) * 65535).astype(np.uint16)
-    stream = io.BytesIO()
-    Image.fromarray(levels).save(stream, format="PNG")
-    return {"png": base64.b64encode(stream.getvalue()).decode("ascii"), "low": low, "high": high}
 
 
 def signature() -> ModelSignature:
@@ -186,13 +172,6 @@ def fetch_artifact(model_uri: str, name: str, folder: Path) -> Path:
 
 
 def _decode(content: object, row: str, max_pixels: int) -> FloatImage:
-    """Bytes to pixels, through the same door as files."""
     if not isinstance(content, bytes | bytearray | memoryview):
         raise UserError(f"The image of {row} is {type(content).__name__}, not the bytes of an image file.")
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            return read_image(Path(file.name), max_pixels)
-        except UserError as error:
-            raise UserError(str(error).replace(file.name, f"The image of {row}")) from error
+    return decode_image(content, f"The image of {row}", max_pixels)
