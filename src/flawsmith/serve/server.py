@@ -3,6 +3,8 @@
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -50,6 +52,17 @@ class _Server(uvicorn.Server):
                 print(f"flawsmith serves on http://{host}:{port}/ (API: /docs); stop it with Ctrl-C.", flush=True)
 
 
+@contextmanager
+def _ended_quietly() -> Iterator[None]:
+    """uvicorn, when it has finished, raises the signals again that ended it; to be stopped is a server's normal end."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def serve(source: Source, limits: Limits, address: Address, poll: float, drain: float) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -79,7 +92,8 @@ def serve(source: Source, limits: Limits, address: Address, poll: float, drain: 
         )
         server = _Server(config, drain)
         try:
-            server.run()
+            with _ended_quietly():
+                server.run()
         except SystemExit as error:  # uvicorn's way to say that it could not start; it has logged why
             raise UserError(
                 f"http://{address.host}:{address.port} cannot be listened on; choose another --host or --port."
