@@ -26,6 +26,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
+from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -110,8 +111,8 @@ class Answer(BaseModel):
     region_count: int
     regions: list[Region]
     model: Model
-    anomaly_map: Picture | None = None
-    overlay: str | None = None
+    anomaly_map: Picture | SkipJsonSchema[None] = None
+    overlay: str | SkipJsonSchema[None] = None
 
 
 class Problem(BaseModel):
@@ -236,6 +237,7 @@ def create_app(slot: ModelSlot, limits: Limits, telemetry: Telemetry) -> FastAPI
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.openapi_version = "3.0.3"  # the newest that the bundled page can draw
     app.state.service = service
     app.mount("/swagger", StaticFiles(directory=str(swagger_ui_bundle.swagger_ui_path)), name="swagger")
     app.add_exception_handler(HTTPException, _on_http_error)
