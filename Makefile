@@ -11,7 +11,7 @@ ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro up down nightly test stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu clean
+.PHONY: help install repro up down nightly test stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -56,6 +56,9 @@ bench-synthesis: install ## triplets a second, training speed over matmul speed;
 
 bench-gpu: install ## one category from normals to ONNX on one GPU, preset docs/gpu-params.yaml; ARGS='--category C --data DIR'
 	python -m flawsmith.bench.gpu $(ARGS)
+
+bench-serve: install ## 30 clients on the web service for a minute; ARGS='MODEL IMAGE...'
+	python -m flawsmith.bench.serve $(ARGS)
 
 bench-anomalib: install $(ANOMALIB)/.installed ## anomalib's PatchCore and STFPM beside kNN; ARGS='--category C --data DIR'
 	python -m flawsmith.bench.anomalib_side --python $(ANOMALIB)/bin/python $(ARGS)
