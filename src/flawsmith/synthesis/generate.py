@@ -35,7 +35,7 @@ CHUNK_BATCHES = 4  # candidates are drawn in chunks of so many batches, then gro
 MAX_TRIES = 5  # candidates drawn for each triplet wanted before giving up
 CLOSING = 2  # pixels: radius of the square that closes gaps in the mask of changed pixels
 MIN_PIXELS = 4  # a visible defect has at least so many changed pixels
-MIN_SEEN = 0.5  # share of a control's mask that is itself visible, as the quality gate demands of most
+MIN_SEEN = 0.5  # share of a mark whose pixels have themselves changed, as the quality gate demands of most
 OUTLINES = {"perlin": sample_mask, "noise": noise_mask, "rectangle": rectangle_mask}  # of `synthesize.mask`
 SHADE = "shade"  # in the place of a texture
 
@@ -249,11 +249,10 @@ class Workshop:
         defect = np.where(ndimage.distance_transform_edt(~mask) <= settings.feather + 1, defect, normal)
         drawn = np.logical_or.reduce([part.outline.mask for part in item.defects])
         wanted = max(MIN_PIXELS, settings.min_changed * int(drawn.sum()))
-        if any(part.texture != "diffusion" or part.outline.kind == "noise" for part in item.defects):
-            # of a patch pasted on its like, or of loose pixels, closing may have drawn more of the mask than changed
-            visible = _change(normal, defect)[mask] > settings.visibility * 255
-            wanted = wanted if visible.sum() >= MIN_SEEN * mask.sum() else np.inf
-        return Triplet(item, normal, defect, mask) if mask.sum() >= wanted else None
+        # closing may have drawn more of the mask than changed, on a lively texture or of loose pixels
+        visible = _change(normal, defect)[mask] > settings.visibility * 255
+        is_seen = mask.sum() >= wanted and visible.sum() >= MIN_SEEN * mask.sum()
+        return Triplet(item, normal, defect, mask) if is_seen else None
 
     def _blend_shade(self, item: Candidate, shade: Shade, mask: Mask) -> Triplet | None:
         """A shade fades out, so it is marked where its own change can be seen, whatever the texture under it adds."""
