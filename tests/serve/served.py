@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,27 @@ def serving(*arguments: str | Path, folder: Path | None = None, **environment: s
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
+
+
+@contextmanager
+def asking(server: Server, body: bytes, clients: int) -> Iterator[list[Reply]]:
+    """Clients that ask without a pause until the block ends; their replies are complete then."""
+    stop = threading.Event()
+    replies: list[Reply] = []
+
+    def client() -> None:
+        while not stop.is_set():
+            replies.append(server.ask(body=body))
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield replies
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def form(content: bytes, field: str = "image", boundary: str = "edge") -> tuple[bytes, str]:

@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import subprocess
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from served import COMMAND, PREDICT, Server, encoded, form, plate, serving
+from served import COMMAND, PREDICT, Server, asking, encoded, form, plate, serving
 from toy_onnx import METADATA, SIZE, write_toy
 
 from flawsmith.files import digest_file
@@ -209,7 +208,7 @@ def test_pages_and_descriptions(server: Server) -> None:
     assert server.metric('flawsmith_verdicts_total{verdict="defective"}') == before + 1
 
 
-def begin_upload(server: Server, size: int = 1000) -> http.client.HTTPConnection:
+def begin_upload(server: Server) -> http.client.HTTPConnection:
     """A client that has sent half of its image and takes its time."""
     connection = server.connect()
     connection.putrequest("POST", PREDICT)
@@ -275,30 +274,17 @@ def test_another_file_in_its_place_is_the_new_model_and_no_request_fails(tmp_pat
     model = write_toy(tmp_path / "model.onnx")
     digests = [digest_file(model)]
     with serving(model, "--poll", "0.1", "--queue", "64") as server:
-        stop = threading.Event()
-        found: list[tuple[int, str]] = []
-
-        def client() -> None:
-            while not stop.is_set():
-                reply = server.ask(body=DEFECTIVE)
-                found.append((reply.status, reply.json.get("model", {}).get("digest", "")))
-
-        threads = [threading.Thread(target=client) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for gain in (2.0, 3.0, 4.0):
-            other = write_toy(tmp_path / "other.onnx", gain)
-            digests.append(digest_file(other))
-            other.replace(model)
-            server.wait_for('flawsmith_model_changes_total{outcome="done"}', len(digests))
-        model.write_bytes(b"torn")  # half a copy: the present one stays
-        server.wait_for('flawsmith_model_changes_total{outcome="failed"}', 1)
-        time.sleep(0.3)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert {status for status, _ in found} == {200}
-        assert set(digests) == {digest for _, digest in found}
+        with asking(server, DEFECTIVE, clients=4) as replies:
+            for gain in (2.0, 3.0, 4.0):
+                other = write_toy(tmp_path / "other.onnx", gain)
+                digests.append(digest_file(other))
+                other.replace(model)
+                server.wait_for('flawsmith_model_changes_total{outcome="done"}', len(digests))
+            model.write_bytes(b"torn")  # half a copy: the present one stays
+            server.wait_for('flawsmith_model_changes_total{outcome="failed"}', 1)
+            time.sleep(0.3)
+        assert {reply.status for reply in replies} == {200}
+        assert set(digests) == {reply.json["model"]["digest"] for reply in replies}
         assert server.ask(body=DEFECTIVE).json["model"]["digest"] == digests[-1]
         assert server.ask("/readyz").status == 200
 

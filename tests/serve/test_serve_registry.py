@@ -1,7 +1,6 @@
 """The champion behind the service: promoting another exchanges the model under load, without a failed request."""
 
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import mlflow
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
-from served import COMMAND, Server, encoded, plate, serving
+from served import COMMAND, asking, encoded, plate, serving
 from toy_onnx import write_toy
 
 from flawsmith.errors import UserError
@@ -71,26 +70,13 @@ def test_promotion_under_load_fails_no_request(store: Store) -> None:
     content = encoded(plate())
     with serving("--params", store.folder / "params.yaml", "--poll", "0.2", folder=store.folder) as server:
         assert server.ask(body=content).json["model"] == {"category": "plate", "version": first[0], "digest": first[1]}
-        stop = threading.Event()
-        seen: list[tuple[int, str]] = []
-
-        def client(server: Server = server) -> None:
-            while not stop.is_set():
-                reply = server.ask(body=content)
-                seen.append((reply.status, reply.json.get("model", {}).get("version", "")))
-
-        threads = [threading.Thread(target=client) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        store.promote(second[0])
-        server.wait_for('flawsmith_model_changes_total{outcome="done"}', 2)
-        store.promote(first[0])  # and back again
-        server.wait_for('flawsmith_model_changes_total{outcome="done"}', 3)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert {status for status, _ in seen} == {200}
-        assert {version for _, version in seen} == {first[0], second[0]}
+        with asking(server, content, clients=3) as replies:
+            store.promote(second[0])
+            server.wait_for('flawsmith_model_changes_total{outcome="done"}', 2)
+            store.promote(first[0])  # and back again
+            server.wait_for('flawsmith_model_changes_total{outcome="done"}', 3)
+        assert {reply.status for reply in replies} == {200}
+        assert {reply.json["model"]["version"] for reply in replies} == {first[0], second[0]}
         labels = f'{{category="plate",digest="{first[1]}",version="{first[0]}"}}'
         assert server.metric(f"flawsmith_model{labels}") == 1
 

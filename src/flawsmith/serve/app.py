@@ -388,20 +388,13 @@ async def _from_form(request: Request, body: bytes) -> bytes:
         raise Refusal(400, f"The form is damaged ({error.message}).") from None
     except (KeyError, ValueError) as error:
         raise Refusal(400, f"The form is damaged ({error}).") from None
-    async with form_closed(form):
+    try:
         files = [value for value in form.values() if isinstance(value, UploadFile)]
         if len(files) != 1:
             raise Refusal(400, "The form holds no file; send the image as its one file: `curl -F image=@part.png`.")
         return await files[0].read()
-
-
-@asynccontextmanager
-async def form_closed(form: Any) -> AsyncIterator[None]:
-    """Close a form's files, which may lie on disk."""
-    try:
-        yield
     finally:
-        await form.close()
+        await form.close()  # its files may lie on disk
 
 
 async def _discard(request: Request, limit: int) -> None:

@@ -111,7 +111,7 @@ class ModelSlot:
         self._source, self._seconds, self._on_change = source, seconds, on_change
         self._current: Loaded | None = None
         self._mark = ""
-        self._refused = ""  # a mark whose model cannot be used: it is tried again, but complained of once
+        self._refused = ""  # why the newest model cannot be used: it is tried again, but complained of once
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
