@@ -175,6 +175,7 @@ class DistillSettings:
     focal_gamma: float = setting("gamma of the focal loss", 0.0, 10.0)
     l1_weight: float = setting("weight of the L1 part of the segmentation loss", 0.0, 100.0)
     memory: int = setting("places of normal parts that are remembered; 0 for a student without memory", 0, 10_000_000)
+    memory_dimensions: int = setting("leading directions of their features that are compared; 0 for all", 0, 4096)
     map_weights: tuple[float, ...] = setting(
         "weight of each normalised map: one a scale, finest first, the memory's, the head's", 0.0, 100.0
     )

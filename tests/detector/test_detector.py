@@ -312,7 +312,7 @@ def test_the_memory_baseline_is_the_detectors_memory_and_nothing_else(teacher: T
         (distances,) = detector.recall(detector.teacher(defect))
         maps, scores = baseline(defect)
     assert maps.shape == (6, 1, SIZE, SIZE)
-    torch.testing.assert_close(scores, distances.flatten(1).amax(dim=1))
+    torch.testing.assert_close(scores, distances.flatten(1).amax(dim=1), atol=2e-3, rtol=0)  # the detector projects
     whole = MemoryBaseline.fit(teacher, [normal], 10**6, 6, SIZE)
     with torch.inference_mode():
         torch.testing.assert_close(whole(normal)[1], torch.zeros(6), atol=2e-3, rtol=0)

@@ -20,8 +20,7 @@ def places(images: int, side: int, seed: int = 0) -> Tensor:
 
 def filled(normals: Tensor, size: int) -> tuple[NormalMemory, Tensor]:
     memory = NormalMemory(size, CHANNELS)
-    kept = lattice(len(normals), normals.shape[2], normals.shape[3], size)
-    return memory, memory.fill(normals.split(2), kept)
+    return memory, memory.fill(normals.split(2), len(normals))
 
 
 @given(images=st.integers(1, 20), height=st.integers(1, 9), width=st.integers(1, 9), limit=st.integers(1, 2000))
@@ -66,6 +65,22 @@ def test_the_places_of_a_forbidden_image_do_not_count(monkeypatch: pytest.Monkey
         others, _ = filled(torch.cat([normals[:image], normals[image + 1 :]]), 48)
         torch.testing.assert_close(memory(asked, owners == image), others(asked))
         assert (memory(asked) < memory(asked, owners == image)).all()
+
+
+def test_a_basis_of_the_normals_own_dimensions_loses_no_distance() -> None:
+    generator = torch.Generator().manual_seed(5)
+    few = torch.randn(4, 9, generator=generator)  # all normal places lie in 4 of 9 dimensions
+    normal = F.normalize(torch.randn(3 * 25, 4, generator=generator) @ few, dim=1).view(3, 5, 5, 9).permute(0, 3, 1, 2)
+    strange = F.normalize(torch.randn(2, 9, 5, 5, generator=generator), dim=1)
+    whole, projected, narrow, again = (NormalMemory(40, 9, dimensions) for dimensions in (0, 4, 2, 4))
+    owners = whole.fill([normal], 3)
+    for memory in (projected, narrow, again):
+        assert torch.equal(memory.fill(normal.split(2), 3), owners)
+    assert (whole.keys.shape, projected.keys.shape, narrow.keys.shape) == ((40, 9), (40, 4), (40, 2))
+    torch.testing.assert_close(projected(strange), whole(strange), atol=2e-3, rtol=0)
+    torch.testing.assert_close(projected(normal), whole(normal), atol=2e-3, rtol=0)
+    assert (narrow(strange) - whole(strange)).mean() > 0.05  # what lies outside the directions kept is distance
+    assert torch.equal(again.keys, projected.keys)
 
 
 @given(gain=st.floats(0.2, 5), seed=st.integers(0, 100))

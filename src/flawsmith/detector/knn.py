@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsmith.detector.memory import NormalMemory, as_places, lattice, memory_size
+from flawsmith.detector.memory import NormalMemory, as_places, memory_size
 from flawsmith.detector.model import gaussian_kernel, smooth
 from flawsmith.detector.student import enlarge
 from flawsmith.detector.teacher import Teacher
@@ -79,9 +79,9 @@ class MemoryBaseline(nn.Module):
     ) -> "MemoryBaseline":
         """Keep `vectors` places, or all, of batches (B, 3, S, S) of normals, `images` in all."""
         cells = image_size // teacher.strides[-1]
-        kept = lattice(images, cells, cells, memory_size(vectors, images, cells, cells))
-        memory = NormalMemory(int(kept.sum()), teacher.channels[-1]).to(teacher.mean.device)
-        memory.fill((as_places(teacher(batch)[-1]) for batch in batches), kept)
+        size = memory_size(vectors, images, cells, cells)
+        memory = NormalMemory(size, teacher.channels[-1]).to(teacher.mean.device)
+        memory.fill((as_places(teacher(batch)[-1]) for batch in batches), images)
         return cls(teacher, memory).eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ A student alone learns the surface's average; how the individual places of norma
 memory is the detector's second answer to "is this normal": the cosine distance of each place of the coarsest scale to
 the normal feature most like it.
 
-It differs from PatchCore's memory (Roth et al., CVPR 2022) in three ways, each measured (docs/experiments.md): features
-are L2-normalised, so that a change of contrast over the whole image is no distance; places are kept by an even lattice
-instead of a coreset; and the segmentation head reads the distance, and learns from triplets what to make of it. It
-reads the distance alone, not what was found: two normal places may be equally near, and which of them is the nearest
-would then depend on the last bit of a sum, so that no two runtimes would agree.
+It differs from PatchCore's memory (Roth et al., CVPR 2022) in four ways, each measured (docs/experiments.md): features
+are L2-normalised, so that a change of contrast over the whole image is no distance; they are compared along the few
+directions in which normal places differ; places are kept by an even lattice instead of a coreset; and the segmentation
+head reads the distance, and learns from triplets what to make of it. It reads the distance alone, not what was found:
+two normal places may be equally near, and which of them is the nearest would then depend on the last bit of a sum, so
+that no two runtimes would agree.
 """
 
 from collections.abc import Iterable
@@ -17,21 +18,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 8192  # keys compared at once: bounds the similarity matrix at inference, (B * h * w, CHUNK) floats
+CHUNK = 2048  # keys compared at once: (h * w, CHUNK) similarities of an image of 256 pixels, 2 MB, stay in a cache
 POOLED = 3  # cells a side that are averaged before places are compared, PatchCore's neighbourhood
 
 
 class NormalMemory(nn.Module):
-    """`keys` (M, C) float16: L2-normalised features of normal places; M is fixed when the module is built.
+    """`keys` (M, D) float16: features of normal places in the `basis` (C, D); M and D are fixed when it is built.
+
+    The basis holds the D leading right singular vectors of the kept places (Eckart & Young 1936: no D directions keep
+    more of their inner products); without one, keys are the C features themselves. What a place seen at inspection has
+    outside these directions counts as distance, for normal places have next to nothing there.
 
     Half floats: a cosine similarity changes by less than 1e-3, the file is half as large.
     """
 
     keys: Tensor
+    basis: Tensor | None
 
-    def __init__(self, size: int, channels: int) -> None:
+    def __init__(self, size: int, channels: int, dimensions: int = 0) -> None:
+        """`dimensions` 0, or as many as there are channels, is no projection."""
         super().__init__()
-        self.register_buffer("keys", torch.zeros(size, channels, dtype=torch.float16))
+        projects = 0 < dimensions < channels
+        self.register_buffer("basis", torch.eye(channels, dimensions) if projects else None)
+        width = dimensions if projects else channels
+        self.register_buffer("keys", torch.zeros(size, width, dtype=torch.float16))
 
     def forward(self, places: Tensor, forbidden: Tensor | None = None) -> Tensor:
         """Cosine distance to the nearest key, (B, 1, h, w) in [0, 2].
@@ -41,31 +51,54 @@ class NormalMemory(nn.Module):
             forbidden: (M,) bool, keys that do not count.
         """
         batch, channels, height, width = places.shape
-        rows = places.permute(0, 2, 3, 1).reshape(-1, channels)
+        rows = self._project(places.permute(0, 2, 3, 1).reshape(-1, channels))
         nearest = torch.full_like(rows[:, 0], -1.0)
         for first in range(0, len(self.keys), CHUNK):
             similarity = rows @ self.keys[first : first + CHUNK].to(rows.dtype).T
             if forbidden is not None:
-                similarity = similarity.masked_fill(forbidden[first : first + CHUNK], -1.0)
+                similarity[:, forbidden[first : first + CHUNK]] = -1.0
             nearest = torch.maximum(nearest, similarity.amax(dim=1))
         return 1 - nearest.view(batch, 1, height, width)
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[Tensor], kept: Tensor) -> Tensor:
-        """Keep places of normals; return whose each key is, (M,) indices of images.
+    def fill(self, batches: Iterable[Tensor], images: int) -> Tensor:
+        """Keep as many places of normals as there are keys, evenly (`lattice`); find the basis.
 
         Args:
             batches: `as_places` (B, C, h, w) of the normals, in order.
-            kept: which places, (images, h, w) bool with M true: `lattice`.
+            images: how many they are in all.
+
+        Returns:
+            whose each key is, (M,) indices of images.
         """
-        keys: list[Tensor] = []
+        found: list[Tensor] = []
+        kept = torch.empty(0)
         seen = 0
         for places in batches:
+            if not seen:
+                height, width = places.shape[-2:]
+                kept = lattice(images, height, width, len(self.keys))
             chosen = kept[seen : seen + len(places)].to(places.device)
-            keys.append(places.permute(0, 2, 3, 1)[chosen].half().cpu())
+            found.append(places.permute(0, 2, 3, 1)[chosen].float().cpu())
             seen += len(places)
-        self.keys.copy_(torch.cat(keys))
+        rows = torch.cat(found)
+        if self.basis is not None:
+            self.basis.copy_(_leading_directions(rows, self.basis.shape[1]))
+        self.keys.copy_(self._project(rows.to(self.keys.device)))
         return torch.nonzero(kept)[:, 0]
+
+    def _project(self, rows: Tensor) -> Tensor:
+        return rows if self.basis is None else rows @ self.basis.to(rows.dtype)
+
+
+def _leading_directions(rows: Tensor, count: int) -> Tensor:
+    """The `count` leading right singular vectors of rows (M, C), as columns (C, count); the largest entry of each is
+    positive, since the sign is nobody's choice."""
+    squares = sum(part.double().T @ part.double() for part in rows.split(CHUNK))
+    _, vectors = torch.linalg.eigh(torch.as_tensor(squares))  # in ascending order
+    leading = vectors.flip(1)[:, :count]
+    largest = leading.gather(0, leading.abs().argmax(dim=0, keepdim=True))
+    return (leading * largest.sign()).float()
 
 
 def as_places(coarse: Tensor) -> Tensor:

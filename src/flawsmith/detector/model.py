@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flawsmith.detector.memory import NormalMemory, as_places, lattice
+from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.student import SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
@@ -30,6 +30,7 @@ class DetectorConfig:
     decoder_channels: tuple[int, ...]
     head_channels: int
     memory: int
+    memory_dimensions: int
     map_weights: tuple[float, ...]
     smoothing: float
     top_shares: tuple[float, ...]
@@ -45,6 +46,7 @@ class DetectorConfig:
             distill.decoder_channels,
             distill.head_channels,
             memory,
+            distill.memory_dimensions,
             distill.map_weights,
             distill.smoothing,
             distill.top_shares,
@@ -77,7 +79,7 @@ class Detector(nn.Module):
         self.teacher = teacher or Teacher(config.backbone, config.out_indices)
         channels = self.teacher.channels
         self.student = Student(channels, config.bottleneck, config.decoder_channels)
-        self.memory = NormalMemory(config.memory, channels[-1]) if config.memory else None
+        self.memory = NormalMemory(config.memory, channels[-1], config.memory_dimensions) if config.memory else None
         answered = channels[-len(config.decoder_channels) :]
         read = (*answered, 1) if config.memory else answered
         self.head = SegmentationHead(read, config.head_channels)
@@ -153,9 +155,7 @@ def remember(detector: Detector, normals: Iterable[Tensor], images: int) -> Tens
     """
     if detector.memory is None:
         return None
-    cells = detector.config.image_size // detector.teacher.strides[-1]
-    kept = lattice(images, cells, cells, detector.config.memory)
-    return detector.memory.fill((as_places(detector.teacher(batch)[-1]) for batch in normals), kept)
+    return detector.memory.fill((as_places(detector.teacher(batch)[-1]) for batch in normals), images)
 
 
 def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
