@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +37,25 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> FloatImage:
         UserError: the file is missing, empty, truncated, no image, larger than `max_pixels`, or holds NaN.
     """
     # a stream, not a path: given a path, Pillow maps gray TIFFs into memory and then misreads the rotated ones
-    with _named(path), path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+    with _named(path), path.open("rb") as stream:
+        return decode_image(stream, str(path), max_pixels)
+
+
+def decode_image(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> FloatImage:
+    """As `read_image`, of an open file or bytes in memory; `name` stands for it in errors.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    with _named(name), Image.open(stream, formats=FORMATS) as image:
         if image.width * image.height > max_pixels:
             raise UserError(
-                f"{path} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "
+                f"{name} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "
                 "crop or tile it first."
             )
         upright = _upright(image)
         if upright.mode.startswith(("I", "F")):  # one channel of more than 8 bits: convert("RGB") would clip it
-            pixels = np.repeat(_scale_deep(np.asarray(upright), path)[..., None], 3, axis=2)
+            pixels = np.repeat(_scale_deep(np.asarray(upright), name)[..., None], 3, axis=2)
         else:
             pixels = np.asarray(upright.convert("RGB"), np.float32) / np.float32(255)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -114,7 +125,7 @@ def write_png(path: Path, pixels: NDArray[np.uint8] | FloatImage | Mask) -> None
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _named(path: Path | str) -> Iterator[None]:
     """Turn whatever a decoder raises into one sentence that names the file."""
     try:
         with warnings.catch_warnings():
@@ -140,7 +151,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _scale_deep(pixels: NDArray[np.generic], path: Path) -> FloatImage:
+def _scale_deep(pixels: NDArray[np.generic], path: str) -> FloatImage:
     """16-bit integers and floats to [0, 1]."""
     values = np.asarray(pixels, np.float32)
     if not np.isfinite(values).all():

@@ -2,31 +2,11 @@
 
 import base64
 import io
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, read_image
-
-
-def decode_image(content: bytes | bytearray | memoryview, name: str, max_pixels: int) -> FloatImage:
-    """The bytes of an image file to pixels, through the same door as files.
-
-    Raises:
-        UserError: as `read_image`; `name` stands for the file.
-    """
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            return read_image(Path(file.name), max_pixels)
-        except UserError as error:
-            raise UserError(str(error).replace(file.name, name)) from error
 
 
 def encode_map(anomaly_map: NDArray[np.float32]) -> dict[str, Any]:

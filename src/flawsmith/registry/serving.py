@@ -8,6 +8,7 @@ A version holds `model.onnx`, this package (it is on no index) and `served.py`, 
 process that serves imports no torch. Importing this module costs the seconds that MLflow takes: import it where needed.
 """
 
+import io
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -23,8 +24,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array, Object, Property
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import MAX_PIXELS, FloatImage
-from flawsmith.inference.codec import decode_image, encode_map
+from flawsmith.images import MAX_PIXELS, FloatImage, decode_image
+from flawsmith.inference.codec import encode_map
 from flawsmith.inference.folder import describe
 from flawsmith.inference.predictor import Predictor
 
@@ -174,4 +175,4 @@ def fetch_artifact(model_uri: str, name: str, folder: Path) -> Path:
 def _decode(content: object, row: str, max_pixels: int) -> FloatImage:
     if not isinstance(content, bytes | bytearray | memoryview):
         raise UserError(f"The image of {row} is {type(content).__name__}, not the bytes of an image file.")
-    return decode_image(content, f"The image of {row}", max_pixels)
+    return decode_image(io.BytesIO(content), f"The image of {row}", max_pixels)

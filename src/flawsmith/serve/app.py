@@ -9,6 +9,7 @@ then gets 429 at once. Decoding and drawing go on in the workers' threads beside
 """
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -33,7 +34,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.inference.codec import decode_image, encode_map, encode_png
+from flawsmith.images import decode_image
+from flawsmith.inference.codec import encode_map, encode_png
 from flawsmith.inference.folder import describe, draw
 from flawsmith.serve.models import Loaded, ModelSlot
 from flawsmith.serve.telemetry import Telemetry
@@ -203,7 +205,7 @@ class Service:
     def _judge(self, loaded: Loaded, content: bytes, with_map: bool, with_overlay: bool) -> dict[str, Any]:
         predictor = loaded.predictor
         with self.telemetry.phases.labels("decode").time():
-            image = decode_image(content, "The image", self.limits.max_pixels)
+            image = decode_image(io.BytesIO(content), "The image", self.limits.max_pixels)
         with self.telemetry.phases.labels("infer").time():
             (prediction,) = predictor.predict([image])
         with self.telemetry.phases.labels("draw").time():
