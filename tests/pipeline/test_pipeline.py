@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +146,23 @@ def test_a_triplet_is_explained_bit_for_bit(project: Project, tmp_path: Path) ->
     result = project.run("flawsmith", "explain", "fit-00000", "--out", str(drawing))
     assert "identical" in result.stdout
     assert read_image(drawing).shape[0] == 3
+
+
+def test_the_detectors_own_weights_of_maps_give_the_detectors_own_figures(project: Project, tmp_path: Path) -> None:
+    weights = yaml.safe_load((project.folder / "params.yaml").read_text())["distill"]["map_weights"]
+    asked = [",".join(map(str, weights)), "0,0,0,1"]
+    call = [sys.executable, "-m", "flawsmith.study.maps", "--category", CATEGORY, "--part", "all"]
+    call += [word for one in asked for word in ("--weights", one)]
+    told = project.run(*call, "--seed", "0", "--out", str(tmp_path / "rows.json"))
+    own, head = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    metrics = json.loads((project.stage("evaluate") / "metrics.json").read_text())
+    for key in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro"):
+        assert own[key] == pytest.approx(metrics[key], abs=2e-3), key
+    assert own["pixel_auroc"] != head["pixel_auroc"]
+    assert told.stdout.count("|\n") == 4
+    wrong = project.run(*call[:-1], "1,1", succeeds=False)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "this detector has 4 maps" in wrong.stderr
 
 
 def test_dvc_shows_metrics_plots_and_the_graph(project: Project) -> None:

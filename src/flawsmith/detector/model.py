@@ -1,7 +1,7 @@
 """The detector as one module: image in, anomaly map and score out, all normalisation inside."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,11 @@ class Detector(nn.Module):
 
         Their raw maps are kept meanwhile: K floats a cell, 20 kB an image of 256 pixels.
         """
-        raw = [self.raw_maps(batch) for batch in batches]
+        self.normalise([self.raw_maps(batch) for batch in batches])
+
+    @torch.inference_mode()
+    def normalise(self, raw: Sequence[Tensor]) -> None:
+        """As `calibrate`, from the raw maps (B, K, h, w) of the calibration normals."""
         mean, deviation = _moments(maps.movedim(1, -1).flatten(0, 2) for maps in raw)
         self.map_mean.copy_(mean)
         self.map_std.copy_(deviation)
