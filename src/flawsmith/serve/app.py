@@ -33,8 +33,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.inference.answers import describe, draw
 from flawsmith.inference.codec import decode_image, encode_map, encode_png
-from flawsmith.inference.folder import describe, draw
 from flawsmith.serve.models import Loaded, ModelSlot
 from flawsmith.serve.telemetry import Telemetry
 
@@ -79,6 +79,7 @@ class Region(BaseModel):
     peak: float
     peak_x: int
     peak_y: int
+    polygon: list[tuple[float, float]]
 
 
 class Model(BaseModel):
