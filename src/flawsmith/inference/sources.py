@@ -73,6 +73,10 @@ def find_images(inputs: Sequence[Path], leave_out: Path | None = None) -> list[I
         else:
             raise UserError(f"{given} does not exist; check the path.")
     if not found:
+        if skipped is not None and any(_absolute(path).is_relative_to(skipped) for path in inputs):
+            raise UserError(
+                f"The images lie in {leave_out}, which is replaced as a whole; name a new folder for --out."
+            )
         names = ", ".join(str(path) for path in inputs)
         raise UserError(f"{names} holds no image ({', '.join(SUFFIXES)}); name a folder that does.")
     base = Path(os.path.commonpath(bases))
