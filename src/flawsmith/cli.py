@@ -1,7 +1,8 @@
 """The front door: `flawsmith --help`. A command a stage, and a few for what lies around them.
 
 Nothing heavy is imported before a command needs it: help answers at once, and `predict` runs where torch is missing.
-Exit status: 0 done, 1 failed (or a quality gate said no), 2 the input cannot be used as it is, 130 interrupted.
+Exit status: 0 done, 1 failed (or a quality gate said no), 2 the input cannot be used as it is, 3 found what was looked
+for (a defect, a drift), 130 interrupted.
 """
 
 import logging
