@@ -2,7 +2,9 @@
 
 import io
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 
 from flawsmith.errors import UserError
 from flawsmith.images import (
+    count_pixels,
     draw_outline,
     read_image,
     read_mask,
@@ -127,6 +130,35 @@ def test_palette_and_bilevel(tmp_path: Path) -> None:
     bilevel = Image.fromarray(GRAY > 127)
     assert bilevel.mode == "1"
     np.testing.assert_array_equal(read_image(save(tmp_path / "b.png", bilevel))[0], (GRAY > 127).astype(np.float32))
+
+
+def test_threads_that_decode_at_once_leave_the_warnings_as_they_were(tmp_path: Path) -> None:
+    """A filter set and restored by each thread for itself would be lost to the others, or stay for good."""
+    palette = Image.fromarray(RGB).convert("P")
+    palette.save(tmp_path / "a.png", transparency=b"\x00\x80\xff")
+    (tmp_path / "b.png").write_bytes(b"no image")
+
+    def read(index: int) -> bool:
+        try:
+            return read_image(tmp_path / ("b.png" if index % 5 == 0 else "a.png")).shape == (3, H, W)
+        except UserError:
+            return index % 5 == 0
+
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(400)))
+    assert list(warnings.filters) == before
+
+
+def test_the_header_alone_tells_the_number_of_pixels(tmp_path: Path) -> None:
+    whole = save(tmp_path / "a.png", Image.fromarray(RGB))
+    assert count_pixels(whole) == H * W
+    whole.write_bytes(whole.read_bytes()[:-30])
+    assert count_pixels(whole) == H * W
+    for name, content in (("empty.png", b""), ("text.png", b"no image")):
+        (tmp_path / name).write_bytes(content)
+        assert count_pixels(tmp_path / name) == 0
+    assert count_pixels(tmp_path / "absent.png") == 0
 
 
 def test_a_palette_with_transparency_reads_without_a_warning(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """The front door: `flawsmith --help`. A command a stage, and a few for what lies around them.
 
 Nothing heavy is imported before a command needs it: help answers at once, and `predict` runs where torch is missing.
-Exit status: 0 done, 1 failed (or a quality gate said no), 2 the input cannot be used as it is, 130 interrupted.
+Exit status: 0 done, 1 failed (or a quality gate said no), 2 the input cannot be used as it is, 3 found what was looked
+for (a defect, a drift), 130 interrupted.
 """
 
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,6 +23,8 @@ from flawsmith import __version__
 from flawsmith.errors import FlawsmithError, UserError
 
 if TYPE_CHECKING:
+    from flawsmith.inference.folder import FolderReport
+    from flawsmith.inference.watch import WatchReport
     from flawsmith.layout import Layout
     from flawsmith.settings import Settings
 
@@ -160,46 +165,135 @@ for _name, _meaning in STAGES.items():
 @app.command(rich_help_panel=USE_PANEL)
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx of the export stage.")],
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, or folders searched recursively.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[INPUT...]",
+            help="Images, folders (searched recursively), patterns ('parts/**/*.png'), videos; or - alone: one path a "
+            "line on standard input, scored as the lines come.",
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the results; replaced as a whole.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder for the results; replaced as a whole. -: JSON lines on standard output instead.",
+        ),
+    ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option("--watch", metavar="DIR", help="Instead of INPUT: score images as they arrive there, once each."),
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(metavar="X", help="Flag an image whose score lies above this. Default: the model's own."),
     ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", metavar="A,B", help="Of csv, json, jsonl. Default: csv,json. --watch always writes jsonl."
+        ),
+    ] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option("--jsonl", metavar="FILE", help="JSON lines there, each as soon as it is known; -: stdout."),
+    ] = None,
     overlays: Annotated[bool, typer.Option(help="Draw heat maps over the images.")] = True,
+    masks: Annotated[
+        bool, typer.Option("--masks", help="PNG masks (0, 255) of what lies above the pixel threshold.")
+    ] = False,
+    every: Annotated[int, typer.Option(metavar="K", help="Of a video, score each K-th frame.", min=1)] = 1,
     batch: Annotated[int, typer.Option(metavar="N", help="Images scored together.", min=1)] = 8,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Threads that decode images while the model works.", min=1)
+    ] = 2,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads. Default: one a physical core.", min=1)
     ] = None,
     max_megapixels: Annotated[float, typer.Option(metavar="X", help="Larger images are refused.", min=0.01)] = 100.0,
+    poll: Annotated[float, typer.Option(metavar="S", help="Seconds between looks of --watch.", min=0.01)] = 0.5,
+    watch_for: Annotated[
+        float | None, typer.Option("--watch-for", metavar="S", help="End --watch after S seconds.", min=0)
+    ] = None,
+    watch_idle: Annotated[
+        float | None, typer.Option("--watch-idle", metavar="S", help="End --watch when nothing came for S.", min=0)
+    ] = None,
     fail_on_defect: Annotated[bool, typer.Option("--fail-on-defect", help="Exit 3 if any image is defective.")] = False,
 ) -> None:
-    """Score images: results.csv, results.json and heat-map overlays. Needs onnxruntime, not torch.
+    """Score images: tables, JSON, heat-map overlays and masks. Needs onnxruntime, not torch.
 
-    Files that cannot be read are named, counted and skipped; the exit status is then 2.
+    Exit status: 0 every file was read (with --watch: it was ended by SIGTERM, Ctrl-C or its time); 2 some files could
+    not be read (they are named, counted and skipped), or the call was wrong; 3 an image is defective and
+    --fail-on-defect was given; 1 a fault of ours; 130 interrupted, nothing is left half-written.
 
     Example: flawsmith predict artifacts/brushed_metal/export/model.onnx parts/ --out results
-    """
-    from flawsmith.inference.folder import predict_folder
-    from flawsmith.inference.predictor import Predictor
 
-    report = predict_folder(
-        Predictor(model, threads=threads, threshold=threshold),
-        inputs,
-        out,
-        batch=batch,
-        overlays=overlays,
-        max_pixels=int(max_megapixels * 1e6),
-    )
-    for item in report.unreadable:
-        print(f"skipped: {item.reason}", file=sys.stderr)
+    Example: flawsmith predict model.onnx --watch /line/camera --out results --masks
+    """
+    if bool(inputs) == (watch is not None):
+        raise typer.BadParameter("name images, folders, patterns or videos, or a folder to --watch.")
+    if out is None and (watch is not None or jsonl is None):
+        raise typer.BadParameter("name a folder for the results: --out DIR" + ("" if watch else ", or --out -"))
+    if out == Path("-"):
+        if watch is not None or jsonl is not None:
+            raise UserError(
+                "--out - leaves no folder, and needs no --jsonl; with --watch, name a folder and --jsonl -."
+            )
+        out, jsonl = None, out
+    if out is None and (masks or formats):
+        raise UserError("--masks and --format write into a folder; name one: --out DIR --jsonl -.")
+    if watch is not None and formats and _comma_list(formats) != ("jsonl",):
+        raise UserError("--watch writes results.jsonl; leave --format out.")
+
+    from flawsmith.inference.predictor import Predictor
+    from flawsmith.inference.writers import open_lines
+
+    report: FolderReport | WatchReport
+    predictor = Predictor(model, threads=threads, threshold=threshold)
+    max_pixels = int(max_megapixels * 1e6)
+    with open_lines(jsonl) as lines:
+        if watch is not None and out is not None:
+            from flawsmith.inference.watch import ended_by_signals, watch_folder
+
+            with ended_by_signals() as stop:
+                report = watch_folder(
+                    predictor, watch, out, overlays=overlays, masks=masks, lines=lines, batch=batch, workers=workers,
+                    max_pixels=max_pixels, poll=poll, seconds=watch_for, idle=watch_idle, stop=stop,
+                )  # fmt: skip
+            unreadable = report.unreadable
+        else:
+            from flawsmith.inference.folder import predict_folder
+
+            with _terminated_cleanly():
+                report = predict_folder(
+                    predictor, inputs or [], out, formats=_comma_list(formats) or ("csv", "json"), overlays=overlays,
+                    masks=masks, lines=lines, batch=batch, workers=workers, every=every, max_pixels=max_pixels,
+                )  # fmt: skip
+            for item in report.unreadable:
+                print(f"skipped: {item.reason}", file=sys.stderr)
+            unreadable = len(report.unreadable)
     print(
-        f"{report.total} files: {report.good} good, {report.defective} defective, {len(report.unreadable)} unreadable. "
-        f"Results: {report.out}"
+        f"{report.total} files: {report.good} good, {report.defective} defective, {unreadable} unreadable."
+        + ("" if report.out is None else f" Results: {report.out}"),
+        file=sys.stderr if jsonl == Path("-") else sys.stdout,
     )
     raise typer.Exit(report.exit_code(fail_on_defect))
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """SIGTERM ends as Ctrl-C does: what is half-written vanishes."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command(rich_help_panel=USE_PANEL)

@@ -133,7 +133,7 @@ def check_versions(versions: Mapping[str, str], constraints: str | None) -> list
     ]
     if off:
         more = f" and {len(off) - 5} more" if len(off) > 5 else ""
-        remedy = "pip install -c constraints.txt -e '.[pipeline,serve,dev]'"
+        remedy = "pip install -c constraints.txt -e '.[pipeline,serve,video,dev]'"
         checks.append(Check("versions", "warn", f"not as tested: {', '.join(off[:5])}{more}", remedy))
     else:
         same = sum(name in versions for name in tested)

@@ -4,6 +4,7 @@ A float image is RGB, `(3, H, W)`, float32 in [0, 1]; a mask is `(H, W)` bool. N
 """
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,15 @@ def decode_image(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> F
         else:
             pixels = np.asarray(upright.convert("RGB"), np.float32) / np.float32(255)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def count_pixels(path: Path) -> int:
+    """How many pixels a file says it has, from its header alone; 0 if that cannot be read."""
+    try:
+        with _named(path), path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            return int(image.width * image.height)
+    except UserError:
+        return 0
 
 
 def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> Mask:
@@ -124,13 +134,41 @@ def write_png(path: Path, pixels: NDArray[np.uint8] | FloatImage | Mask) -> None
         Image.fromarray(encoded).save(temporary, format="PNG", compress_level=PNG_LEVEL)
 
 
+class _Filters:
+    """Which of Pillow's warnings are errors, and which say nothing, while any thread decodes.
+
+    Python's filters belong to the process: threads that set and restored them each for itself would leave them wrong.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._outer: warnings.catch_warnings[None] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._outer = warnings.catch_warnings()
+                self._outer.__enter__()
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._outer is not None:
+                self._outer.__exit__(None, None, None)
+
+
+_filters = _Filters()
+
+
 @contextmanager
 def _named(path: Path | str) -> Iterator[None]:
     """Turn whatever a decoder raises into one sentence that names the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
+        with _filters:
             yield
     except UserError:
         raise

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import flawsmith.inference.folder as folder_module
+import flawsmith.inference.readahead as readahead_module
+import flawsmith.inference.writers as writers_module
 from flawsmith.errors import UserError
 from flawsmith.images import read_image
-from flawsmith.inference.folder import FolderReport, Unreadable, find_images, predict_folder
+from flawsmith.inference.folder import FolderReport, predict_folder
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.sources import Unreadable, find_images
 
 DARK, BRIGHT = 40, 220
 
@@ -222,7 +224,7 @@ def test_a_failure_half_way_leaves_the_earlier_results(
             raise OSError("No space left on device")
         written.append(path)
 
-    monkeypatch.setattr(folder_module, "write_png", full_disk)
+    monkeypatch.setattr(writers_module, "write_png", full_disk)
     with pytest.raises(OSError, match="No space left"):
         predict_folder(Predictor(model), [tmp_path / "in"], out, batch=1)
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
@@ -244,7 +246,7 @@ def test_memory_holds_one_batch_at_a_time(model: Path, tmp_path: Path, monkeypat
     predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", batch=4)
     assert sizes == [4, 4, 2]
     sizes.clear()
-    monkeypatch.setattr(folder_module, "HELD_PIXELS", 800)  # two originals of 20 x 20
+    monkeypatch.setattr(readahead_module, "HELD_PIXELS", 1600)  # a batch may have half: two originals of 20 x 20
     predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", batch=4)
     assert sizes == [2] * 5
 

@@ -80,3 +80,12 @@ def test_a_resized_map_keeps_places_and_values() -> None:
     assert resized.shape == (32, 80)
     np.testing.assert_allclose(resized[:, :30], 0, atol=1e-6)
     np.testing.assert_allclose(resized[:, 50:], 3, atol=1e-6)
+
+
+def test_a_map_need_not_be_square() -> None:
+    anomaly_map = np.zeros((4, 16), np.float32)
+    anomaly_map[:, 12:] = 1
+    drawn = draw_overlay(np.full((3, 40, 80), 0.5, np.float32), anomaly_map, RANGE, 0.5)
+    changed = (drawn != 128).any(axis=2)
+    assert changed[:, 64:].all()
+    assert not changed[:, :50].any()

@@ -22,7 +22,7 @@ from toy_onnx import METADATA, SIZE, write_toy
 
 from flawsmith.files import digest_file
 from flawsmith.images import read_image
-from flawsmith.inference.folder import describe
+from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor
 
 GOOD, DEFECTIVE = encoded(plate(defect=False)), encoded(plate())

@@ -30,7 +30,7 @@ def heat_colours(values: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def resize_map(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Bring a map `(S, S)` to `(height, width)`, the size of the image it belongs to, bilinearly."""
+    """Bring a map `(h, w)` to `(height, width)`, the size of the image it belongs to, bilinearly."""
     resized = Image.fromarray(anomaly_map.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized, np.float32)
 
@@ -43,7 +43,7 @@ def draw_overlay(
     caption: str = "",
     alarm: bool = False,
 ) -> NDArray[np.uint8]:
-    """Draw a map `(S, S)` over an image `(3, H, W)`; returns `(H, W, 3)` uint8, of the image's own size.
+    """Draw a map `(h, w)` over an image `(3, H, W)`; returns `(H, W, 3)` uint8, of the image's own size.
 
     Colours run over `map_range` and their opacity rises from 0 to `MAX_OPACITY` with them, so that normal surface is
     seen as it is. The outline lies just outside the region above `pixel_threshold`, for a thin defect must not vanish

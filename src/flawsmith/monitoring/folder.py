@@ -17,8 +17,8 @@ from tqdm import tqdm
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder
 from flawsmith.images import MAX_PIXELS, FloatImage, read_image, resize_image
-from flawsmith.inference.folder import InputFile, Unreadable, find_images
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.sources import InputFile, Unreadable, find_images
 from flawsmith.layout import Layout
 from flawsmith.monitoring.drift import DriftReport, judge
 from flawsmith.monitoring.reference import Measurement, load_reference, measure

@@ -20,9 +20,9 @@ from PIL import Image
 from flawsmith.evaluation.figures import DARK, LIGHT, Theme
 from flawsmith.files import atomic_file, write_csv, write_json
 from flawsmith.images import FloatImage
-from flawsmith.inference.folder import Unreadable
 from flawsmith.inference.overlay import draw_overlay
 from flawsmith.inference.predictor import Predictor, is_defective
+from flawsmith.inference.sources import Unreadable
 from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport
 from flawsmith.monitoring.reference import LOOKS, Measurement
 from flawsmith.settings import MonitorSettings, section_values

@@ -25,8 +25,8 @@ from mlflow.types.schema import AnyType, Array, Object, Property
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import MAX_PIXELS, FloatImage, decode_image
+from flawsmith.inference.answers import describe
 from flawsmith.inference.codec import encode_map
-from flawsmith.inference.folder import describe
 from flawsmith.inference.predictor import Predictor
 
 with warnings.catch_warnings():  # MLflow's own classes warn of their type hints when they are first imported
@@ -95,6 +95,7 @@ def signature() -> ModelSignature:
     whole = ("x", "y", "width", "height", "peak_x", "peak_y")
     region = [Property(name, DataType.long) for name in whole]
     region += [Property(name, DataType.double) for name in ("area", "peak")]
+    region.append(Property("polygon", Array(Array(DataType.double))))
     outputs = [
         ColSpec(DataType.string, "verdict"),
         *(ColSpec(DataType.double, name) for name in ("score", "threshold", "peak_value")),

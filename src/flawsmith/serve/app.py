@@ -35,8 +35,8 @@ from starlette.requests import ClientDisconnect
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import decode_image
+from flawsmith.inference.answers import describe, draw
 from flawsmith.inference.codec import encode_map, encode_png
-from flawsmith.inference.folder import describe, draw
 from flawsmith.serve.models import Loaded, ModelSlot
 from flawsmith.serve.telemetry import Telemetry
 
@@ -81,6 +81,7 @@ class Region(BaseModel):
     peak: float
     peak_x: int
     peak_y: int
+    polygon: list[tuple[float, float]]
 
 
 class Model(BaseModel):

@@ -1,0 +1,321 @@
+"""A hot folder with real processes: slow copies, renames, restarts, kills, broken files, signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from line_samples import BRIGHT, DARK, call, json_lines, plate, start, wait_until
+from PIL import Image
+
+import flawsmith.inference.watch as watch_module
+from flawsmith.errors import UserError
+from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.watch import Journal, watch_folder
+
+POLL = 0.1
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Path:
+    folder = tmp_path / "line"
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def watching(model: Path, line: Path, out: Path, *options: object) -> Iterator["subprocess.Popen[str]"]:
+    """A real watch; ends by SIGTERM with exit status 0 unless the test ended it otherwise."""
+    process = start(model, "--watch", line, "--out", out, "--poll", POLL, *options)
+    try:
+        wait_until(lambda: (out / "results.jsonl").exists() or process.poll() is not None, "the watch to begin")
+        yield process
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), err
+        assert "Traceback" not in err
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def verdicts(out: Path) -> list[tuple[str, str]]:
+    return [(row["file"], row["verdict"]) for row in json_lines(out / "results.jsonl")]
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_images_are_scored_as_they_arrive_once_each(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plate(line / "before.png")
+    with watching(model, line, out, "--masks", "--jsonl", "-") as process:
+        wait_until(lambda: len(verdicts(out)) == 1, "the image that lay there")
+        plate(line / "shift1" / "a.png", bright=True)
+        (line / "notes.txt").write_text("passed over")
+        plate(line / ".hidden" / "b.png")
+        wait_until(lambda: len(verdicts(out)) == 2, "the image that came")
+        time.sleep(5 * POLL)  # looks that find nothing new
+        os.utime(line / "before.png")  # touched, not changed
+        time.sleep(5 * POLL)
+        process.send_signal(signal.SIGTERM)
+        followed, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert verdicts(out) == [("before.png", "good"), ("shift1/a.png", "defective")]
+    assert [json.loads(row) for row in followed.splitlines()] == json_lines(out / "results.jsonl")
+    assert "2 files: 1 good, 1 defective, 0 unreadable." in err
+    pictures = {f"{kind}/{name}.png" for kind in ("overlays", "masks") for name in ("before.png", "shift1/a.png")}
+    assert files_of(out) - {".lock"} == {"results.jsonl", "model.json", *pictures}
+    row = json_lines(out / "results.jsonl")[1]
+    assert (row["overlay"], row["mask"]) == ("overlays/shift1/a.png.png", "masks/shift1/a.png.png")
+    with Image.open(out / row["mask"]) as mask:
+        pixels = np.asarray(mask)
+    assert pixels.shape == (48, 64)
+    assert set(np.unique(pixels)) == {0, 255}
+    (region,) = row["regions"]
+    assert (pixels > 0).sum() == pytest.approx(region["area"])
+
+
+def test_a_slow_copy_is_waited_for_and_a_rename_is_not_missed(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    noise = np.random.default_rng(0).integers(DARK, DARK + 9, (300, 400, 3), np.uint8)
+    noise[:40] = BRIGHT
+    Image.fromarray(noise).save(tmp_path / "big.png")
+    content = (tmp_path / "big.png").read_bytes()
+    with watching(model, line, out) as process:
+        with (line / "slow.png").open("wb") as stream:
+            for begin in range(0, len(content), len(content) // 25):
+                stream.write(content[begin : begin + len(content) // 25])
+                stream.flush()
+                time.sleep(POLL / 2)
+                assert not any(name == "slow.png" for name, _ in verdicts(out))
+            stream.write(b"")
+        (line / ".part").write_bytes(content)
+        (line / ".part").rename(line / "renamed.png")
+        wait_until(lambda: len(verdicts(out)) == 2, "both")
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+        assert process.returncode == 0
+    assert sorted(verdicts(out)) == [("renamed.png", "defective"), ("slow.png", "defective")]
+
+
+def test_a_stalled_copy_is_not_called_broken(
+    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks complete for a while, cannot be read, and is left alone until it has been still for longer."""
+    monkeypatch.setattr(watch_module, "GRACE", 3.0)
+    content = plate(tmp_path / "a.png", size=(200, 200)).read_bytes()
+    (line / "a.png").write_bytes(content[: len(content) // 2])
+    read: list[str] = []
+    load = watch_module.read_image
+
+    def seen(path: Path, max_pixels: int) -> Any:
+        read.append(path.name)
+        if len(read) == 1:
+            threading.Timer(0.5, lambda: (line / "a.png").write_bytes(content)).start()
+        return load(path, max_pixels)
+
+    monkeypatch.setattr(watch_module, "read_image", seen)
+    report = watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=1.0)
+    assert (report.good, report.unreadable) == (1, 0)
+    assert verdicts(tmp_path / "out") == [("a.png", "good")]
+    assert len(read) == 2
+
+
+def test_a_broken_file_gets_one_line_and_the_watch_goes_on(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with watching(model, line, out):
+        (line / "bad.png").write_bytes(b"no image")
+        (line / "empty.jpg").touch()
+        plate(line / "good.png")
+        wait_until(lambda: len(verdicts(out)) == 3, "three lines")
+        plate(line / "bad.png", bright=True)  # repaired under the same name
+        wait_until(lambda: len(verdicts(out)) == 4, "the repaired one")
+    assert verdicts(out)[0] == ("good.png", "good")
+    assert sorted(verdicts(out)[1:3]) == [("bad.png", "unreadable"), ("empty.jpg", "unreadable")]
+    assert verdicts(out)[3] == ("bad.png", "defective")
+    for row in json_lines(out / "results.jsonl")[1:3]:
+        assert row["error"].startswith(f"{row['file']} cannot be read as an image")
+
+
+def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in "abc":
+        plate(line / f"{name}.png")
+    idle = ("--watch-idle", 1, "--poll", POLL)
+    assert call(model, "--watch", line, "--out", out, *idle).returncode == 0
+    assert [name for name, _ in verdicts(out)] == ["a.png", "b.png", "c.png"]
+    before = (out / "results.jsonl").read_bytes()
+    again = call(model, "--watch", line, "--out", out, *idle)
+    assert again.stdout.startswith("0 files")
+    assert (out / "results.jsonl").read_bytes() == before
+    plate(line / "d.png")  # what came while nobody watched, ...
+    old = (line / "a.png").stat()
+    (line / "b.png").unlink()
+    plate(line / "b.png", bright=True)  # ... what was replaced by something else, ...
+    content = (line / "c.png").read_bytes()
+    (line / "c.png").unlink()
+    (line / "c.png").write_bytes(content)  # ... or by itself, ...
+    plate(line / "a.png", shade=DARK + 1)
+    os.utime(line / "a.png", ns=(old.st_atime_ns, old.st_mtime_ns))  # ... or with its old time
+    done = call(model, "--watch", line, "--out", out, *idle, "--fail-on-defect")
+    assert done.returncode == 3
+    assert (out / "results.jsonl").read_bytes().startswith(before)
+    assert sorted(verdicts(out)[3:]) == [("a.png", "good"), ("b.png", "defective"), ("d.png", "good")]
+
+
+def test_a_kill_in_the_middle_loses_and_doubles_no_line(model: Path, line: Path, tmp_path: Path) -> None:
+    """Killed with -9 again and again, at whatever it was doing; torn last lines are taken back."""
+    out = tmp_path / "out"
+    names = [f"{index:03}.png" for index in range(60)]
+    for index, name in enumerate(names):
+        plate(line / name, bright=index % 7 == 0, shade=DARK + index)
+    for kill in range(4):
+        before = len(json_lines(out / "results.jsonl"))
+        with watching(model, line, out, "--batch", 4, "--masks") as process:
+            wait_until(lambda seen=before: len(json_lines(out / "results.jsonl")) >= seen + 5, "some lines")  # type: ignore[misc]
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+        if kill % 2:
+            with (out / "results.jsonl").open("ab") as stream:
+                stream.write(b'{"file": "torn.png", "verd')
+    done = call(model, "--watch", line, "--out", out, "--poll", POLL, "--watch-idle", 1, "--masks")
+    assert done.returncode == 0, done.stderr
+    rows = json_lines(out / "results.jsonl")
+    assert sorted(row["file"] for row in rows) == names
+    assert {row["file"] for row in rows if row["verdict"] == "defective"} == set(names[::7])
+    assert b"torn" not in (out / "results.jsonl").read_bytes()
+    assert files_of(out / "masks") == files_of(out / "overlays") == {f"{name}.png" for name in names}
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plate(line / "a.png")
+    load = watch_module.read_image
+    read: list[Path] = []
+
+    def replaced(path: Path, max_pixels: int) -> Any:
+        read.append(path)
+        image = load(path, max_pixels)
+        if len(read) == 1:
+            plate(tmp_path / "new.png", bright=True).replace(path)
+        return image
+
+    monkeypatch.setattr(watch_module, "read_image", replaced)
+    watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=0.5)
+    assert verdicts(tmp_path / "out") == [("a.png", "defective")]  # the first content was never whole to us
+
+
+def test_a_file_that_is_taken_away_leaves_no_line(
+    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plate(line / "a.png")
+    plate(line / "b.png")
+    digest = watch_module.digest_file
+
+    def taken(path: Path) -> str:
+        (line / "a.png").unlink(missing_ok=True)
+        return digest(path)
+
+    monkeypatch.setattr(watch_module, "digest_file", taken)
+    report = watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=0.5)
+    assert report.total == 1
+    assert verdicts(tmp_path / "out") == [("b.png", "good")]
+
+
+def test_the_folder_may_vanish_and_come_back(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with watching(model, line, out) as process:
+        shutil.rmtree(line)
+        time.sleep(5 * POLL)
+        assert process.poll() is None
+        plate(line / "a.png")
+        wait_until(lambda: len(verdicts(out)) == 1, "the folder's return")
+
+
+def test_it_ends_after_its_time_with_results_inside_the_watched_folder(model: Path, line: Path) -> None:
+    plate(line / "a.png")
+    began = time.monotonic()
+    done = call(model, "--watch", line, "--out", line / "out", "--watch-for", 4, "--poll", POLL)
+    assert done.returncode == 0
+    assert time.monotonic() - began < 90
+    assert verdicts(line / "out") == [("a.png", "good")]  # overlays are no arrivals
+
+
+def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) -> None:
+    for index in range(200):
+        (line / f"{index}.txt").touch()
+    began = time.process_time()
+    watch_folder(Predictor(model), line, tmp_path / "out", poll=0.2, seconds=4)
+    assert time.process_time() - began < 1.2
+
+
+def test_two_watches_never_share_their_results(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with watching(model, line, out):
+        second = call(model, "--watch", line, "--out", out, "--watch-for", 1)
+    assert second.returncode == 2
+    assert "Another watch writes into" in second.stderr
+
+
+def test_results_of_something_else_are_left_alone(
+    model: Path, write_model: Callable[..., Path], line: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    plate(line / "a.png")
+    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    lines = (out / "results.jsonl").read_bytes()
+    other = Predictor(write_model(detector_digest="cd" * 32))
+    with pytest.raises(UserError, match="results of another model"):
+        watch_folder(other, line, out, poll=0.01, seconds=0.1)
+    with pytest.raises(UserError, match="another model or threshold"):
+        watch_folder(Predictor(model, threshold=0.9), line, out, poll=0.01, seconds=0.1)
+    assert call(model, line, "--out", out).returncode == 2  # a plain predict would replace the journal
+    assert (out / "results.jsonl").read_bytes() == lines
+    for mine in (line, tmp_path):
+        with pytest.raises(UserError, match=r"holds the watched folder"):
+            watch_folder(other, line, mine, poll=0.01, seconds=0.1)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"no results of a watch \(such as thesis\.tex\)"):
+        watch_folder(other, line, tmp_path / "docs", poll=0.01, seconds=0.1)
+    with pytest.raises(UserError, match="is no folder"):
+        watch_folder(other, tmp_path / "nowhere", tmp_path / "new", poll=0.01, seconds=0.1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_journal_is_named_and_not_touched(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plate(line / "a.png")
+    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    content = b"\x00\x00\n" + (out / "results.jsonl").read_bytes() + b"torn"
+    (out / "results.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"results\.jsonl is damaged in line 1"):
+        watch_folder(Predictor(model), line, out, poll=0.01, seconds=0.1)
+    assert (out / "results.jsonl").read_bytes() == content
+
+
+def test_odd_names_are_written_and_known_again(model: Path, line: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"odd\xff \n.png")
+    plate(tmp_path / "a.png").rename(line / odd)
+    out = tmp_path / "out"
+    for _ in range(2):
+        watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1, overlays=False)
+        assert verdicts(out) == [(odd, "good")]
+    journal = Journal(out / "results.jsonl")
+    assert set(journal.known) == {odd}
+    journal.close()
