@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.intervals import blocks
 from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
+from flawsmith.inference.network import Network
 from flawsmith.surfaces import GOOD, LabelledImage, load_image, load_labelled
 from flawsmith.triplets import VALIDATION, TripletFolder
 
@@ -92,6 +93,11 @@ def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int
         ),
         *(Item(f"defect/{identity}.png", SYNTHETIC, partial(defect, identity)) for identity in sorted(sources)),
     )
+
+
+def network_scorer(network: Network) -> Scorer:
+    """An exported network as a `Scorer`, for images of its input's size."""
+    return network.run
 
 
 def torch_scorer(detector: "nn.Module", device: str | None = None) -> Scorer:

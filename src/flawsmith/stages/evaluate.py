@@ -6,6 +6,7 @@ report.html. `run_baseline` judges the kNN baseline alone, which needs the data 
 """
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,20 @@ from flawsmith.evaluation.assess import KEYS, Assessment, assess, measure
 from flawsmith.evaluation.fidelity import MAX_CROPS, Fidelity, compare, crop, defect_place, pick, random_place
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import Subject, summary, write_report
-from flawsmith.evaluation.scoring import Item, labelled_items, normal_items, open_spools, torch_scorer, triplet_items
+from flawsmith.evaluation.scoring import (
+    Item,
+    Scorer,
+    labelled_items,
+    network_scorer,
+    normal_items,
+    open_spools,
+    torch_scorer,
+    triplet_items,
+)
+from flawsmith.export.onnx import export_network
 from flawsmith.files import atomic_folder
 from flawsmith.images import FloatImage, resize_image, resize_mask
+from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
@@ -73,10 +85,11 @@ def run(layout: Layout) -> None:
     inputs = {"distill": weights, **_inputs(layout, judged)}
     if _triplet_ids(layout):
         inputs["synthesize"] = layout.stage("synthesize")
-    with stage_run(layout, STAGE, inputs, _params(layout)) as tracked:
+    params = _params(layout) | {"export": {"opset": layout.settings.export.opset}}
+    with stage_run(layout, STAGE, inputs, params) as tracked:
         baseline = fit_baseline(layout, judged.foreign_to(split.fit))
         result = assess(
-            torch_scorer(load_detector(weights)),
+            exported_scorer(layout, weights),
             torch_scorer(baseline),
             judged.items,
             normal_items(split.calibration, data.image_size, data.max_pixels),
@@ -95,6 +108,20 @@ def run(layout: Layout) -> None:
             tracked.log_artifact(out / name)
         tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv", "parity": out / "parity"})
     log.info("%s: %s", layout.category, summary(result))
+
+
+def exported_scorer(layout: Layout, weights: Path) -> Scorer:
+    """The trained detector as every later user runs it: exported, in onnxruntime, so that the threshold is chosen, and
+    the figures are measured, on the answers that the product gives.
+
+    Raises:
+        UserError: `weights` holds no detector.
+        FlawsmithError: the detector does not export.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"  # it has no threshold yet, so it is no model
+        export_network(load_detector(weights), layout.settings.data.image_size, layout.settings.export.opset, path)
+        return network_scorer(Network(path))
 
 
 def run_baseline(layout: Layout) -> None:
