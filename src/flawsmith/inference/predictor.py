@@ -12,14 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, resize_image
+from flawsmith.images import FloatImage
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.network import Network
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The verdict on one image; `anomaly_map` is `(S, S)` at the model's input size, higher = more anomalous."""
+    """The verdict on one image; higher map values are more anomalous.
+
+    `anomaly_map` is `(S, S)` at the model's input size, or `(h, w)` at the image's working resolution of a model that
+    looks at tiles.
+    """
 
     score: float
     is_defective: bool
@@ -53,26 +57,38 @@ class Predictor:
                 f"{model_path} takes images of side {self._network.input_size}, not (batch, 3, {size}, {size}) as its "
                 "metadata says; export the model again."
             )
+        self.tiling = self.metadata.tiling
         self.threshold = _chosen("threshold", threshold, self.metadata.threshold)
         self.pixel_threshold = _chosen("pixel_threshold", pixel_threshold, self.metadata.pixel_threshold)
 
     def predict(self, images: Sequence[FloatImage]) -> list[Prediction]:
-        """Score RGB images `(3, H, W)` in [0, 1] of any sizes, all in one batch: memory grows with their number.
+        """Score RGB images `(3, H, W)` in [0, 1] of any sizes: memory grows with their number.
 
         Raises:
             UserError: an image has another shape or range.
             FlawsmithError: the model answers with NaN or infinity, which no threshold could judge.
         """
-        if not images:
-            return []
         for index, image in enumerate(images):
             _check_image(image, index)
-        size = self.metadata.input_size
-        batch = np.stack([resize_image(image, size) for image in images])
-        maps, scores = self._network.run(batch)
+        return self._judge([self.tiling.prepare(image) for image in images])
+
+    def predict_prepared(self, images: Sequence[FloatImage]) -> list[Prediction]:
+        """As `predict`, of images that are at this model's working resolution already: only what a tile is cut from may
+        be scored twice without being resized twice. A model without tiles stretches them as it does any image.
+
+        Raises:
+            UserError, FlawsmithError: as `predict`.
+        """
+        if not self.tiling.is_tiled:
+            return self.predict(images)
+        for index, image in enumerate(images):
+            _check_image(image, index)
+        return self._judge(images)
+
+    def _judge(self, prepared: Sequence[FloatImage]) -> list[Prediction]:
         return [
-            Prediction(float(score), is_defective(float(score), self.threshold), anomaly_map)
-            for anomaly_map, score in zip(maps, scores, strict=True)
+            Prediction(score, is_defective(score, self.threshold), anomaly_map)
+            for anomaly_map, score in self.tiling.answer(self._network.run, prepared)
         ]
 
 

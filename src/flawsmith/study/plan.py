@@ -19,7 +19,7 @@ import yaml
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file, digest_json, digest_path
 from flawsmith.layout import Layout
-from flawsmith.settings import SECTIONS, Settings, load_settings, section_values
+from flawsmith.settings import SECTIONS, Settings, deciding_values, load_settings, section_values
 from flawsmith.surfaces import PARTS
 
 KNN = "knn"
@@ -341,7 +341,7 @@ def settings_content(settings: Settings) -> dict[str, Any]:
 def _deciding(settings: Settings, name: str) -> dict[str, Any]:
     """A section's values, or the one key's, but for where the images lie: their content is digested."""
     section, _, only = name.partition(".")
-    values = section_values(getattr(settings, section.replace("-", "_")))
+    values = deciding_values(getattr(settings, section.replace("-", "_")))
     return {
         key: value for key, value in values.items() if (section, key) != ("data", "root") and (not only or key == only)
     }
