@@ -141,9 +141,10 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("scale", "limit"), [(1.0, 100), (0.5, 110)])
+@pytest.mark.parametrize(("scale", "limit"), [(1.0, 100), (0.5, 180)])
 def test_a_large_image_costs_its_map_and_one_batch(tmp_path: Path, scale: float, limit: float) -> None:
-    """8000 x 2000 pixels, 183 MiB: the map is 61 MiB; at half scale it is 15 MiB and the resized image 46 MiB.
+    """8000 x 2000 pixels, 183 MiB: the map is 61 MiB; at half scale it is 15 MiB, the resized image 46 MiB, and while
+    that is made one channel of the original, once in full and once half-way, 92 MiB.
 
     All 324 tiles of 256 pixels together would be 243 MiB."""
     model = write_toy(tmp_path / "model.onnx", scale=scale, tile_overlap=32, input_size=256)
