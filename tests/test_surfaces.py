@@ -1,6 +1,7 @@
 """A category folder: what is found, how it is split, and which mistakes of a user are named."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -8,20 +9,27 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from flawsmith import surfaces
 from flawsmith.errors import UserError
-from flawsmith.images import write_png
-from flawsmith.settings import load_settings
+from flawsmith.images import read_image, read_size, resize_image, write_png
+from flawsmith.settings import DataSettings, load_settings
 from flawsmith.surfaces import (
     GOOD,
     PARTS,
     LabelledImage,
     Surface,
+    Tile,
+    even_shares,
+    iter_tiles,
     labelled_part,
-    load_image,
     load_images,
     load_labelled,
+    load_tiles,
+    plan_tiles,
 )
+from flawsmith.tiling import Tiling
 
 SIZE = 8
 
@@ -124,12 +132,12 @@ def test_the_labelled_test_set(tmp_path: Path) -> None:
     ]
     assert found[0].mask_path is None
     assert found[1].mask_path == surface.folder / "ground_truth" / "scratch" / "000_mask.png"
-    image, mask = load_labelled(found[0], SIZE)
+    image, mask = load_labelled(found[0], Tiling(SIZE))
     assert image.shape == (3, SIZE, SIZE)
     assert not mask.any()
-    _, mask = load_labelled(found[1], SIZE)
+    _, mask = load_labelled(found[1], Tiling(SIZE))
     assert mask.sum() == 4
-    _, mask = load_labelled(found[1], SIZE // 2)
+    _, mask = load_labelled(found[1], Tiling(SIZE // 2))
     assert mask.sum() == 1
 
 
@@ -219,14 +227,14 @@ def test_an_empty_mask_is_refused(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.zeros((SIZE, SIZE), np.bool_))
     with pytest.raises(UserError, match=r"000_mask\.png marks no pixel; move its image to test/good"):
-        load_labelled(surface.labelled_test()[1], SIZE)
+        load_labelled(surface.labelled_test()[1], Tiling(SIZE))
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.ones((4, 6), np.bool_))
     with pytest.raises(UserError, match=r"is 6 x 4 pixels but 000\.png is 8 x 8"):
-        load_labelled(surface.labelled_test()[1], SIZE)
+        load_labelled(surface.labelled_test()[1], Tiling(SIZE))
 
 
 def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:
@@ -234,13 +242,90 @@ def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:
     images = load_images(paths, SIZE)
     assert images.shape == (2, 3, SIZE, SIZE)
     np.testing.assert_allclose(images[0], 10 / 255, atol=1e-6)
-    np.testing.assert_array_equal(images[1], load_image(paths[1], SIZE))
+    np.testing.assert_array_equal(images[1], load_images(paths[1:], SIZE)[0])
 
 
 def test_the_size_limit_reaches_every_reader(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     for item in surface.labelled_test():
         with pytest.raises(UserError, match="over the limit of 63"):
-            load_labelled(item, SIZE, max_pixels=63)
+            load_labelled(item, Tiling(SIZE), max_pixels=63)
     with pytest.raises(UserError, match="over the limit of 63"):
-        load_image(surface.labelled_test()[0].path, SIZE, max_pixels=63)
+        load_images([surface.labelled_test()[0].path], SIZE, max_pixels=63)
+    for scale in (0.0, 0.5):
+        data = replace(tiled_data(scale), max_megapixels=63e-6)
+        with pytest.raises(UserError, match="over the limit of 63"):
+            list(iter_tiles(plan_tiles([surface.labelled_test()[0].path], data), data))
+
+
+def tiled_data(scale: float, **changes: object) -> DataSettings:
+    base = DataSettings("data", 32, 0.2, 0, 100, scale, tile_overlap=8, max_tiles=100)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def drawn(path: Path, height: int, width: int, seed: int) -> Path:
+    write_png(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    return path
+
+
+def test_without_a_scale_each_image_is_one_stretched_tile(tmp_path: Path) -> None:
+    paths = [drawn(tmp_path / f"{index}.png", 20 + index, 90, index) for index in range(3)]
+    data = tiled_data(0.0, max_tiles=2)  # decides nothing without tiles
+    tiles = plan_tiles(paths, data)
+    assert tiles == tuple(Tile(path) for path in paths)
+    stretched = np.rint(load_images(paths, 32) * 255).astype(np.uint8)
+    np.testing.assert_array_equal(load_tiles(tiles, data), stretched)
+
+
+def test_tiles_are_cut_from_the_scaled_image_and_each_image_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [drawn(tmp_path / "a.png", 100, 160, 0), drawn(tmp_path / "b.png", 20, 300, 1)]
+    data, decoded = tiled_data(0.5), []
+    tiles = plan_tiles(paths, data)
+    assert {tile.path for tile in tiles} == set(paths)
+    monkeypatch.setattr(surfaces, "read_image", lambda path, limit: (decoded.append(path), read_image(path, limit))[1])
+    for tile, pixels in zip(tiles, iter_tiles(tiles, data), strict=True):
+        assert pixels.shape == (3, 32, 32)
+        assert tile.place is not None
+        height, width = (50, 80) if tile.path == paths[0] else (10, 150)
+        whole = resize_image(read_image(tile.path), (height, width))
+        inside = whole[:, tile.place[0] :, tile.place[1] :][:, :32, :32]
+        np.testing.assert_array_equal(pixels[:, : inside.shape[1], : inside.shape[2]], inside)
+    assert decoded == paths
+
+
+def test_a_cap_takes_tiles_evenly_and_shows_all_parts(tmp_path: Path) -> None:
+    paths = [drawn(tmp_path / f"{index}.png", 128, 128, index) for index in range(8)]
+    everything = plan_tiles(paths, tiled_data(1.0, max_tiles=1000))
+    capped = plan_tiles(paths, tiled_data(1.0, max_tiles=43))
+    assert len(capped) == 43
+    assert set(capped) <= set(everything)
+    assert list(capped) == [tile for tile in everything if tile in set(capped)]
+    assert {sum(tile.path == path for tile in capped) for path in paths} == {5, 6}
+    assert len({tile.place for tile in capped}) > 20  # of 25; without a shift from image to image 6
+    assert plan_tiles(paths, tiled_data(1.0, max_tiles=43)) == capped
+    assert len({tile.path for tile in plan_tiles(paths, tiled_data(1.0, max_tiles=3))}) == 3
+
+
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 200))
+def test_shares_are_even_and_use_all_that_is_allowed(available: list[int], limit: int) -> None:
+    shares = even_shares(available, limit)
+    assert sum(shares) == min(limit, sum(available))
+    assert all(0 <= share <= count for share, count in zip(shares, available, strict=True))
+    least = min(
+        (share for share, count in zip(shares, available, strict=True) if share < count), default=max(shares, default=0)
+    )
+    assert max(shares, default=0) <= least + 1
+
+
+def test_an_image_turned_by_its_camera_is_cut_as_it_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (200, 64)).save(path, exif=exif)
+    data = tiled_data(0.5)
+    assert read_size(path) == read_image(path).shape[1:] == (200, 64)
+    tiles = plan_tiles([path], data)
+    assert len(tiles) == 4
+    assert len(load_tiles(tiles, data)) == 4

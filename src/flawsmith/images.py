@@ -49,11 +49,7 @@ def decode_image(stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS) -> F
         UserError: as `read_image`.
     """
     with _named(name), Image.open(stream, formats=FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            raise UserError(
-                f"{name} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "
-                "crop or tile it first."
-            )
+        _check_pixels(image, name, max_pixels)
         upright = _upright(image)
         if upright.mode.startswith(("I", "F")):  # one channel of more than 8 bits: convert("RGB") would clip it
             pixels = np.repeat(_scale_deep(np.asarray(upright), name)[..., None], 3, axis=2)
@@ -86,28 +82,44 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> Mask:
     return gray > 0.5
 
 
-def resize_image(image: FloatImage, size: int) -> FloatImage:
-    """Stretch `(3, H, W)` to `(3, size, size)` with an antialiased bilinear filter; the one resize of the product."""
-    if image.shape[1:] == (size, size):
+def resize_image(image: FloatImage, size: int | tuple[int, int]) -> FloatImage:
+    """Stretch `(3, H, W)` to `(3, size, size)`, or to the height and width of a pair, with an antialiased bilinear
+    filter; the one resize of the product."""
+    height, width = _pair(size)
+    if image.shape[1:] == (height, width):
         return image
-    channels = [
-        np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR)) for channel in image
-    ]
-    return np.clip(np.stack(channels), 0, 1)
+    resized = np.empty((len(image), height, width), np.float32)
+    for channel, out in zip(image, resized, strict=True):  # into place: a large image is not held twice
+        stretched = np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
+        np.clip(stretched, 0, 1, out=out)
+    return resized
 
 
-def resize_mask(mask: Mask, size: int) -> Mask:
-    """Stretch a mask `(H, W)` to `(size, size)`: a pixel is set if at least half of its area was.
+def resize_mask(mask: Mask, size: int | tuple[int, int]) -> Mask:
+    """Stretch a mask `(H, W)` to `(size, size)`, or to a pair: a pixel is set if at least half of its area was.
 
     If that would lose a non-empty mask altogether, any coverage counts: a faint scratch stays a labelled defect.
     """
-    if mask.shape == (size, size):
+    height, width = _pair(size)
+    if mask.shape == (height, width):
         return mask
     coverage = np.asarray(
-        Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX), np.float32
+        Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX), np.float32
     )
     half = coverage >= 0.5
     return half if half.any() or not mask.any() else coverage > 0
+
+
+def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of what `read_image` answers, without its floats.
+
+    Raises:
+        UserError: as `read_image`, but for values out of range.
+    """
+    with _named(path), path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        _check_pixels(image, path, max_pixels)
+        upright = _upright(image)
+        return upright.height, upright.width
 
 
 def to_uint8(image: FloatImage) -> NDArray[np.uint8]:
@@ -179,6 +191,18 @@ def _named(path: Path | str) -> Iterator[None]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
         reason = re.sub(r"<_io\.[^>]*>", "the file", str(error)).replace(str(path), "the file") or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
+
+
+def _check_pixels(image: Image.Image, path: Path | str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise UserError(
+            f"{path} has {image.width} x {image.height} pixels, over the limit of {max_pixels:,}; "
+            "crop or tile it first."
+        )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _upright(image: Image.Image) -> Image.Image:

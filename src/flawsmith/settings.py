@@ -19,6 +19,8 @@ import yaml
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json
 
+MIN_SCALE = 0.01  # of data.scale but 0
+TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # of `data`; without a scale they decide nothing
 FEATHER_REACH = 2  # pixels beyond synthesize.feather that a blended defect may still change
 
 
@@ -36,6 +38,14 @@ class DataSettings:
     calibration_fraction: float = setting("share of train/good that only calibrates", 0.01, 0.5)
     split_seed: int = setting("seed of the fit/calibration split", 0)
     max_megapixels: float = setting("images larger than this are refused before decoding", 0.01, 10_000)
+    scale: float = setting(
+        "0 stretches every image to image_size x image_size; else the factor it is resized by before it is cut into "
+        "tiles of that size",
+        0.0,
+        2.0,
+    )
+    tile_overlap: int = setting("pixels by which neighbouring tiles overlap at least; up to half a tile", 0, 1024)
+    max_tiles: int = setting("most tiles of normal images that training holds, taken evenly from the images", 2)
 
     @property
     def max_pixels(self) -> int:
@@ -377,9 +387,18 @@ def section_values(section: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(section).items()}
 
 
+def deciding_values(section: Any) -> dict[str, Any]:
+    """`section_values` without what decides nothing: without tiles, how they would be cut.
+
+    So a digest tells what really differs, and stays what it was before those keys were known.
+    """
+    ignored = TILE_KEYS if isinstance(section, DataSettings) and not section.scale else ()
+    return {key: value for key, value in section_values(section).items() if key not in ignored}
+
+
 def settings_digest(*sections: Any) -> str:
     """SHA-256 of sections: what a checkpoint was made with."""
-    return digest_json({type(section).__name__: section_values(section) for section in sections})
+    return digest_json({type(section).__name__: deciding_values(section) for section in sections})
 
 
 def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], source: str) -> Any:
@@ -429,6 +448,7 @@ def _check_together(settings: Settings, source: str) -> None:
     levels, multiple = len(settings.teacher.out_indices), ddpm.multiple
     if size % 32:
         raise UserError(f"{source}: `data.image_size` is {size}; it must be a multiple of 32.")
+    _check_tiles(settings.data, source)
     if levels != 3 or list(settings.teacher.out_indices) != sorted(set(settings.teacher.out_indices)):
         raise UserError(f"{source}: `teacher.out_indices` must name three levels, finest first.")
     for name, sides in (("ddpm-train.crop", (ddpm.crop,)), ("synthesize.windows", synthesis.windows)):
@@ -470,6 +490,19 @@ def _check_together(settings: Settings, source: str) -> None:
     used = [weight for place, weight in enumerate(weights) if settings.distill.memory or place != answered]
     if len(weights) != answered + 2 or not any(used):
         raise UserError(f"{source}: `distill.map_weights` needs {answered + 2} values, not all 0.")
+
+
+def _check_tiles(data: DataSettings, source: str) -> None:
+    if 0 < data.scale < MIN_SCALE:
+        raise UserError(
+            f"{source}: `data.scale` is {data.scale:g}; it must be 0 (the whole image is stretched) or from "
+            f"{MIN_SCALE:g} to 2."
+        )
+    if data.scale and data.tile_overlap > data.image_size // 2:
+        raise UserError(
+            f"{source}: `data.tile_overlap` is {data.tile_overlap}; it must be at most half of data.image_size "
+            f"({data.image_size // 2})."
+        )
 
 
 def _check_synthesis(settings: Settings, source: str) -> None:

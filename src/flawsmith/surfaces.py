@@ -5,12 +5,14 @@
     <category>/test/<defect>/*         optional; defective images
     <category>/ground_truth/<defect>/<stem>_mask.png
 
+What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
+
 Only `labelled_test` opens `test`, and only the evaluate stage calls it. `labelled_part` halves what it finds by a fixed
 rule: a research half to look at as often as one likes, and a report half for final figures alone.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.errors import UserError
-from flawsmith.images import MAX_PIXELS, SUFFIXES, Mask, read_image, read_mask, resize_image, resize_mask, to_uint8
+from flawsmith.images import (
+    MAX_PIXELS,
+    SUFFIXES,
+    FloatImage,
+    Mask,
+    read_image,
+    read_mask,
+    read_size,
+    resize_image,
+    to_uint8,
+)
+from flawsmith.settings import DataSettings
+from flawsmith.tiling import Place, Tiling
 
 GOOD = "good"
 PARTS = ("all", "research", "report")
@@ -142,30 +156,102 @@ def _rank(image: LabelledImage) -> bytes:
     return hashlib.sha256(f"{image.defect}/{image.path.stem}".encode()).digest()
 
 
-def load_image(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
-    """Read one image and bring it to the model's `(3, size, size)`."""
-    return resize_image(read_image(path, max_pixels), size)
+@dataclass(frozen=True)
+class Tile:
+    """What a model sees at once of an image: all of it, stretched (no `place`), or a tile.
+
+    `place` is the tile's top and left in pixels at working resolution (`tiling.Tiling`).
+    """
+
+    path: Path
+    place: Place | None = None
+
+
+def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
+    """What training sees of images, in their order: each image once, or with `data.scale` up to `data.max_tiles` tiles.
+
+    Where there are more, every image gives as many as any other, as far as it has them, evenly spaced over it and
+    shifted from image to image, so that together they show all parts. Images are decoded for their size alone.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    tiling = Tiling.of(data)
+    if not tiling.is_tiled:
+        return tuple(Tile(path) for path in paths)
+    found = [tiling.places(*tiling.shape(*read_size(path, data.max_pixels))) for path in paths]
+    shares = even_shares([len(places) for places in found], data.max_tiles)
+    return tuple(
+        Tile(path, places[place])
+        for number, (path, places, share) in enumerate(zip(paths, found, shares, strict=True))
+        for place in _spread(len(places), share, number)
+    )
+
+
+def even_shares(available: Sequence[int], limit: int) -> list[int]:
+    """How much each gives so that the sum is at most `limit` and nobody gives more than another that could give more,
+    but for a remainder of one each, which evenly spaced ones give."""
+    shares = [0] * len(available)
+    left, open_ = min(limit, sum(available)), [place for place, count in enumerate(available) if count]
+    while left >= len(open_) > 0:
+        step = min(left // len(open_), min(available[place] - shares[place] for place in open_))
+        for place in open_:
+            shares[place] += step
+        left -= step * len(open_)
+        open_ = [place for place in open_ if shares[place] < available[place]]
+    for number in range(left):
+        shares[open_[number * len(open_) // left]] += 1
+    return shares
+
+
+def _spread(count: int, wanted: int, number: int) -> list[int]:
+    """`wanted` of `count` places in order, evenly spaced; the first is shifted by the golden ratio an image."""
+    start = (number * 0.6180339887498949) % 1.0
+    return sorted({int((step + start) * count / wanted) % count for step in range(wanted)})
+
+
+def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage]:
+    """The pixels `(3, image_size, image_size)` of tiles in their order; an image is decoded once for all that follow
+    each other."""
+    tiling = Tiling.of(data)
+    path, padded = None, np.zeros((3, 0, 0), np.float32)
+    for tile in tiles:
+        if tile.path != path:
+            path, padded = tile.path, tiling.pad(load_prepared(tile.path, data))
+        yield padded if tile.place is None else tiling.cut(padded, tile.place)
+
+
+def load_tiles(tiles: Sequence[Tile], data: DataSettings) -> NDArray[np.uint8]:
+    """Tiles as one array `(N, 3, image_size, image_size)` of bytes: a quarter of the memory, and what PNGs hold."""
+    pixels = np.empty((len(tiles), 3, data.image_size, data.image_size), np.uint8)
+    for place, tile in enumerate(iter_tiles(tiles, data)):
+        pixels[place] = to_uint8(tile).transpose(2, 0, 1)
+    return pixels
+
+
+def load_prepared(path: Path, data: DataSettings) -> FloatImage:
+    """Read one image at its working resolution: `(3, image_size, image_size)` without tiles."""
+    return Tiling.of(data).prepare(read_image(path, data.max_pixels))
 
 
 def load_images(paths: Sequence[Path], size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
-    """Read images into one array `(N, 3, size, size)`."""
-    return np.stack([load_image(path, size, max_pixels) for path in paths])
+    """Read images into one array `(N, 3, size, size)`, each stretched to it."""
+    return np.stack([resize_image(read_image(path, max_pixels), size) for path in paths])
 
 
-def load_images_uint8(paths: Sequence[Path], size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Read images into one array `(N, 3, size, size)` of bytes: a quarter of the memory, and what PNG triplets hold."""
-    return np.stack([to_uint8(load_image(path, size, max_pixels)).transpose(2, 0, 1) for path in paths])
-
-
-def load_labelled(item: LabelledImage, size: int, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.float32], Mask]:
-    """Read one test image and its mask (all False for a normal one) at the model's size.
+def load_labelled(
+    item: LabelledImage, tiling: Tiling, max_pixels: int = MAX_PIXELS, original: bool = False
+) -> tuple[FloatImage, Mask]:
+    """Read one test image, at working resolution or as it is, and its mask at working resolution (all False for a
+    normal one).
 
     Raises:
         UserError: the mask's size differs from the image's, or the mask of a defective image is empty.
     """
     image = read_image(item.path, max_pixels)
+    shown = image if original else tiling.prepare(image)
     if item.mask_path is None:
-        return resize_image(image, size), np.zeros((size, size), np.bool_)
+        return shown, np.zeros(tiling.shape(*image.shape[1:]), np.bool_)
     mask = read_mask(item.mask_path, max_pixels)
     if mask.shape != image.shape[1:]:
         raise UserError(
@@ -174,7 +260,7 @@ def load_labelled(item: LabelledImage, size: int, max_pixels: int = MAX_PIXELS) 
         )
     if not mask.any():
         raise UserError(f"{item.mask_path} marks no pixel; move its image to test/{GOOD} or correct the mask.")
-    return resize_image(image, size), resize_mask(mask, size)
+    return shown, tiling.prepare_mask(mask)
 
 
 def _image_files(folder: Path) -> tuple[Path, ...]:

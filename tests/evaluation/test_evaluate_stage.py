@@ -1,7 +1,9 @@
 """The stage with a toy in the detector's place: labelled and unlabelled surfaces, and who opens `test`."""
 
+import functools
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,14 @@ import pandas as pd
 import pytest
 from torch import nn
 
-from flawsmith.errors import UserError
+from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation import fidelity
 from flawsmith.evaluation.assess import KEYS
 from flawsmith.evaluation.fidelity import MAX_CROPS
-from flawsmith.images import write_png
+from flawsmith.export.onnx import export_network, export_onnx
+from flawsmith.images import read_image, write_png
+from flawsmith.inference.metadata import ModelMetadata
+from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import evaluate
@@ -22,12 +27,24 @@ from flawsmith.triplets import TripletFolder
 
 
 class ToyDetector(nn.Module):
-    """Distance from the mean gray."""
+    """Distance of the gray value from that of a normal surface: the same bits in torch and onnxruntime."""
 
     def forward(self, image):  # (B, 3, H, W)
-        gray = image.mean(dim=1, keepdim=True)
-        maps = (gray - gray.mean(dim=(2, 3), keepdim=True)).abs()
+        maps = (image[:, :1] - 0.4).abs()
         return maps, maps.flatten(1).amax(dim=1)
+
+
+@functools.cache
+def exported_toy(size, opset):
+    with tempfile.TemporaryDirectory() as folder:
+        export_network(ToyDetector().eval(), size, opset, Path(folder) / "toy.onnx")
+        return (Path(folder) / "toy.onnx").read_bytes()
+
+
+def export_once(detector, size, opset, path):
+    """The real export costs seconds, and the toy is always the same."""
+    assert isinstance(detector, ToyDetector)
+    path.write_bytes(exported_toy(size, opset))
 
 
 def pixels(seed, defect=False):
@@ -57,7 +74,8 @@ def layout(tmp_path, params_path, monkeypatch):
     weights = made.stage("distill") / "detector.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"toy")
-    monkeypatch.setattr(evaluate, "load_detector", lambda folder: ToyDetector())
+    monkeypatch.setattr(evaluate, "load_detector", lambda folder: ToyDetector().eval())
+    monkeypatch.setattr(evaluate, "export_network", export_once)
     fitted: list[list[Path]] = []
     monkeypatch.setattr(evaluate, "fit_baseline", lambda where, paths: (fitted.append(paths), ToyDetector())[1])
     return made, fitted
@@ -241,3 +259,51 @@ def test_unlabelled_surface_without_triplets_names_the_stage_to_run(layout):
     with pytest.raises(UserError, match="synthesize"):
         evaluate.run(layout[0])
     assert not layout[0].stage("evaluate").exists()
+
+
+def test_the_detector_is_scored_by_the_exported_network_and_gives_the_scores_the_product_gives(
+    layout, tmp_path, monkeypatch
+):
+    """The stage's scores and threshold, against the same detector exported with that threshold and `Predictor`."""
+    made, _ = layout
+    add_test_set(made.root)
+    monkeypatch.setattr(evaluate, "export_network", export_network)
+    evaluate.run(made)
+    out = made.stage("evaluate")
+    content = json.loads((out / "metrics.json").read_text())
+    metadata = ModelMetadata(
+        category="tiles",
+        threshold=content["threshold"],
+        pixel_threshold=content["pixel_threshold"],
+        false_alarm_rate=content["false_alarm_rate"],
+        input_size=64,
+        map_low=0.0,
+        map_high=1.0,
+        detector_digest="",
+        teacher="none",
+        flawsmith_version="0",
+    )
+    export_onnx(ToyDetector().eval(), metadata, made.settings.export.opset, tmp_path / "model.onnx")
+    predictor = Predictor(tmp_path / "model.onnx")
+    rows = pd.read_csv(out / "scores.csv")
+    answers = [predictor.predict([read_image(made.root / "data/tiles/test" / name)])[0] for name in rows["file"]]
+    np.testing.assert_array_equal(rows["score"].astype(np.float32), np.float32([item.score for item in answers]))
+    assert list(rows["verdict"] == "defective") == [item.is_defective for item in answers]
+    first = (out / "scores.csv").read_bytes()
+    evaluate.run(made)
+    assert (out / "scores.csv").read_bytes() == first
+
+
+def test_a_detector_that_answers_nan_leaves_nothing(layout, monkeypatch):
+    class Broken(ToyDetector):
+        def forward(self, image):
+            maps, scores = super().forward(image)
+            return maps, scores / (scores - scores)
+
+    made, _ = layout
+    add_test_set(made.root)
+    monkeypatch.setattr(evaluate, "load_detector", lambda folder: Broken().eval())
+    monkeypatch.setattr(evaluate, "export_network", export_network)
+    with pytest.raises(FlawsmithError, match="NaN"):
+        evaluate.run(made)
+    assert not made.stage("evaluate").exists()

@@ -25,6 +25,7 @@ from flawsmith.evaluation.report import (
 from flawsmith.files import digest_path
 from flawsmith.images import read_image, to_uint8
 from flawsmith.surfaces import GOOD
+from flawsmith.tiling import Tiling
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def folders(result, tmp_path_factory):
     for labelled in (True, False):
         folder = tmp_path_factory.mktemp("evaluate") / "out"
         write_data(folder, result, labelled)
-        write_parity_images(folder / "parity", result.items, 6)
+        write_parity_images(folder / "parity", result.items, 6, Tiling(48))
         write_report(folder, result, subject(labelled))
         made[labelled] = folder
     return made
@@ -85,7 +86,7 @@ def test_every_output_says_when_nothing_was_labelled(folders, result):
 
 def test_equal_results_give_equal_bytes(folders, result, tmp_path):
     write_data(tmp_path, result, True)
-    write_parity_images(tmp_path / "parity", result.items, 6)
+    write_parity_images(tmp_path / "parity", result.items, 6, Tiling(48))
     write_report(tmp_path, result, subject(True))
     assert digest_path(tmp_path) == digest_path(folders[True])
 

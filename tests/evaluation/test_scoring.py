@@ -18,6 +18,7 @@ from flawsmith.evaluation.scoring import (
 )
 from flawsmith.images import write_png
 from flawsmith.surfaces import Surface
+from flawsmith.tiling import Tiling
 from flawsmith.triplets import TripletFolder
 
 ITEMS = [synthetic_item(index, 32) for index in range(7)]
@@ -89,7 +90,8 @@ def test_wrong_shapes_are_refused():
 
 
 def test_spool_gives_back_what_it_took_and_refuses_a_misfit():
-    arrays = np.random.default_rng(0).random((5, 4, 6))
+    generator = np.random.default_rng(0)
+    arrays = [generator.random(shape) for shape in ((4, 6), (3,), (4, 6), (2, 1, 5), (7, 7))]
     with open_spools(1) as (spool,):
         for array in arrays:
             spool.append(array)
@@ -98,7 +100,8 @@ def test_spool_gives_back_what_it_took_and_refuses_a_misfit():
         spool.append(arrays[0])  # appending after reading goes to the end
         np.testing.assert_array_equal(spool.read(5), arrays[0])
         with pytest.raises(ValueError, match="spool holds"):
-            spool.append(np.zeros((4, 5)))
+            spool.append(np.zeros((4, 6), np.float32))
+        assert spool.elements == 24 + 3 + 24 + 10 + 49 + 24
 
 
 def write_surface(folder, normals=6, defects=("dent", "scratch")):
@@ -120,7 +123,7 @@ def write_surface(folder, normals=6, defects=("dent", "scratch")):
 
 def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):
     surface = write_surface(tmp_path / "tiles")
-    items = labelled_items(surface.labelled_test(), 32, 10**6)
+    items = labelled_items(surface.labelled_test(), Tiling(32), 10**6)
     assert [item.name for item in items][:2] == ["dent/000.png", "dent/001.png"]
     assert sum(item.is_defective for item in items) == 6
     for item in items:
@@ -130,7 +133,7 @@ def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):
         assert mask.any() == item.is_defective
         if item.is_defective:
             assert image[:, mask].mean() > image[:, ~mask].mean() + 0.2
-    normals = normal_items(surface.normals(), 32, 10**6)
+    normals = normal_items(surface.normals(), Tiling(32), 10**6)
     assert len(normals) == 6
     assert not normals[0].load()[1].any()
     assert normals[1].name == "001.png"

@@ -1,13 +1,14 @@
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_onnx import METADATA
 
 from flawsmith.errors import UserError
 from flawsmith.inference.metadata import ModelMetadata
 
-KEYS = [item.name for item in fields(ModelMetadata)]
+KEYS = [item.name for item in fields(ModelMetadata) if item.default is MISSING]
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -51,3 +52,22 @@ def test_a_damaged_property_is_named(metadata: ModelMetadata, key: str, value: s
 def test_float32_thresholds_survive_as_text(metadata: ModelMetadata) -> None:
     third = replace(metadata, threshold=1 / 3)
     assert ModelMetadata.from_properties(third.to_properties(), "m").threshold == 1 / 3
+
+
+def test_a_file_from_before_tiles_sees_whole_images(metadata: ModelMetadata) -> None:
+    old = {key: value for key, value in metadata.to_properties().items() if "scale" not in key and "tile" not in key}
+    assert len(old) == len(KEYS)
+    assert not ModelMetadata.from_properties(old, "m").tiling.is_tiled
+
+
+@given(st.integers(1, 64).map(lambda n: 32 * n), st.floats(0.01, 2), st.floats(0, 0.5))
+def test_the_tiles_are_read_back(size: int, scale: float, share: float) -> None:
+    made = replace(METADATA, input_size=size, scale=scale, tile_overlap=int(share * size))
+    assert ModelMetadata.from_properties(made.to_properties(), "m").tiling == made.tiling
+
+
+@pytest.mark.parametrize(("key", "value"), [("scale", "-1"), ("tile_overlap", "17"), ("tile_overlap", "-1")])
+def test_tiles_that_cannot_be_are_damage(metadata: ModelMetadata, key: str, value: str) -> None:
+    properties = {**replace(metadata, scale=0.5, tile_overlap=16).to_properties(), f"flawsmith.{key}": value}
+    with pytest.raises(UserError, match=r"m\.onnx has damaged metadata"):
+        ModelMetadata.from_properties(properties, "m.onnx")

@@ -81,7 +81,7 @@ def test_a_model_of_another_tool_is_refused(write_model: Callable[..., Path]) ->
 def test_a_model_with_another_interface_is_refused(write_model: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"takes .*pixels"):
         Predictor(write_model(image_name="pixels"))
-    with pytest.raises(UserError, match=r"not \(batch, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"not \(batch, 3, side, side\)"):
         Predictor(write_model(batch=1))
     with pytest.raises(UserError, match=r"not \(batch, 3, 64, 64\)"):
         Predictor(write_model(input_size=64))
@@ -115,7 +115,7 @@ def test_a_model_that_answers_nan_is_no_verdict(model: Path, monkeypatch: pytest
         def run(self, names: object, feed: object) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             return np.zeros((1, 1, 32, 32), np.float32), np.array([np.nan], np.float32)
 
-    monkeypatch.setattr(predictor, "_session", Broken())
+    monkeypatch.setattr(predictor._network, "_session", Broken())
     with pytest.raises(FlawsmithError, match="NaN"):
         predictor.predict([noise(4, 4)])
 

@@ -28,8 +28,8 @@ from toy_onnx import SIZE, write_toy
 
 from flawsmith.errors import UserError
 from flawsmith.images import read_image
-from flawsmith.inference.codec import encode_map
 from flawsmith.inference.answers import describe
+from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor
 from flawsmith.registry.serving import REQUIREMENTS, fetch_artifact, log_serving_model, pip_requirements
 

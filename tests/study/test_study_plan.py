@@ -169,7 +169,7 @@ def test_a_grid_that_repeats_itself_is_refused():
         ({"grid": {"evaluate.part": ("all", "report")}}, "use --part"),
         ({"grid": {"distill.bach": (1, 2)}}, "did you mean `batch`"),
         ({"grid": {"distill.batch": (1, 0)}}, "flawsmith distill.batch=0: .*must be from 1"),
-        ({"grid": {"export.opset": (17, 18)}}, "no stage of flawsmith reads it"),
+        ({"grid": {"export.latency_runs": (17, 18)}}, "no stage of flawsmith reads it"),
         ({"grid": {"distill.batch": (1, 2)}, "replaced": {"distill.batch": 2}}, "in --set and in --grid"),
         ({"grid": {"synthesize.mask": ("perlin", "noise")}, "methods": ("random-mask",)}, "random-mask sets it"),
     ],

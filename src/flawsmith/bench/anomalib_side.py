@@ -33,7 +33,8 @@ from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.stages.evaluate import fit_baseline
-from flawsmith.surfaces import load_images_uint8
+from flawsmith.surfaces import load_tiles, plan_tiles
+from flawsmith.tiling import Tiling
 
 MODELS = ("patchcore", "stfpm", "efficientad")
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
@@ -43,8 +44,8 @@ def exchange(layout: Layout, items: Sequence[Item], folder: Path, request: dict[
     """Write what anomalib's side needs: images as bytes, the teacher's weights, the request."""
     data, split = layout.settings.data, layout.split()
     fit = split.fit[:limit] if limit else split.fit
-    np.save(folder / "fit.npy", load_images_uint8(fit, data.image_size, data.max_pixels))
-    np.save(folder / "calibration.npy", load_images_uint8(split.calibration, data.image_size, data.max_pixels))
+    for name, part in (("fit", fit), ("calibration", split.calibration)):
+        np.save(folder / f"{name}.npy", load_tiles(plan_tiles(part, data), data))
     np.save(folder / "test.npy", np.stack([to_uint8(item.load()[0]).transpose(2, 0, 1) for item in items]))
     teacher = build_teacher(layout.settings.teacher, layout.root)
     save_file({key: value.contiguous() for key, value in teacher.body.state_dict().items()},
@@ -122,11 +123,14 @@ def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 
         limit: fit on the first so many images only; 0 is all.
 
     Raises:
-        UserError: the category has no labelled test set, or `python` does not exist.
+        UserError: the category has no labelled test set, images are cut into tiles, or `python` does not exist.
         FlawsmithError: anomalib's side failed.
     """
     everything, data, settings = layout.settings, layout.settings.data, layout.settings.evaluate
-    items = labelled_items(layout.surface().labelled_test(), data.image_size, data.max_pixels)
+    tiling = Tiling.of(data)
+    if tiling.is_tiled:
+        raise UserError("anomalib's side sees whole images alone; set data.scale to 0 to compare with it.")
+    items = labelled_items(layout.surface().labelled_test(), tiling, data.max_pixels)
     if not items:
         raise UserError(f"{layout.surface().folder} has no labelled test set, so nothing can be compared.")
     split = layout.split()
@@ -142,7 +146,7 @@ def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 
             performances = measure(
                 (knn, *(replay(folder, name) for name in judged)),
                 items,
-                normal_items(split.calibration, data.image_size, data.max_pixels),
+                normal_items(split.calibration, tiling, data.max_pixels),
                 numpy_generator(settings.seed, "bootstrap"),
                 maps,
                 masks,

@@ -41,7 +41,7 @@ from flawsmith.layout import Layout
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
-from flawsmith.surfaces import load_images_uint8
+from flawsmith.surfaces import load_tiles, plan_tiles
 from flawsmith.synthesis.generate import Candidate, Workshop
 from flawsmith.triplets import FIT, TripletFolder
 
@@ -259,7 +259,7 @@ def bench(layout: Layout, trained: Path, *, steps: int, chunks: int, compared: i
     with fast_math(device):
         found["denoiser"] = provide_denoiser(layout, trained, steps)
         data = layout.settings.data
-        images = load_images_uint8(layout.split().fit, data.image_size, data.max_pixels)
+        images = load_tiles(plan_tiles(layout.split().fit, data), data)
         found["ddpm"] = training_speed(images, layout.settings.ddpm_train, device, layout.root, steps)
         workshop = synthesize.build_workshop(layout)
         found |= synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chunks)

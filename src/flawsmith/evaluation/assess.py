@@ -348,7 +348,7 @@ def _weighted_counts(counts: Spool, members: NDArray[np.bool_], weights: NDArray
 def _sample_pixels(maps: Spool, masks: Spool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Every k-th defect-free and every m-th defect pixel of the whole set, at most SAMPLED_PIXELS of each."""
     inside = sum(int(np.count_nonzero(masks.read(index))) for index in range(len(masks)))
-    everything = len(maps) * maps.read(0).size
+    everything = maps.elements
     # odd steps share no factor with the usual powers of two of an image's width, so they walk through all columns
     steps = [-(-total // SAMPLED_PIXELS) | 1 for total in (everything - inside, inside)]
     seen = [0, 0]

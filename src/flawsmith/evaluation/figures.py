@@ -5,8 +5,8 @@ Nothing here decides anything. PNG bytes carry no time and no version, so equal 
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,12 +18,13 @@ from scipy import ndimage
 
 from flawsmith.evaluation.assess import Assessment, Example, Performance
 from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS, Curve
-from flawsmith.images import FloatImage, Mask, to_uint8
+from flawsmith.images import FloatImage, Mask, resize_image, to_uint8
 from flawsmith.surfaces import GOOD
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Corner = Literal["lower left", "lower right", "upper right"]  # matplotlib's search for the best place is slow
 
+SHOWN_SIDE = 1024  # pixels: larger images are shrunk before they are drawn
 TRUTH = (0, 200, 255)  # cyan: rare on metal, fabric, tiles, and far from the heat map's colours
 REGION = (255, 255, 255)
 
@@ -74,6 +75,7 @@ class HeatScale:
 
 def panels(example: Example, scale: HeatScale) -> tuple[Pixels, Pixels, Pixels]:
     """The image; the image with its ground truth outlined; the heat map with the regions over the pixel threshold."""
+    example = _shrunk(example)
     plain = to_uint8(example.image)
     truth = plain.copy()
     if example.mask.any():
@@ -81,6 +83,25 @@ def panels(example: Example, scale: HeatScale) -> tuple[Pixels, Pixels, Pixels]:
         truth[example.mask] = tinted.astype(np.uint8)
         truth[_outline(example.mask)] = TRUTH
     return plain, truth, heat_panel(example.image, example.anomaly_map, scale)
+
+
+def _shrunk(example: Example) -> Example:
+    """A large image at SHOWN_SIDE at most; of map and mask the highest value stays, so that no defect is lost."""
+    factor = -(-max(example.mask.shape) // SHOWN_SIDE)
+    if factor == 1:
+        return example
+    height, width = (-(-side // factor) for side in example.mask.shape)
+
+    def highest(values: NDArray[Any]) -> NDArray[Any]:
+        missing = [(0, size * factor - side) for size, side in zip((height, width), values.shape, strict=True)]
+        return np.pad(values, missing, mode="edge").reshape(height, factor, width, factor).max(axis=(1, 3))
+
+    return replace(
+        example,
+        image=resize_image(example.image, (height, width)),
+        mask=highest(example.mask),
+        anomaly_map=highest(example.anomaly_map),
+    )
 
 
 def heat_panel(image: FloatImage, anomaly_map: NDArray[np.float32], scale: HeatScale) -> Pixels:
@@ -225,7 +246,8 @@ def _two_columns(
         left = margin + column * (row_width + margin)
         top = header + row * row_height
         for pane in panels(example, scale):
-            page.paste(Image.fromarray(pane).resize((side, side), Image.Resampling.LANCZOS), (left, top))
+            shown = Image.fromarray(pane).resize(_fitted(pane.shape[:2], side), Image.Resampling.LANCZOS)
+            page.paste(shown, (left + (side - shown.width) // 2, top + (side - shown.height) // 2))
             left += side + margin
         colour = LIGHT.bad if example.is_wrong else LIGHT.good
         draw.text((left, top + 4), verdict_text(example).upper(), colour, fonts[17])
@@ -233,6 +255,12 @@ def _two_columns(
         for line, text in enumerate((folder, name, f"score {example.score:.4g}")):
             draw.text((left, top + 32 + 18 * line), _shorten(text, 22), LIGHT.ink, fonts[13])
     return np.asarray(page)
+
+
+def _fitted(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """Width and height of an image `(H, W)` whose longer side is brought to `side`."""
+    height, width = (max(1, round(side * length / max(shape))) for length in shape)
+    return width, height
 
 
 def _outline(mask: Mask) -> Mask:

@@ -15,7 +15,8 @@ from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.evaluation.scoring import Item
 from flawsmith.files import atomic_file, write_csv, write_json
-from flawsmith.images import write_png
+from flawsmith.images import Mask, write_png
+from flawsmith.tiling import Place, Tiling
 
 GRID = np.linspace(0, 1, 201)
 
@@ -142,12 +143,24 @@ def write_data(
     )
 
 
-def write_parity_images(folder: Path, items: Sequence[Item], count: int) -> None:
-    """Up to `count` test images, good and defective, as lossless PNG at the model's size: the export stage may not
-    open the test set itself. A name tells order, defect type and file."""
+def write_parity_images(folder: Path, items: Sequence[Item], count: int, tiling: Tiling) -> None:
+    """Up to `count` test images, good and defective, as lossless PNG at the size of the model's input: the export stage
+    may not open the test set itself. A name tells order, defect type and file.
+
+    Of an image in tiles it is the one with the most defective pixels, of a good image the one in the middle.
+    """
     for place, index in enumerate(spread(items, count)):
         item = items[index]
-        write_png(folder / f"{place:03d}-{item.defect}-{Path(item.name).stem}.png", item.load()[0])
+        image, mask = item.load()
+        if tiling.is_tiled:
+            image = tiling.cut(tiling.pad(image), _telling_tile(tiling, mask))
+        write_png(folder / f"{place:03d}-{item.defect}-{Path(item.name).stem}.png", image)
+
+
+def _telling_tile(tiling: Tiling, mask: Mask) -> Place:
+    places = tiling.places(*mask.shape)
+    marked = [np.count_nonzero(mask[top : top + tiling.size, left : left + tiling.size]) for top, left in places]
+    return places[int(np.argmax(marked))] if any(marked) else places[len(places) // 2]
 
 
 def verdict(is_flagged: bool) -> str:

@@ -17,6 +17,7 @@ from flawsmith.evaluation.scoring import Item, Scorer, open_spools
 from flawsmith.inference.overlay import resize_map
 from flawsmith.inference.predictor import Predictor
 from flawsmith.surfaces import GOOD
+from flawsmith.tiling import Tiling
 
 RARE = "rare types"  # defect types too rare to be judged one by one, pooled
 COMPARED = ("image_auroc", "aupro", "pixel_ap")
@@ -59,8 +60,12 @@ def compare_models(
     aupro_limit: float,
     batch: int,
     min_defect_images: int,
+    tiling: Tiling | None = None,
 ) -> Comparison:
     """Score both models on `items` (good and defective) and on the `calibration` normals.
+
+    With `tiling` the images come as they are, and masks at its working resolution: each model then sees them at its
+    own, whatever it is. Without it they are at the models' working resolution already.
 
     Defect types with fewer than `min_defect_images` images are pooled: an interval of two images says nothing.
 
@@ -72,7 +77,7 @@ def compare_models(
     models = [challenger] if champion is None else [challenger, champion]
     with open_spools(len(models) + 1) as (masks, *maps):
         found = measure(
-            [predictor_scorer(model) for model in models],
+            [predictor_scorer(model, tiling) for model in models],
             pooled,
             calibration,
             generator,
@@ -106,12 +111,13 @@ def pool_rare(items: Sequence[Item], minimum: int) -> tuple[Item, ...]:
     )
 
 
-def predictor_scorer(predictor: Predictor) -> Scorer:
-    """An exported model as a `Scorer`: maps come back at the size of the images whatever the model's own size."""
+def predictor_scorer(predictor: Predictor, tiling: Tiling | None = None) -> Scorer:
+    """An exported model as a `Scorer`, of images as they are if the `tiling` is given to which their maps are brought,
+    else of images at working resolution: their maps come back at that, whatever the model's own size."""
 
     def score(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        height, width = images.shape[2:]
-        answers = predictor.predict(list(images))
+        height, width = tiling.shape(*images.shape[2:]) if tiling else images.shape[2:]
+        answers = (predictor.predict if tiling else predictor.predict_prepared)(list(images))
         maps = np.stack([resize_map(answer.anomaly_map, height, width) for answer in answers])
         return maps, np.array([answer.score for answer in answers], np.float32)
 

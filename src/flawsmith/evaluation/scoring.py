@@ -3,30 +3,32 @@
 Memory does not grow with the number of images: `python -m flawsmith.evaluation.memory` measures it.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.evaluation.intervals import blocks
 from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
-from flawsmith.surfaces import GOOD, LabelledImage, load_image, load_labelled
+from flawsmith.surfaces import GOOD, LabelledImage, load_labelled
+from flawsmith.tiling import Run, Tiling
 from flawsmith.triplets import VALIDATION, TripletFolder
 
 if TYPE_CHECKING:
     from torch import nn
 
 Scorer = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-"""(B, 3, H, W) in [0, 1] → anomaly maps (B, H, W) and scores (B,), higher = more anomalous."""
+"""(B, 3, H, W) in [0, 1] → anomaly maps (B, h, w) of the masks' size and scores (B,), higher = more anomalous."""
 
+HELD_PIXELS = 2**24  # a batch is closed early when its images reach this (200 MB as floats)
 SYNTHETIC = "synthetic"  # the defect type of held-out triplets
 
 
@@ -43,21 +45,26 @@ class Item:
         return self.defect != GOOD
 
 
-def labelled_items(images: Sequence[LabelledImage], size: int, max_pixels: int) -> tuple[Item, ...]:
-    """The labelled test set at the model's size; nothing is read yet."""
+def labelled_items(
+    images: Sequence[LabelledImage], tiling: Tiling, max_pixels: int, original: bool = False
+) -> tuple[Item, ...]:
+    """The labelled test set at working resolution, or the images as they are (`original`); nothing is read yet."""
     return tuple(
-        Item(f"{image.defect}/{image.path.name}", image.defect, partial(load_labelled, image, size, max_pixels))
+        Item(
+            f"{image.defect}/{image.path.name}",
+            image.defect,
+            partial(load_labelled, image, tiling, max_pixels, original),
+        )
         for image in images
     )
 
 
-def normal_items(paths: Sequence[Path], size: int, max_pixels: int) -> tuple[Item, ...]:
-    """Normal images (calibration) at the model's size, with empty masks; nothing is read yet."""
-
-    def load(path: Path) -> tuple[FloatImage, Mask]:
-        return load_image(path, size, max_pixels), np.zeros((size, size), np.bool_)
-
-    return tuple(Item(path.name, GOOD, partial(load, path)) for path in paths)
+def normal_items(paths: Sequence[Path], tiling: Tiling, max_pixels: int, original: bool = False) -> tuple[Item, ...]:
+    """Normal images (calibration) with empty masks, as `labelled_items` gives them; nothing is read yet."""
+    return tuple(
+        Item(path.name, GOOD, partial(load_labelled, LabelledImage(path, GOOD, None), tiling, max_pixels, original))
+        for path in paths
+    )
 
 
 def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int) -> tuple[Item, ...]:
@@ -65,7 +72,7 @@ def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int
 
     Args:
         triplets: what the synthesize stage wrote.
-        sources: triplet id → file name of its normal image, of the triplets to score.
+        sources: triplet id → name of what its normal is, of the triplets to score.
         size: side of the model's input in pixels.
 
     Raises:
@@ -94,6 +101,16 @@ def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int
     )
 
 
+def tiled_scorer(run: Run, tiling: Tiling) -> Scorer:
+    """A network for one input size as a `Scorer` of images at working resolution."""
+
+    def score(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        answers = tiling.answer(run, list(images))
+        return np.stack([anomaly_map for anomaly_map, _ in answers]), np.asarray([s for _, s in answers], np.float32)
+
+    return score if tiling.is_tiled else run
+
+
 def torch_scorer(detector: "nn.Module", device: str | None = None) -> Scorer:
     """A detector module as a `Scorer`, in float32 (as exported) on `device`, by default the GPU where there is one."""
     import torch
@@ -112,32 +129,38 @@ def torch_scorer(detector: "nn.Module", device: str | None = None) -> Scorer:
 
 
 class Spool:
-    """Arrays of one shape on disk in a temporary file; reading one costs its own size in memory."""
+    """Arrays of one type and any shapes on disk in a temporary file; reading one costs its own size in memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._shape: tuple[int, ...] = ()
         self._dtype: np.dtype[np.generic] = np.dtype(np.float32)
-        self._count = 0
+        self._places: list[tuple[int, tuple[int, ...]]] = []  # of each array: its first byte and its shape
+        self._end = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._places)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers all arrays hold."""
+        return self._end // self._dtype.itemsize
 
     def append(self, array: NDArray[np.generic]) -> None:
-        """Add one array; the first one sets shape and type."""
-        if not self._count:
-            self._shape, self._dtype = array.shape, array.dtype
-        if array.shape != self._shape or array.dtype != self._dtype:
-            raise ValueError(f"array is {array.dtype}{array.shape}, the spool holds {self._dtype}{self._shape}")
-        self._file.seek(0, 2)
+        """Add one array; the first one sets the type."""
+        if not self._places:
+            self._dtype = array.dtype
+        if array.dtype != self._dtype:
+            raise ValueError(f"array is {array.dtype}, the spool holds {self._dtype}")
+        self._file.seek(self._end)
         self._file.write(np.ascontiguousarray(array).tobytes())
-        self._count += 1
+        self._places.append((self._end, array.shape))
+        self._end += array.nbytes
 
     def read(self, index: int) -> NDArray[np.generic]:
         """The array at `index`, a copy."""
-        size = int(np.prod(self._shape)) * self._dtype.itemsize
-        self._file.seek(index * size)
-        return np.frombuffer(self._file.read(size), self._dtype).reshape(self._shape)
+        first, shape = self._places[index]
+        self._file.seek(first)
+        return np.frombuffer(self._file.read(math.prod(shape) * self._dtype.itemsize), self._dtype).reshape(shape)
 
 
 @contextmanager
@@ -166,19 +189,20 @@ def score_items(
 ) -> tuple[Scores, ...]:
     """Score every item with every scorer, each image read once; optionally spool its maps and its mask.
 
+    Neighbours of one size are scored together, at most `batch` of them and HELD_PIXELS pixels.
+
     Raises:
         FlawsmithError: a detector answered NaN, or maps or scores of the wrong shape.
     """
     rows: list[list[tuple[np.float32, ...]]] = [[] for _ in scorers]
     with tqdm(total=len(items), desc=title, unit="image", disable=None) as progress:
-        for part in blocks(len(items), batch):
-            loaded = [item.load() for item in items[part]]
-            images = np.stack([image for image, _ in loaded])  # (B, 3, H, W)
+        for loaded in _batches(items, batch):
+            images = loaded[0].image[None] if len(loaded) == 1 else np.stack([one.image for one in loaded])
             if masks is not None:
-                for _, mask in loaded:
-                    masks.append(mask)
+                for one in loaded:
+                    masks.append(one.mask)
             for index, scorer in enumerate(scorers):
-                batch_maps, batch_scores = _checked(scorer(images), images, items[part])
+                batch_maps, batch_scores = _checked(scorer(images), images, loaded)
                 for anomaly_map, score in zip(batch_maps, batch_scores, strict=True):
                     rows[index].append((score, anomaly_map.max(), np.median(anomaly_map)))
                     if maps:
@@ -187,17 +211,40 @@ def score_items(
     return tuple(Scores(*np.asarray(found, np.float32).reshape(-1, 3).T) for found in rows)
 
 
+class _Loaded(NamedTuple):
+    name: str
+    image: FloatImage
+    mask: Mask
+
+
+def _batches(items: Sequence[Item], count: int) -> Iterator[list[_Loaded]]:
+    """Loaded items in order, in groups of equal sizes that can be stacked."""
+    part: list[_Loaded] = []
+    for item in items:
+        loaded = _Loaded(item.name, *item.load())
+        height, width = loaded.image.shape[1:]
+        fits = len(part) < count and (len(part) + 1) * height * width <= HELD_PIXELS
+        if part and not (
+            fits and loaded.image.shape == part[0].image.shape and loaded.mask.shape == part[0].mask.shape
+        ):
+            yield part
+            part = []
+        part.append(loaded)
+    if part:
+        yield part
+
+
 def _checked(
-    answer: tuple[NDArray[np.float32], NDArray[np.float32]], images: NDArray[np.float32], items: Sequence[Item]
+    answer: tuple[NDArray[np.float32], NDArray[np.float32]], images: NDArray[np.float32], loaded: Sequence[_Loaded]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     maps, scores = (np.asarray(part, np.float32) for part in answer)
-    if maps.shape != (len(images), *images.shape[2:]) or scores.shape != (len(images),):
+    if maps.shape != (len(images), *loaded[0].mask.shape) or scores.shape != (len(images),):
         raise FlawsmithError(
             f"The detector answered maps {maps.shape} and scores {scores.shape} to images {images.shape}; it needs one "
             "map of the image's size and one score for each image."
         )
     bad = ~(np.isfinite(maps).all(axis=(1, 2)) & np.isfinite(scores))
     if bad.any():
-        name = items[int(np.argmax(bad))].name
+        name = loaded[int(np.argmax(bad))].name
         raise FlawsmithError(f"The detector answered NaN or infinity for {name}; train it again (`flawsmith distill`).")
     return maps, scores

@@ -1,6 +1,6 @@
 """A detector as one self-contained ONNX file whose bytes depend on its weights and metadata alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,21 @@ def export_onnx(detector: nn.Module, metadata: ModelMetadata, opset: int, path: 
     Raises:
         FlawsmithError: the detector does not export, or the result does not pass the ONNX checker.
     """
+    _write(detector, metadata.input_size, metadata.to_properties(), opset, path)
+
+
+def export_network(detector: nn.Module, size: int, opset: int, path: Path) -> None:
+    """As `export_onnx` for inputs of side `size`, without metadata: for who chooses the threshold by what it answers.
+
+    Raises:
+        FlawsmithError: as `export_onnx`.
+    """
+    _write(detector, size, {}, opset, path)
+
+
+def _write(detector: nn.Module, size: int, properties: Mapping[str, str], opset: int, path: Path) -> None:
     if detector.training:
         raise FlawsmithError("The detector is in training mode, so its normalisation would be exported wrongly.")
-    size = metadata.input_size
     example = torch.zeros(_EXAMPLE_BATCH, 3, size, size)
     try:
         program = torch.onnx.export(
@@ -46,7 +58,7 @@ def export_onnx(detector: nn.Module, metadata: ModelMetadata, opset: int, path: 
         raise FlawsmithError("torch.onnx.export gave no program; check the versions with `flawsmith doctor`.")
     model = program.model_proto
     strip_provenance(model)
-    onnx.helper.set_model_props(model, dict(sorted(metadata.to_properties().items())))
+    onnx.helper.set_model_props(model, dict(sorted(properties.items())))
     _check(model, size, opset)
     with atomic_file(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))

@@ -83,7 +83,9 @@ def measure_parity(
     return [
         merge(
             [
-                compare(*run_detector(detector, images[rows]), threshold, predictor.predict(list(images[rows])))
+                compare(
+                    *run_detector(detector, images[rows]), threshold, predictor.predict_prepared(list(images[rows]))
+                )
                 for rows in _full_batches(len(images), batch)
             ]
         )
@@ -135,7 +137,8 @@ def certificate(
 def measure_latency(
     predictor: Predictor, images: NDArray[np.float32], runs: int, batches: Sequence[int] = BATCHES
 ) -> dict[str, dict[str, float]]:
-    """Wall time of one `Predictor.predict` in milliseconds, from float images at the model's size to verdicts.
+    """Wall time of one `Predictor.predict` in milliseconds, from float images at the model's size to verdicts: of one
+    tile each where the model sees tiles.
 
     Returns p50, p95 and images per second (at p50) by batch size: figures of this machine at this moment.
     """
@@ -146,7 +149,7 @@ def measure_latency(
         for run in range(_WARM_UP + runs):
             feed = list(images[rows[run % len(rows)]])
             start = time.perf_counter()
-            predictor.predict(feed)
+            predictor.predict_prepared(feed)
             times.append(time.perf_counter() - start)
         p50, p95 = (float(value) * 1000 for value in np.percentile(times[_WARM_UP:], (50, 95)))
         figures[str(batch)] = {

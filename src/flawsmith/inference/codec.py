@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def encode_map(anomaly_map: NDArray[np.float32]) -> dict[str, Any]:
-    """A map `(S, S)` as a 16-bit gray PNG in base64: a value is `low + pixel / 65535 * (high - low)`."""
+    """A map `(h, w)` as a 16-bit gray PNG in base64: a value is `low + pixel / 65535 * (high - low)`."""
     low, high = float(anomaly_map.min()), float(anomaly_map.max())
     levels = np.rint((anomaly_map.astype(np.float64) - low) / ((high - low) or 1.0) * 65535).astype(np.uint16)
     return {"png": encode_png(levels), "low": low, "high": high}

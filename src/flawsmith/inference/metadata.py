@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flawsmith.errors import UserError
+from flawsmith.tiling import Tiling
 
 INPUT_NAME = "image"
 OUTPUT_NAMES = ("anomaly_map", "score")
@@ -31,6 +32,13 @@ class ModelMetadata:
     detector_digest: str  # SHA-256 of the weights this model was exported from: the hook of the lineage
     teacher: str
     flawsmith_version: str
+    scale: float = 0.0  # of the working resolution, 0 for whole images; files from before tiles do not say
+    tile_overlap: int = 0  # least overlap of neighbouring tiles in pixels; without tiles it has no meaning
+
+    @property
+    def tiling(self) -> Tiling:
+        """How an image comes before the network."""
+        return Tiling(self.input_size, self.scale, self.tile_overlap)
 
     def to_properties(self) -> dict[str, str]:
         """The metadata as ONNX metadata properties; floats keep every digit."""
@@ -47,17 +55,24 @@ class ModelMetadata:
         for item in dataclasses.fields(cls):
             key = f"{PREFIX}{item.name}"
             if key not in properties:
+                if item.default is not dataclasses.MISSING:
+                    continue
                 raise UserError(
                     f"{source} is not a flawsmith model (its metadata lacks `{key}`); "
                     "use the model.onnx of the export stage."
                 )
             try:
-                values[item.name] = _KINDS[item.type](properties[key])
+                values[item.name] = _READERS.get(item.name, _KINDS[item.type])(properties[key])
             except ValueError as error:
                 raise UserError(
                     f"{source} has damaged metadata (`{key}` is {properties[key]!r}); export the model again."
                 ) from error
-        return cls(**values)
+        made = cls(**values)
+        try:
+            _ = made.tiling
+        except ValueError as error:
+            raise UserError(f"{source} has damaged metadata ({error}); export the model again.") from error
+        return made
 
 
 def _finite(text: str) -> float:
@@ -74,4 +89,5 @@ def _positive(text: str) -> int:
     return value
 
 
+_READERS: dict[str, Callable[[str], Any]] = {"tile_overlap": int}  # alone may be 0
 _KINDS: dict[Any, Callable[[str], Any]] = {str: str, float: _finite, int: _positive}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder
-from flawsmith.images import MAX_PIXELS, FloatImage, read_image, resize_image
+from flawsmith.images import MAX_PIXELS, FloatImage, read_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images
 from flawsmith.layout import Layout
@@ -107,12 +107,11 @@ def monitor_folder(
     _check_out(target, out, found)
     files = _draw(found, settings)
     unreadable: list[Unreadable] = []
-    size = predictor.metadata.input_size
 
     def readable() -> Iterator[tuple[str, FloatImage]]:
         for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
             try:
-                image = resize_image(read_image(file.path, max_pixels), size)
+                image = predictor.tiling.prepare(read_image(file.path, max_pixels))
             except UserError as error:
                 unreadable.append(Unreadable(printable(file.name), _reason(error, file)))
                 continue

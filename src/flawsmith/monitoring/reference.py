@@ -57,7 +57,8 @@ Reference = Measurement  # the measurement of the calibration normals, which all
 def measure(
     predictor: Predictor, teacher: "Teacher", images: Iterable[tuple[str, FloatImage]], batch: int = 8
 ) -> Measurement:
-    """Score images and pool their teacher features; `images` yields `(name, (3, H, W) in [0, 1])` of any sizes.
+    """Score images and pool their teacher features; `images` yields `(name, (3, H, W) in [0, 1])` at the working
+    resolution of the model. Looks and features are those of the whole image at the size of the model's input.
 
     At most `batch` images are held at a time; what stays is about 2 kB an image.
 
@@ -71,8 +72,8 @@ def measure(
     peaks: list[float] = []
     looks: list[tuple[float, float, float]] = []
     features: list[NDArray[np.float32]] = []
-    for group in _batches(images, batch):
-        predictions = predictor.predict([image for _, image in group])
+    for group in _batches(images, 1 if predictor.tiling.is_tiled else batch):
+        predictions = predictor.predict_prepared([image for _, image in group])
         names += [name for name, _ in group]
         scores += [prediction.score for prediction in predictions]
         peaks += [float(prediction.anomaly_map.max()) for prediction in predictions]

@@ -26,7 +26,7 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Lineage
 from flawsmith.monitoring.reference import measure, save_reference
-from flawsmith.surfaces import load_image
+from flawsmith.surfaces import load_prepared
 from flawsmith.triplets import VALIDATION, TripletFolder
 
 MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
@@ -82,19 +82,22 @@ def build_content(layout: Layout, sources: Sources, lineage: Lineage, folder: Pa
     write_json(folder / LINEAGE, lineage_json(lineage))
     data, predictor = layout.settings.data, Predictor(sources.model)
     calibration = layout.split().calibration
-    images = ((path.name, load_image(path, data.image_size, data.max_pixels)) for path in calibration)
+    images = ((path.name, load_prepared(path, data)) for path in calibration)
     teacher = build_teacher(layout.settings.teacher, layout.root)
     save_reference(folder / REFERENCE, measure(predictor, teacher, images))
     write_health(folder / HEALTH, predictor, _health_images(layout, calibration))
 
 
 def _health_images(layout: Layout, calibration: Sequence[Path]) -> dict[str, FloatImage]:
-    """Half calibration normals, half defects of held-out triplets, evenly spaced: no test image leaves the test set."""
+    """Half calibration normals, half defects of held-out triplets, evenly spaced: no test image leaves the test set.
+
+    All are at working resolution, the only one that triplets have.
+    """
     settings, count = layout.settings, layout.settings.promote.health_images
     triplets = TripletFolder(layout.stage("synthesize"))
     ids = triplets.ids(VALIDATION)
     normals = {
-        f"normal-{path.stem}.png": load_image(path, settings.data.image_size, settings.data.max_pixels)
+        f"normal-{path.stem}.png": load_prepared(path, settings.data)
         for path in _spaced(calibration, count - count // 2)
     }
     return normals | {f"defect-{name}.png": triplets.read(name)[1] for name in _spaced(ids, count // 2)}
@@ -132,7 +135,7 @@ def check_health(folder: Path, predictor: Predictor, tolerance: float) -> float:
 
 
 def _score(predictor: Predictor, path: Path) -> float:
-    return predictor.predict([read_image(path)])[0].score
+    return predictor.predict_prepared([read_image(path)])[0].score
 
 
 def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from flawsmith import __version__
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.paired import Comparison
 from flawsmith.files import digest_file, read_json, write_json
-from flawsmith.images import FloatImage, read_image
+from flawsmith.images import FloatImage, read_image, resize_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.registry import package
@@ -308,7 +308,7 @@ def _evidence(
             )
     predictors = [Predictor(path) for path in paths]
     comparison, labelled = compare(predictors[0], predictors[1] if len(predictors) > 1 else None)
-    latencies = package.measure_latency(predictors, _an_image(new), latency_runs)
+    latencies = package.measure_latency(predictors, _an_image(new, predictors[0].metadata.scale), latency_runs)
     facts = [
         ModelFacts(version.number, version.digest, package.megabytes(path), latency)
         for version, path, latency in zip([item for item in (target, known) if item], paths, latencies, strict=True)
@@ -331,8 +331,12 @@ def _evidence(
     )
 
 
-def _an_image(folder: Path) -> FloatImage:
-    return read_image(sorted((folder / package.HEALTH).glob("*.png"))[0])
+def _an_image(folder: Path, scale: float) -> FloatImage:
+    """A known normal image, brought back from the working resolution of its model to about the size it had: what one
+    part costs includes its resizing and all its tiles, at whatever scale a model sees it."""
+    paths = sorted((folder / package.HEALTH).glob("*.png"))
+    image = read_image(next((path for path in paths if path.name.startswith("normal-")), paths[0]))
+    return resize_image(image, (round(image.shape[1] / scale), round(image.shape[2] / scale))) if scale else image
 
 
 def _record(run: StageRun, evidence: Evidence, decision: Decision) -> None:

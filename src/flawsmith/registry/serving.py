@@ -61,7 +61,7 @@ class SurfaceModel(PythonModel):
         Args:
             context: unused; `load_context` has read it.
             model_input: the column `image` holds the bytes of PNG, JPEG, BMP or TIFF files.
-            params: `map` is how `anomaly_map` is given: "array" (nested list at the model's input size), "png" (see
+            params: `map` is how `anomaly_map` is given: "array" (nested list), "png" (see
                 `encode_map`) or "none" (left out).
 
         Raises:

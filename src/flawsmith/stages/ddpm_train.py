@@ -16,7 +16,7 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
-from flawsmith.surfaces import load_images_uint8
+from flawsmith.surfaces import load_tiles, plan_tiles
 from flawsmith.tracking import stage_run
 
 STAGE = "ddpm-train"
@@ -32,8 +32,7 @@ def run(layout: Layout) -> None:
     params = {STAGE: section_values(settings), "data": section_values(data)}
     with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked, fast_math(best_device()):
         split = layout.split()
-        fit = load_images_uint8(split.fit, data.image_size, data.max_pixels)
-        heldout = load_images_uint8(split.calibration, data.image_size, data.max_pixels)
+        fit, heldout = (load_tiles(plan_tiles(part, data), data) for part in (split.fit, split.calibration))
         identity = digest_json({"settings": settings_digest(settings, data), "data": digest_path(train_folder)})
         resume = ResumePoint(layout.resume(STAGE), identity)
         denoiser, rows = train_denoiser(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import best_device, fast_math
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
+from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import section_values, settings_digest
-from flawsmith.surfaces import load_images_uint8
+from flawsmith.surfaces import Tile, iter_tiles, plan_tiles
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
 
@@ -46,23 +48,24 @@ def run(layout: Layout) -> None:
         frozen = build_teacher(teacher, layout.root)
         cells = size // frozen.strides[-1]
         rows_of = _manifest_rows(folder, split.fit)
-        normals = remembered_normals(split.fit, rows_of)
+        known = remembered_normals(split.fit, rows_of)
+        normals = plan_tiles(known, data)
         places = memory_size(settings.memory, len(normals), cells, cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
             detector = Detector(DetectorConfig.of(teacher, settings, size, places), frozen)
         detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        def batches(paths: Sequence[Path]) -> Iterator[Tensor]:
-            for first in range(0, len(paths), NORMALS_BATCH):
-                images = load_images_uint8(paths[first : first + NORMALS_BATCH], data.image_size, data.max_pixels)
-                yield as_batch(images, device)
+        def batches(tiles: Sequence[Tile]) -> Iterator[Tensor]:
+            pixels = (to_uint8(tile).transpose(2, 0, 1) for tile in iter_tiles(tiles, data))
+            while group := list(islice(pixels, NORMALS_BATCH)):
+                yield as_batch(np.stack(group), device)
 
         owners = remember(detector, batches(normals), len(normals))
         sources = {
-            role: source_indices(normals, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
+            role: source_indices(known, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
         }
-        origins = None if owners is None else Origins(owners, sources)
+        origins = None if owners is None else Origins(image_of(normals, known)[owners.cpu()], sources)
         identity = digest_json(
             {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
         )
@@ -77,7 +80,7 @@ def run(layout: Layout) -> None:
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
             origins,
         )
-        detector.eval().calibrate(batches(split.calibration))
+        detector.eval().calibrate(batches(plan_tiles(split.calibration, data)))
         with atomic_folder(layout.stage(STAGE)) as out:
             save_detector(detector, out, teacher, settings)
             write_csv(
@@ -111,6 +114,13 @@ def remembered_normals(normals: Sequence[Path], rows: Mapping[str, Mapping[str, 
     is no labelled test set, `evaluate` scores these very triplets."""
     held_out = {row["source"] for row in rows.values() if row["role"] == VALIDATION}
     return [path for path in normals if path.name not in held_out]
+
+
+def image_of(tiles: Sequence[Tile], images: Sequence[Path]) -> Tensor:
+    """Of each tile the place of its image among `images`, (N,): in training a triplet may not recognise any part of the
+    image it was made from."""
+    places = {path: place for place, path in enumerate(images)}
+    return torch.tensor([places[tile.path] for tile in tiles])
 
 
 def source_indices(

@@ -6,7 +6,9 @@ report.html. `run_baseline` judges the kNN baseline alone, which needs the data 
 """
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +25,25 @@ from flawsmith.evaluation.assess import KEYS, Assessment, assess, measure
 from flawsmith.evaluation.fidelity import MAX_CROPS, Fidelity, compare, crop, defect_place, pick, random_place
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import Subject, summary, write_report
-from flawsmith.evaluation.scoring import Item, labelled_items, normal_items, open_spools, torch_scorer, triplet_items
+from flawsmith.evaluation.scoring import (
+    Item,
+    Scorer,
+    labelled_items,
+    normal_items,
+    open_spools,
+    tiled_scorer,
+    torch_scorer,
+    triplet_items,
+)
+from flawsmith.export.onnx import export_network
 from flawsmith.files import atomic_folder
 from flawsmith.images import FloatImage, resize_image, resize_mask
+from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
-from flawsmith.surfaces import labelled_part, load_image, load_images
+from flawsmith.surfaces import iter_tiles, labelled_part, load_prepared, plan_tiles
+from flawsmith.tiling import Tiling
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import VALIDATION, TripletFolder, read_manifest
 
@@ -66,20 +80,21 @@ def run(layout: Layout) -> None:
         UserError: an earlier stage's output is missing, or the test set is not usable as it is.
         FlawsmithError: the detector answers NaN.
     """
-    settings, data = layout.settings.evaluate, layout.settings.data
+    settings, data, tiling = layout.settings.evaluate, layout.settings.data, Tiling.of(layout.settings.data)
     weights = layout.input("distill", "detector.safetensors").parent
     split = layout.split()
     judged = judged_images(layout)
     inputs = {"distill": weights, **_inputs(layout, judged)}
     if _triplet_ids(layout):
         inputs["synthesize"] = layout.stage("synthesize")
-    with stage_run(layout, STAGE, inputs, _params(layout)) as tracked:
+    params = _params(layout) | {"export": {"opset": layout.settings.export.opset}}
+    with stage_run(layout, STAGE, inputs, params) as tracked:
         baseline = fit_baseline(layout, judged.foreign_to(split.fit))
         result = assess(
-            torch_scorer(load_detector(weights)),
-            torch_scorer(baseline),
+            exported_scorer(layout, weights),
+            tiled_scorer(torch_scorer(baseline), tiling),
             judged.items,
-            normal_items(split.calibration, data.image_size, data.max_pixels),
+            normal_items(split.calibration, tiling, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),
             false_alarm_rate=settings.false_alarm_rate,
             bootstrap=settings.bootstrap,
@@ -97,6 +112,20 @@ def run(layout: Layout) -> None:
     log.info("%s: %s", layout.category, summary(result))
 
 
+def exported_scorer(layout: Layout, weights: Path) -> Scorer:
+    """The trained detector as every later user runs it: exported, in onnxruntime, so that the threshold is chosen, and
+    the figures are measured, on the answers that the product gives.
+
+    Raises:
+        UserError: `weights` holds no detector.
+        FlawsmithError: the detector does not export.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"  # it has no threshold yet, so it is no model
+        export_network(load_detector(weights), layout.settings.data.image_size, layout.settings.export.opset, path)
+        return tiled_scorer(Network(path).run, Tiling.of(layout.settings.data))
+
+
 def run_baseline(layout: Layout) -> None:
     """Judge the kNN baseline alone, as `run` judges it beside the detector: the same images, split and resamples.
 
@@ -105,14 +134,14 @@ def run_baseline(layout: Layout) -> None:
     Raises:
         UserError: the test set is not usable as it is, or there is neither it nor a held-out triplet.
     """
-    settings, data = layout.settings.evaluate, layout.settings.data
+    settings, data, tiling = layout.settings.evaluate, layout.settings.data, Tiling.of(layout.settings.data)
     split, judged = layout.split(), judged_images(layout)
     with stage_run(layout, BASELINE, _inputs(layout, judged), _params(layout)) as tracked, open_spools(2) as spools:
         maps, masks = spools
         (result,) = measure(
-            [torch_scorer(fit_baseline(layout, judged.foreign_to(split.fit)))],
+            [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split.fit))), tiling)],
             judged.items,
-            normal_items(split.calibration, data.image_size, data.max_pixels),
+            normal_items(split.calibration, tiling, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),
             [maps],
             masks,
@@ -128,9 +157,11 @@ def run_baseline(layout: Layout) -> None:
         tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv"})
 
 
-def judged_images(layout: Layout) -> Judged:
+def judged_images(layout: Layout, original: bool = False) -> Judged:
     """The images that finished models are judged on: of the labelled test set the part that `evaluate.part` names, or
     held-out triplets where there is none.
+
+    They come at working resolution; `original` images of a labelled test set as they are, with masks at that.
 
     Raises:
         UserError: the test set is not usable as it is, its part lacks good or defective images, or there is neither it
@@ -147,11 +178,12 @@ def judged_images(layout: Layout) -> Judged:
                 "to research and report by turns, so it takes two or more of a type; add images, or set "
                 "evaluate.part to `all`."
             )
-        return Judged(labelled_items(kept, data.image_size, data.max_pixels), True, part, {})
+        return Judged(labelled_items(kept, Tiling.of(data), data.max_pixels, original), True, part, {})
     manifest = layout.input("synthesize", "manifest.parquet")
     held_out = held_out_sources(manifest)
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
-    return Judged(triplet_items(TripletFolder(manifest.parent), held_out, data.image_size), False, "all", held_out)
+    items = triplet_items(TripletFolder(manifest.parent), held_out_normals(manifest), data.image_size)
+    return Judged(items, False, "all", held_out)
 
 
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBaseline:
@@ -159,30 +191,45 @@ def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBasel
     settings, data = layout.settings.evaluate, layout.settings.data
     device = best_device()
 
+    tiles = plan_tiles(paths, data)
+
     def batches() -> Iterator[Tensor]:
-        for first in range(0, len(paths), settings.batch):
-            images = load_images(paths[first : first + settings.batch], data.image_size, data.max_pixels)
-            yield torch.from_numpy(images).to(device)
+        images = iter_tiles(tiles, data)
+        while group := list(islice(images, settings.batch)):
+            yield torch.from_numpy(np.stack(group)).to(device)
 
     teacher = build_teacher(layout.settings.teacher, layout.root).to(device)
     if settings.baseline == "cosine":
-        return MemoryBaseline.fit(teacher, batches(), settings.baseline_vectors, len(paths), data.image_size)
+        return MemoryBaseline.fit(teacher, batches(), settings.baseline_vectors, len(tiles), data.image_size)
     generator = torch_generator(settings.seed, "baseline")
     return KnnBaseline.fit(teacher, batches(), settings.baseline_vectors, generator)
 
 
 def held_out_sources(manifest: Path) -> dict[str, str]:
     """Id → file name of the source image, of the triplets that trained nothing."""
+    return {name: row["source"] for name, row in _held_out(manifest).items()}
+
+
+def held_out_normals(manifest: Path) -> dict[str, str]:
+    """Id → name of the normal it was made from, the image or the tile of one, of the triplets that trained nothing."""
+    return {
+        name: f"{row['source']}@{row['source_top']},{row['source_left']}" if "source_top" in row else row["source"]
+        for name, row in _held_out(manifest).items()
+    }
+
+
+def _held_out(manifest: Path) -> dict[str, dict[str, Any]]:
     rows = read_manifest(manifest).to_pylist()
-    return {str(row["triplet_id"]): str(row["source"]) for row in rows if row["role"] == VALIDATION}
+    return {str(row["triplet_id"]): row for row in rows if row["role"] == VALIDATION}
 
 
 def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
     """How much the triplets' defects resemble the real ones that are judged, or None where there are too few of either.
 
-    All crops are at the model's size; normals for the scale come from the fit part, those compared from calibration.
+    All crops are at working resolution; normals for the scale come from the fit part, those compared from calibration.
     """
     settings, data, split = layout.settings, layout.settings.data, layout.split()
+    tiling = Tiling.of(data)
     defective = [item for item in judged.items if item.is_defective] if judged.labelled else []
     triplets, found = TripletFolder(layout.stage("synthesize")), _triplet_ids(layout)
     if not defective or not found:
@@ -194,14 +241,14 @@ def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
     def normals(paths: Sequence[Path]) -> list[FloatImage]:
         crops = []
         for number in range(MAX_CROPS):  # several places of an image where there are few images
-            image = load_image(paths[number % len(paths)], data.image_size, data.max_pixels)
+            image = tiling.pad(load_prepared(paths[number % len(paths)], data))
             crops.append(crop(image, random_place(image, generator)))
         return crops
 
     crops: dict[str, list[FloatImage]] = {"real": [], "synthetic": [], "before": []}
     for index in pick(len(defective), generator):
         image, mask = defective[index].load()
-        crops["real"].append(crop(image, defect_place(mask)))
+        crops["real"].append(crop(tiling.pad(image), defect_place(mask)))
     for index in pick(len(found), generator):
         normal, defect, mask = triplets.read(found[index])
         place = defect_place(resize_mask(mask, data.image_size))
@@ -229,7 +276,9 @@ def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, l
         part=judged.part,
     )
     write_data(folder, result, judged.labelled, judged.part, fidelity)
-    write_parity_images(folder / "parity", judged.items, settings.evaluate.parity_images)
+    write_parity_images(
+        folder / "parity", judged.items, settings.evaluate.parity_images, Tiling.of(layout.settings.data)
+    )
     write_report(folder, result, subject, fidelity)
 
 

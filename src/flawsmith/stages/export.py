@@ -63,6 +63,8 @@ def run(layout: Layout) -> None:
             detector_digest=digest_path(weights.parent),
             teacher=detector.config.backbone,
             flawsmith_version=__version__,
+            scale=settings.data.scale,
+            tile_overlap=settings.data.tile_overlap if settings.data.scale else 0,
         )
         with atomic_folder(layout.stage("export")) as folder:
             model = folder / "model.onnx"

@@ -4,6 +4,7 @@ flawsmith promote --category C. No stage of dvc.yaml: it changes the registry, w
 models are finished when they come here, so reading the test set is an evaluation: nothing is trained or tuned on it.
 """
 
+from flawsmith.errors import UserError
 from flawsmith.evaluation.paired import Comparison, compare_models
 from flawsmith.evaluation.scoring import normal_items
 from flawsmith.inference.predictor import Predictor
@@ -11,6 +12,7 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.registry.promotion import Outcome, promote
 from flawsmith.stages.evaluate import judged_images
+from flawsmith.tiling import Tiling
 
 
 def run(
@@ -19,19 +21,32 @@ def run(
     """Compare, decide and act for one category; arguments and errors are those of `registry.promotion.promote`."""
 
     def compare(challenger: Predictor, champion: Predictor | None) -> tuple[Comparison, bool]:
-        judged = judged_images(layout)
         rules, data, evaluate = layout.settings.promote, layout.settings.data, layout.settings.evaluate
+        judged, tiling = judged_images(layout, original=True), Tiling.of(data)
+        if not judged.labelled:
+            for model in (challenger, champion):
+                _demand_scale(model, data.scale)
         comparison = compare_models(
             challenger,
             champion,
             judged.items,
-            normal_items(layout.split().calibration, data.image_size, data.max_pixels),
+            normal_items(layout.split().calibration, tiling, data.max_pixels, original=judged.labelled),
             numpy_generator(rules.seed, "promote"),
             bootstrap=rules.bootstrap,
             aupro_limit=evaluate.aupro_limit,
             batch=evaluate.batch,
             min_defect_images=rules.min_defect_images,
+            tiling=tiling if judged.labelled else None,
         )
         return comparison, judged.labelled
 
     return promote(layout, compare, version=version, reason=reason, readmit=readmit, dry_run=dry_run)
+
+
+def _demand_scale(model: Predictor | None, scale: float) -> None:
+    if model is not None and model.metadata.scale != scale:
+        raise UserError(
+            f"A model of this category sees images at scale {model.metadata.scale:g}, but the held-out triplets, which "
+            f"stand in for a labelled test set, were made at data.scale {scale:g} and exist at no other; add a "
+            "labelled test set to compare them."
+        )

@@ -16,7 +16,7 @@ from flawsmith.images import write_png
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import section_values, settings_digest
-from flawsmith.surfaces import load_images_uint8
+from flawsmith.surfaces import load_tiles, plan_tiles
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run
@@ -66,8 +66,8 @@ def build_workshop(layout: Layout) -> Workshop:
         loaded, ddpm = load_denoiser(layout.stage("ddpm-train"))
         denoiser = loaded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         scheduler = build_scheduler(ddpm)
-    paths = layout.split().fit
-    normals = load_images_uint8(paths, data.image_size, data.max_pixels)
+    tiles = plan_tiles(layout.split().fit, data)
+    normals = load_tiles(tiles, data)
     generator = numpy_generator(layout.settings.synthesize.seed, "foreground")
     sample = np.sort(generator.permutation(len(normals))[:FOREGROUND_SAMPLE])
     foreground = Foreground.estimate(normals[sample].astype(np.float32) / np.float32(255))
@@ -75,7 +75,8 @@ def build_workshop(layout: Layout) -> Workshop:
         denoiser=denoiser,
         scheduler=scheduler,
         normals=normals,
-        names=[path.name for path in paths],
+        names=[tile.path.name for tile in tiles],
+        places=[tile.place for tile in tiles],
         foreground=foreground,
         settings=layout.settings.synthesize,
         device=device,

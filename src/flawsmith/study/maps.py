@@ -24,13 +24,14 @@ from flawsmith.detector.distill import as_batch
 from flawsmith.detector.model import Detector, load_detector
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.assess import KEYS, measure
-from flawsmith.evaluation.scoring import Scorer, normal_items, open_spools
+from flawsmith.evaluation.scoring import Scorer, normal_items, open_spools, tiled_scorer
 from flawsmith.files import write_json
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import load_settings
 from flawsmith.stages.evaluate import judged_images
-from flawsmith.surfaces import PARTS, load_images_uint8
+from flawsmith.surfaces import PARTS, load_tiles, plan_tiles
+from flawsmith.tiling import Tiling
 
 Weights = tuple[float, ...]
 
@@ -75,7 +76,7 @@ class Weighings:
         return score
 
     def _maps(self, images: NDArray[np.float32]) -> Tensor:
-        if images is not self._seen:  # every scorer is handed the same batch in turn
+        if images is not self._seen:  # without tiles every scorer is handed the same batch in turn
             self._seen, self._raw = images, self.detector.raw_maps(torch.from_numpy(images))
         return self._raw
 
@@ -99,20 +100,20 @@ def weigh_maps(request: Request) -> list[dict[str, Any]]:
     data, settings, split = layout.settings.data, layout.settings.evaluate, layout.split()
     judged = judged_images(layout)
     detector = load_detector(request.detector)
-    paths = split.calibration
+    tiles, tiling = plan_tiles(split.calibration, data), Tiling.of(data)
     weighings = Weighings(
         detector,
         (
-            as_batch(load_images_uint8(paths[first : first + 8], data.image_size, data.max_pixels), torch.device("cpu"))
-            for first in range(0, len(paths), 8)
+            as_batch(load_tiles(tiles[first : first + 8], data), torch.device("cpu"))
+            for first in range(0, len(tiles), 8)
         ),
     )
-    scorers = [weighings.scorer(weights) for weights in request.weights]
+    scorers = [tiled_scorer(weighings.scorer(weights), tiling) for weights in request.weights]
     with open_spools(len(scorers) + 1) as (*maps, masks):
         found = measure(
             scorers,
             judged.items,
-            normal_items(paths, data.image_size, data.max_pixels),
+            normal_items(split.calibration, tiling, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),
             maps,
             masks,

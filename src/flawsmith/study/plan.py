@@ -7,7 +7,7 @@ that says so. Cells that agree in all of this share the run: a diffusion model i
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import yaml
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file, digest_json, digest_path
 from flawsmith.layout import Layout
-from flawsmith.settings import SECTIONS, Settings, load_settings, section_values
+from flawsmith.settings import SECTIONS, Settings, deciding_values, load_settings, section_values
 from flawsmith.surfaces import PARTS
 
 KNN = "knn"
@@ -86,7 +86,7 @@ class Dependencies:
     """What one stage of dvc.yaml reads.
 
     Attributes:
-        sections: of params.yaml.
+        sections: of params.yaml, or single keys of them (`section.key`).
         code: files and folders, relative to the package.
         upstream: earlier stages.
         data: the part of the category's folder, e.g. "train"; "." is the whole; None if it reads no image.
@@ -188,7 +188,7 @@ def build_plan(request: Request) -> Plan:
     base = load_settings(request.params, request.replaced)
     categories, texture = request.categories or base.categories, base.synthesize.texture
     for key in request.grid:
-        if not any(key.partition(".")[0] in builder.sections(name, DIFFUSION) for name in request.methods):
+        if not any(_is_read(key, builder.sections(name, DIFFUSION)) for name in request.methods):
             raise UserError(f"--grid {key}: no stage of {', '.join(request.methods)} reads it; remove it.")
     for category in categories:
         _check_surface(
@@ -200,7 +200,7 @@ def build_plan(request: Request) -> Plan:
     ):
         wanted = {**point, **METHODS[name].settings}
         read = builder.sections(name, wanted.get("synthesize.texture", texture))
-        grid = {key: value for key, value in point.items() if key.partition(".")[0] in read}
+        grid = {key: value for key, value in point.items() if _is_read(key, read)}
         for part in request.parts:
             identity = (category, row_label(name, grid), seed, part)
             if identity not in cells:  # a key that a method does not read gives it no further rows
@@ -338,10 +338,18 @@ def settings_content(settings: Settings) -> dict[str, Any]:
     return {"categories": list(settings.categories), **sections}
 
 
-def _deciding(settings: Settings, section: str) -> dict[str, Any]:
-    """A section's values but for where the images lie: their content is digested."""
-    values = section_values(getattr(settings, section.replace("-", "_")))
-    return {key: value for key, value in values.items() if (section, key) != ("data", "root")}
+def _deciding(settings: Settings, name: str) -> dict[str, Any]:
+    """A section's values, or the one key's, but for where the images lie: their content is digested."""
+    section, _, only = name.partition(".")
+    values = deciding_values(getattr(settings, section.replace("-", "_")))
+    return {
+        key: value for key, value in values.items() if (section, key) != ("data", "root") and (not only or key == only)
+    }
+
+
+def _is_read(key: str, sections: Collection[str]) -> bool:
+    """Whether `section.key` is among what is read, by itself or with its section."""
+    return key in sections or key.partition(".")[0] in sections
 
 
 def _stages(stages: Sequence[str], texture: str) -> tuple[str, ...]:

@@ -94,8 +94,9 @@ class Workshop:
 
     Attributes:
         denoiser, scheduler: needed for the texture `diffusion` alone.
-        normals: (N, 3, S, S) uint8, the fit part at the model's size.
-        names: N file names, the streams' and the manifest's name of each normal.
+        normals: (N, 3, S, S) uint8, the fit part at the model's size: images, or tiles of them.
+        names: N file names, the manifest's name of each normal; tiles of one image share it.
+        places: of each normal the tile's top and left in pixels at working resolution; None for whole images.
     """
 
     denoiser: Denoiser | None
@@ -105,13 +106,17 @@ class Workshop:
     foreground: Foreground
     settings: SynthesizeSettings
     device: torch.device
+    places: Sequence[tuple[int, int] | None] = ()
 
     def sources(self, role: str) -> NDArray[np.int64]:
-        """Indices of the normals of one role: validation sources are a fixed share that no training triplet uses."""
-        order = numpy_generator(self.settings.seed, "sources").permutation(len(self.names))
+        """Indices of the normals of one role: validation sources are those of a fixed share of the image files, of
+        which no training triplet uses any part."""
+        files = {name: place for place, name in enumerate(dict.fromkeys(self.names))}
+        order = numpy_generator(self.settings.seed, "sources").permutation(len(files))
         share = self.settings.validation_fraction
         held = min(max(1, round(share * len(order))), len(order) - 1) if share > 0 else 0
-        return np.sort(order[:held] if role == VALIDATION else order[held:])
+        chosen = order[:held] if role == VALIDATION else order[held:]
+        return np.flatnonzero(np.isin([files[name] for name in self.names], chosen))
 
     def candidate(self, role: str, number: int) -> Candidate:
         """Draw candidate `number` of a role: the same one whenever it is asked for."""
@@ -338,11 +343,18 @@ def manifest_row(workshop: Workshop, triplet_id: str, triplet: Triplet) -> dict[
         "candidate": item.number,
         "seed": settings.seed,
         "source": workshop.names[item.source],
+        **_place_columns(workshop, item.source),
         "defects": len(item.defects),
         **first,
         "mask_area": float(triplet.mask.mean()),
         "further": others,
     }
+
+
+def _place_columns(workshop: Workshop, source: int) -> dict[str, int]:
+    """Where in its image a normal lies; nothing of a whole one."""
+    place = workshop.places[source] if workshop.places else None
+    return {} if place is None else {"source_top": place[0], "source_left": place[1]}
 
 
 def _defect_columns(workshop: Workshop, defect: Defect) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""An exported network in onnxruntime, without threshold or verdict: what `Predictor` and the evaluate stage score with.
+
+No torch, so that it runs on a small machine at the line.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.inference.metadata import INPUT_NAME, OUTPUT_NAMES
+
+_SILENT = 4  # onnxruntime's severity "fatal": errors reach the caller as exceptions, not as log lines
+
+
+class Network:
+    """An ONNX file as a function of batches.
+
+    Args:
+        path: a file that `export.onnx` wrote, with or without metadata.
+        threads: CPU threads of one run; None leaves the choice to onnxruntime (one a physical core).
+
+    Raises:
+        UserError: the file is missing, no ONNX model, or has another interface than flawsmith's.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise UserError(f"threads is {threads}; it must be 1 or more.")
+        self._session = _open(path, threads)
+        self.properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.input_size = _input_size(self._session, path)  # side of the square input in pixels
+
+    def run(self, batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Images `(B, 3, S, S)` in [0, 1] to anomaly maps `(B, S, S)` and scores `(B,)`, higher = more anomalous.
+
+        Raises:
+            FlawsmithError: the network answers with NaN or infinity, which no threshold could judge.
+        """
+        feed = {INPUT_NAME: np.ascontiguousarray(batch, np.float32)}
+        maps, scores = self._session.run(list(OUTPUT_NAMES), feed)  # (B, 1, S, S), (B,)
+        if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
+            raise FlawsmithError("The model answered with NaN or infinity; export it again and check its certificate.")
+        return maps[:, 0], scores
+
+
+def _open(path: Path, threads: int | None) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is no file; pass the model.onnx of the export stage.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a class of its own for each status, all derived from Exception
+        reason = " ".join(str(error).replace(str(path), "the file").split())
+        raise UserError(f"{path} cannot be loaded as an ONNX model ({reason}); export the model again.") from error
+
+
+def _input_size(session: Any, path: Path) -> int:
+    inputs = {item.name: item.shape for item in session.get_inputs()}
+    outputs = {item.name for item in session.get_outputs()}
+    if list(inputs) != [INPUT_NAME] or not outputs.issuperset(OUTPUT_NAMES):
+        raise UserError(
+            f"{path} takes {sorted(inputs)} and gives {sorted(outputs)}, not `{INPUT_NAME}` and "
+            f"{list(OUTPUT_NAMES)}; use the model.onnx of the export stage."
+        )
+    batch, *rest = inputs[INPUT_NAME]
+    if isinstance(batch, int) or len(rest) != 3 or rest[0] != 3 or rest[1] != rest[2] or not isinstance(rest[1], int):
+        raise UserError(
+            f"{path} takes images of shape {inputs[INPUT_NAME]}, not (batch, 3, side, side); export the model again."
+        )
+    return rest[1]

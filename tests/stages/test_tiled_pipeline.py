@@ -1,0 +1,185 @@
+"""Every stage on images of several shapes cut into tiles: fabric with knots, from normals to a proven model."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from flawsmith.files import digest_path
+from flawsmith.images import read_image, write_png
+from flawsmith.inference.folder import predict_folder
+from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
+from flawsmith.settings import load_settings
+from flawsmith.stages import ddpm_train, distill, evaluate, export, promote, synthesize, validate
+from flawsmith.stages.explain import explain
+from flawsmith.surfaces import plan_tiles
+from flawsmith.tiling import Tiling
+from flawsmith.triplets import TripletFolder, read_manifest
+
+pytestmark = pytest.mark.timeout(1200)
+
+SHAPES = ((192, 320), (320, 192), (100, 256), (48, 200))
+SMALL: dict[str, Any] = {
+    "categories": ["weave"],
+    "tracking.mode": "off",
+    "data.image_size": 64,
+    "data.calibration_fraction": 0.3,
+    "data.scale": 0.8,
+    "data.tile_overlap": 16,
+    "data.max_tiles": 30,
+    "ddpm-train.crop": 32,
+    "ddpm-train.channels": [16, 16],
+    "ddpm-train.steps": 6,
+    "ddpm-train.batch": 2,
+    "ddpm-train.warmup": 2,
+    "ddpm-train.train_timesteps": 50,
+    "ddpm-train.readiness_samples": 4,
+    "synthesize.triplets": 10,
+    "synthesize.steps": 3,
+    "synthesize.windows": [32],
+    "synthesize.batch": 4,
+    "synthesize.perlin_periods": [8, 16],
+    "synthesize.area": [0.0003, 0.2],
+    "synthesize.min_changed": 0.2,
+    "synthesize.validation_fraction": 0.3,
+    "validate.min_triplets": 4,
+    "validate.mask_area": [0.00005, 0.5],
+    "validate.min_change_inside": 0.0,
+    "validate.min_visible_share": 0.0,
+    "validate.max_change_outside": 1.0,
+    "validate.ssim": [-1.0, 1.0],
+    "distill.student_steps": 4,
+    "distill.head_steps": 4,
+    "distill.batch": 2,
+    "distill.bottleneck": 8,
+    "distill.decoder_channels": [8, 8],
+    "distill.head_channels": 8,
+    "distill.validate_every": 2,
+    "distill.memory": 300,
+    "evaluate.bootstrap": 20,
+    "evaluate.batch": 4,
+    "evaluate.gallery": 4,
+    "evaluate.baseline_vectors": 200,
+    "evaluate.parity_images": 8,
+    "export.latency_runs": 3,
+    "promote.bootstrap": 100,
+}
+
+
+def weave(seed: int) -> NDArray[np.uint8]:
+    height, width = SHAPES[seed % len(SHAPES)]
+    rows, columns = np.mgrid[:height, :width]
+    generator = np.random.default_rng(seed)
+    gray = 120 + 25 * np.sin(rows / 2.5) * np.sin(columns / 2.5) + generator.normal(0, 5, (height, width))
+    return np.repeat(np.clip(ndimage.gaussian_filter(gray, 0.6), 0, 255)[..., None], 3, axis=2).astype(np.uint8)
+
+
+def write_surface(folder: Path) -> None:
+    for seed in range(10):
+        write_png(folder / f"train/good/{seed:03d}.png", weave(seed))
+    for seed in range(4):
+        write_png(folder / f"test/good/{seed:03d}.png", weave(100 + seed))
+        pixels = weave(200 + seed)
+        mask = np.zeros(pixels.shape[:2], np.bool_)
+        mask[-30:-16, -44:-24] = True
+        pixels[mask] = 230
+        write_png(folder / f"test/knot/{seed:03d}.png", pixels)
+        write_png(folder / f"ground_truth/knot/{seed:03d}_mask.png", mask)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    root = tmp_path_factory.mktemp("tiled")
+    write_surface(root / "data" / "weave")
+    layout = Layout(load_settings(Path(__file__).parents[2] / "params.yaml", SMALL), "weave", root)
+    for stage in (ddpm_train, synthesize, validate, distill, evaluate, export):
+        stage.run(layout)
+    return layout
+
+
+def test_triplets_are_tiles_and_the_roles_share_no_image(made: Layout) -> None:
+    folder = TripletFolder(made.stage("synthesize"))
+    rows = read_manifest(folder.folder / "manifest.parquet").to_pylist()
+    tiles = {(tile.path.name, tile.place) for tile in plan_tiles(made.split().fit, made.settings.data)}
+    sources: dict[str, set[str]] = {"fit": set(), "val": set()}
+    for row in rows:
+        sources[row["role"]].add(row["source"])
+        assert (row["source"], (row["source_top"], row["source_left"])) in tiles
+        assert folder.read(row["triplet_id"])[0].shape == (3, 64, 64)
+    assert sources["fit"]
+    assert sources["val"]
+    assert not sources["fit"] & sources["val"]
+
+
+def test_a_triplet_of_a_tile_is_explained_bit_for_bit(made: Layout, tmp_path: Path) -> None:
+    assert explain(made, "fit-00001", tmp_path / "why.png")
+
+
+def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:
+    """On test images of every shape; a batch of other tiles may move the last digits. Metrics are of whole images."""
+    predictor = Predictor(made.stage("export") / "model.onnx")
+    assert predictor.tiling == Tiling(64, 0.8, 16)
+    metrics = json.loads((made.stage("evaluate") / "metrics.json").read_text())
+    assert (metrics["n_good"], metrics["n_defective"], metrics["labelled"]) == (4, 4, True)
+    assert 0 <= metrics["aupro"] <= 1
+    assert 0 <= metrics["baseline"]["aupro"] <= 1
+    with (made.stage("evaluate") / "scores.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        image = read_image(made.surface().folder / "test" / row["file"])
+        (answer,) = predictor.predict([image])
+        assert answer.score == pytest.approx(float(row["score"]), abs=1e-4)
+        assert answer.anomaly_map.shape == predictor.tiling.shape(*image.shape[1:])
+    calibration = made.stage("evaluate") / "calibration_scores.csv"
+    with calibration.open() as stream:
+        assert len(list(csv.DictReader(stream))) == len(made.split().calibration)
+
+
+def test_parity_is_proven_on_tiles(made: Layout) -> None:
+    images = sorted((made.stage("evaluate") / "parity").glob("*.png"))
+    assert {read_image(path).shape for path in images} == {(3, 64, 64)}
+    assert any((read_image(path) > 0.85).mean() > 0.02 for path in images if "knot" in path.name)
+    proof = json.loads((made.stage("export") / "parity.json").read_text())
+    assert all(batch["decision_flips"] == 0 for batch in proof["batches"].values())
+
+
+def test_a_folder_is_scored_at_the_places_of_the_originals(made: Layout, tmp_path: Path) -> None:
+    predictor = Predictor(made.stage("export") / "model.onnx", pixel_threshold=-1e6)
+    predict_folder(predictor, [made.surface().folder / "test"], tmp_path / "out")
+    for row in json.loads((tmp_path / "out" / "results.json").read_text())["images"]:
+        shape = read_image(made.surface().folder / "test" / row["file"]).shape
+        assert (row["height"], row["width"]) == shape[1:]
+        assert 0 <= row["peak_x"] < shape[2]
+        assert 0 <= row["peak_y"] < shape[1]
+        assert read_image(tmp_path / "out" / "overlays" / row["file"]).shape[2] >= shape[2]
+
+
+def test_promotion_compares_models_of_different_scales_on_the_same_images(
+    made: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(layout: Layout, compare: Any, **_: Any) -> Any:
+        challenger = Predictor(layout.stage("export") / "model.onnx")
+        champion = Predictor(layout.stage("export") / "model.onnx")
+        champion.tiling = Tiling(64)  # the same network on whole images
+        return compare(challenger, champion), compare(challenger, challenger)
+
+    monkeypatch.setattr(promote, "promote", judge)
+    (found, labelled), (same, _) = promote.run(made)
+    assert labelled
+    metrics = json.loads((made.stage("evaluate") / "metrics.json").read_text())
+    assert found.challenger.values["aupro"].value == pytest.approx(metrics["aupro"], abs=0.02)
+    assert found.challenger.values["image_auroc"].value == pytest.approx(metrics["image_auroc"])
+    assert set(same.differences.values()) == {(0, 0, 0)}
+    assert found.champion != found.challenger
+
+
+def test_the_triplets_are_the_same_bytes_again(made: Layout) -> None:
+    before = digest_path(made.stage("synthesize"))
+    synthesize.run(made)
+    assert digest_path(made.stage("synthesize")) == before
