@@ -80,7 +80,7 @@ def test_slow_decoding_and_a_slow_model_take_less_than_their_sum() -> None:
     tasks = [Task(str(index), lambda: 1, load) for index in range(24)]
     began = time.monotonic()
     run(tasks, 4, Model(lambda images: time.sleep(0.1)), batch=1)  # 2.4 s of each
-    assert time.monotonic() - began < 4.5
+    assert time.monotonic() - began < 4.7
 
 
 @settings(max_examples=40)
@@ -189,6 +189,25 @@ def test_a_live_source_gets_its_answer_without_a_full_batch() -> None:
     model = Model(lambda images: answered.set())
     assert run(source(), 1, model, batch=8, is_live=True) == [("a", 1.0), ("b", 1.0)]
     assert model.batches == [1, 1]
+
+
+def test_a_long_source_is_not_walked_through_ahead_of_the_model() -> None:
+    """Frames of a video are held as soon as the source gives them, decoded or not."""
+    given = answered = most = 0
+
+    def source() -> Iterator[Task]:
+        nonlocal given, most
+        for index in range(200):
+            given += 1
+            most = max(most, given - answered)
+            yield Task(str(index), lambda: 100, lambda: image_of(100))
+
+    batch, workers, limit = 4, 3, 300
+    with Readahead(source(), workers, batch + workers, threading.Event(), limit) as ahead:
+        for _ in judge(ahead, Model(), batch):  # type: ignore[arg-type]
+            answered += 1
+    assert answered == given == 200
+    assert most <= 2 * limit // 100 + 2 * workers + 1
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
