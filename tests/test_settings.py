@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flawsmith.errors import UserError
+from flawsmith.files import digest_json
 from flawsmith.settings import (
     SECTIONS,
     load_settings,
@@ -296,3 +297,33 @@ def test_the_digest_tells_every_value_apart() -> None:
 def test_a_gate_that_could_never_pass_is_refused(key: str, value: int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_settings(Path(__file__).parents[1] / "params.yaml", {key: value})
+
+
+def test_without_a_scale_the_digest_knows_nothing_of_tiles() -> None:
+    data = parse_settings(SHIPPED, "params.yaml").data
+    digest = settings_digest(data)
+    old = {
+        key: value for key, value in section_values(data).items() if key not in ("scale", "tile_overlap", "max_tiles")
+    }
+    assert digest == digest_json({"DataSettings": old})  # what was made before tiles were known is not made again
+    assert digest == settings_digest(dataclasses.replace(data, tile_overlap=8, max_tiles=7))
+    tiled = dataclasses.replace(data, scale=0.5)
+    assert len({digest, settings_digest(tiled), settings_digest(dataclasses.replace(tiled, tile_overlap=8))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"scale": 0.001}, r"`data\.scale` is 0\.001; it must be 0 .* or from 0\.01 to 2"),
+        ({"scale": 3}, r"`data\.scale` is 3"),
+        (
+            {"scale": 1, "tile_overlap": 129},
+            r"`data\.tile_overlap` is 129; it must be at most half of data\.image_size",
+        ),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_settings(
+            Path(__file__).parents[1] / "params.yaml", {f"data.{key}": value for key, value in values.items()}
+        )

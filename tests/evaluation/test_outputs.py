@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flawsmith.evaluation.assess import KEYS
-from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, verdict_text
+from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, sheet, verdict_text
 from flawsmith.evaluation.intervals import share_interval
 from flawsmith.evaluation.memory import assess_synthetic
 from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
@@ -203,3 +203,38 @@ def test_nan_never_reaches_metrics_json(result, tmp_path):
     with pytest.raises(ValueError):
         write_data(tmp_path, replace(result, detector=replace(result.detector, values=values)), True)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_large_image_is_shrunk_before_it_is_drawn_and_loses_no_defect(result):
+    """One hot and one marked pixel of a 2500 x 700 image: both are seen at a third of the size, and in a sheet."""
+    image, mask = np.full((3, 2500, 700), 0.5, np.float32), np.zeros((2500, 700), np.bool_)
+    mask[2000, 600] = True
+    hot = np.where(mask, 1e3, -1e3).astype(np.float32)
+    example = replace(result.gallery[0], image=image, mask=mask, anomaly_map=hot)
+    scale = HeatScale.of(result.detector)
+    plain, truth, heat = panels(example, scale)
+    assert plain.shape == truth.shape == heat.shape == (834, 234, 3)
+    assert (plain != truth).any()
+    row, column = np.unravel_index(int(heat.astype(int).sum(axis=2).argmax()), heat.shape[:2])
+    assert abs(row - 2000 // 3) <= 1
+    assert abs(column - 600 // 3) <= 1
+    page = sheet([example], scale, "title")
+    grey = (page[60:220, :180] == 128).all(axis=2)
+    assert np.ptp(np.flatnonzero(grey.any(axis=1))) > 120  # the long side fills its pane
+    assert np.ptp(np.flatnonzero(grey.any(axis=0))) < 60  # and the short one is not stretched
+
+
+def test_parity_images_of_a_tiled_model_are_tiles_that_show_the_defect(result, tmp_path):
+    tiling = Tiling(32, 1.0, 0)  # the items have 48 x 48 pixels
+    write_parity_images(tmp_path, result.items, 6, tiling)
+    assert len(list(tmp_path.iterdir())) == 6
+    for path in tmp_path.iterdir():
+        item = next(one for one in result.items if path.stem.endswith(f"{one.defect}-{one.name[-9:-4]}"))
+        tile, (image, mask) = read_image(path), item.load()
+        shares = {
+            int(mask[top : top + 32, left : left + 32].sum()): image[:, top : top + 32, left : left + 32]
+            for top, left in reversed(tiling.places(48, 48))  # of equal ones the first
+        }
+        assert tile.shape == (3, 32, 32)
+        if item.is_defective:
+            np.testing.assert_allclose(tile, shares[max(shares)], atol=0.5 / 255)

@@ -16,7 +16,9 @@ from flawsmith.evaluation.paired import COMPARED, RARE, compare_models, pool_rar
 from flawsmith.evaluation.scoring import Item, open_spools
 from flawsmith.inference.predictor import Predictor
 from flawsmith.randomness import numpy_generator
+from flawsmith.stages.promote import _demand_scale
 from flawsmith.surfaces import GOOD
+from flawsmith.tiling import Tiling
 
 SIZE = 24
 OPTIONS = {"bootstrap": 100, "aupro_limit": 0.3, "batch": 8, "min_defect_images": 5}
@@ -291,3 +293,34 @@ def test_measuring_beside_another_model_changes_nothing(performances, toys, item
     assert alone.values == performances[1].values
     assert alone.by_defect == performances[1].by_defect
     assert alone.threshold == performances[1].threshold
+
+
+def test_images_as_they_are_are_judged_as_at_the_working_resolution(toys, items, calibration, model_alone):
+    """Without tiles a model stretches an image of any size; here it has its size already."""
+    found = compared(toys["model"], None, items, calibration, tiling=Tiling(SIZE))
+    assert found == model_alone
+
+
+def test_a_tiled_model_beside_a_whole_one_sees_the_same_images(tmp_path, toys, items, calibration, model_alone):
+    """Both at full resolution: a pointwise model answers the same in tiles of half the side as on the whole."""
+    tiled = Predictor(
+        write_toy(
+            tmp_path / "tiled.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE // 2, scale=1.0, tile_overlap=SIZE // 8
+        )
+    )
+    maps, scores = predictor_scorer(tiled, Tiling(SIZE // 2, 1.0, SIZE // 8))(items[0].load()[0][None])
+    assert maps.shape == (1, SIZE, SIZE)
+    (whole,) = toys["model"].predict([items[0].load()[0]])
+    np.testing.assert_allclose(maps[0], whole.anomaly_map, atol=1e-6)
+    assert scores[0] == pytest.approx(whole.score, abs=1e-6)
+    found = compared(tiled, toys["model"], items, calibration, tiling=Tiling(SIZE))
+    assert found.champion == model_alone.challenger
+    for estimate in found.differences.values():
+        assert estimate == pytest.approx((0, 0, 0), abs=1e-3)
+
+
+def test_held_out_triplets_are_no_ground_to_compare_scales_on(toys):
+    _demand_scale(None, 0.5)
+    _demand_scale(toys["model"], 0.0)
+    with pytest.raises(UserError, match=r"at scale 0, .* at data\.scale 0\.5 .*labelled test set"):
+        _demand_scale(toys["model"], 0.5)

@@ -13,7 +13,7 @@ from monitoring_samples import measurement, part
 
 from flawsmith.detector.teacher import Teacher, pooled_features
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage
+from flawsmith.images import FloatImage, resize_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.monitoring.reference import (
     Measurement,
@@ -23,6 +23,7 @@ from flawsmith.monitoring.reference import (
     save_reference,
     teacher_digest,
 )
+from flawsmith.tiling import Tiling
 
 
 @pytest.fixture
@@ -63,6 +64,19 @@ def test_an_image_is_measured_the_same_in_any_batch_and_size(predictor: Predicto
     large = np.ascontiguousarray(part(1).repeat(2, axis=1).repeat(2, axis=2))
     mixed = measure(predictor, teacher, [("a", part(0)), ("large", large)])
     assert len(mixed) == 2
+
+
+def test_a_tiled_model_scores_tiles_and_looks_at_the_whole(
+    predictor: Predictor, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = predictor.metadata.input_size
+    large = np.ascontiguousarray(part(1).repeat(2, axis=1))
+    whole = measure(predictor, teacher, [("a", resize_image(large, size))])
+    monkeypatch.setattr(predictor, "tiling", Tiling(size, 1.0, 0))
+    found = measure(predictor, teacher, [("a", large), ("b", part(0))])
+    assert found.scores.tolist() == [np.float32(predictor.predict([image])[0].score) for image in (large, part(0))]
+    np.testing.assert_array_equal(found.looks[0], whole.looks[0])
+    np.testing.assert_allclose(found.features[0], whole.features[0], rtol=1e-4, atol=1e-5)
 
 
 def test_only_a_batch_of_images_is_held(predictor: Predictor, teacher: Teacher) -> None:

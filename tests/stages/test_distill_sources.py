@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from flawsmith.errors import UserError
-from flawsmith.stages.distill import _manifest_rows, remembered_normals, source_indices
+from flawsmith.stages.distill import _manifest_rows, image_of, remembered_normals, source_indices
+from flawsmith.surfaces import Tile
 from flawsmith.triplets import FIT, VALIDATION, TripletFolder
 
 NORMALS = [Path("good") / name for name in ("a.png", "b.png", "c.png", "d.png")]
@@ -39,3 +40,13 @@ def test_each_training_triplet_is_traced_to_its_normal_in_the_memory(tmp_path: P
 def test_a_source_that_is_no_fit_normal_now_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.png.*flawsmith synthesize"):
         rows(tmp_path, SOURCES | {"fit-1": "gone.png"})
+
+
+def test_every_tile_of_the_image_behind_a_triplet_is_kept_from_it(tmp_path: Path) -> None:
+    found = rows(tmp_path, SOURCES)
+    kept = remembered_normals(NORMALS, found)
+    tiles = [Tile(path, (0, left)) for path in kept for left in range(0, 96 if path.name == "c.png" else 64, 32)]
+    owners = image_of(tiles, kept)
+    (source,) = source_indices(kept, found, ["fit-1"])
+    assert [tile for tile, owner in zip(tiles, owners, strict=True) if owner == source] == tiles[2:5]
+    assert {tile.path.name for tile in tiles[2:5]} == {"c.png"}
