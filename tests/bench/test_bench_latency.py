@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_onnx import write_toy
@@ -18,8 +17,8 @@ from toy_onnx import write_toy
 from flawsmith.bench import latency_peers, latency_worker
 from flawsmith.bench.latency import (
     HEADLINE,
-    Contender,
     MOST_RUNS,
+    Contender,
     Setting,
     Speaker,
     expected_seconds,
@@ -35,8 +34,9 @@ from flawsmith.bench.latency import (
 from flawsmith.bench.measure import bench_settings
 from flawsmith.errors import FlawsmithError, UserError
 
-SIZE = SMALL["data"]["image_size"]
+SIZE = 64
 TESTS = Path(__file__).parents[1]
+OVERRIDES = {"distill.bottleneck": 8, "distill.decoder_channels": [8, 8], "distill.head_channels": 8}
 # Plays both programs that anomalib's Python runs: toy models as peers; OpenVINO is onnxruntime by another name.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys
@@ -64,7 +64,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 class Small(NamedTuple):
-    """The detector of SMALL with random weights, and its int8."""
+    """A small detector with random weights, and its int8."""
 
     whole: Path
     int8: Path
@@ -74,8 +74,7 @@ class Small(NamedTuple):
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     folder = tmp_path_factory.mktemp("models")
     found = Small(folder / "whole.onnx", folder / "int8.onnx")
-    overrides = {f"{section}.{key}": value for section, values in SMALL.items() for key, value in values.items()}
-    random_model(bench_settings(ROOT / "params.yaml", None, None, overrides), found.whole)
+    random_model(bench_settings(TESTS.parent / "params.yaml", None, None, OVERRIDES), SIZE, found.whole)
     quantise(found.whole, found.int8, SIZE)
     return found
 
@@ -244,6 +243,7 @@ def test_a_program_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None
             r"nowhere/python does not exist; `make bench-latency` sets .*--without-anomalib",
         ),
         (["--without-anomalib", "--sizes", "256,x"], "--sizes is `256,x`; give whole numbers above 0"),
+        (["--without-anomalib", "--sizes", "100"], "--sizes names 100; the detector takes multiples of 32 px"),
         (["--without-anomalib", "--batches", "0"], "--batches is `0`"),
         (["--without-anomalib", "--precisions", "fp8"], "`fp8` is unknown; it may name fp32, int8"),
         (["--without-anomalib", "--rounds", "0"], "--rounds must be 1 or more"),

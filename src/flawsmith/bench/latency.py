@@ -50,6 +50,7 @@ NORMALS = 200  # images that the memories of our detector and of PatchCore would
 PATCHCORE_NETWORK, PATCHCORE_STRIDE, PATCHCORE_CORESET = "wide_resnet50_2", 8, 0.1  # anomalib's defaults
 PATCHCORE_SIDE = 256  # its memory is what 256 px images leave, at every size
 EFFICIENT_AD_SIDE = 256  # pixels; its autoencoder takes no smaller image
+SIZE_MULTIPLE = 32  # pixels; as for data.image_size of params.yaml
 MOST_RUNS = 200  # of one row
 QUICK = 1.0  # seconds; a model slower than that is warmed up by one run instead of two
 CALIBRATION = 4  # random images that int8 is calibrated on: its ranges cost no time
@@ -196,14 +197,14 @@ def quantise(model: Path, target: Path, size: int) -> None:
         logging.root.setLevel(before)
 
 
-def random_model(settings: Settings, path: Path) -> None:
-    """Export the detector that params.yaml describes, with random weights and a memory of random vectors.
+def random_model(settings: Settings, size: int, path: Path) -> None:
+    """Export the detector that params.yaml describes for images of `size`, its weights and memory random.
 
     Raises:
         UserError: the backbone is unknown.
         FlawsmithError: it does not export.
     """
-    teacher, size = settings.teacher, settings.data.image_size
+    teacher = settings.teacher
     if not timm.is_model(teacher.backbone):
         raise UserError(f"teacher.backbone `{teacher.backbone}` is no timm model; see `timm.list_models()`.")
     with torch.random.fork_rng(), torch.no_grad():
@@ -422,10 +423,13 @@ def own_sizes(chosen: argparse.Namespace) -> tuple[int, ...]:
     """The image sizes to time: those asked for, or the one of the given model.
 
     Raises:
-        UserError: the model is missing, no fp32 model of ours, or for another size.
+        UserError: a size is none the detector takes; the model is missing, no fp32 model of ours, or for another size.
     """
     sizes = numbers("--sizes", chosen.sizes) if chosen.sizes else None
     if chosen.model is None:
+        for size in sizes or ():
+            if size % SIZE_MULTIPLE:
+                raise UserError(f"--sizes names {size}; the detector takes multiples of {SIZE_MULTIPLE} px.")
         return sizes or SIZES
     size = Predictor(chosen.model).metadata.input_size
     if sizes not in (None, (size,)):
@@ -440,14 +444,14 @@ def own_models(chosen: argparse.Namespace, sizes: Sequence[int], folder: Path) -
     """Our model for each image size: the given one, or one a size with random weights.
 
     Raises:
-        UserError: params.yaml is wrong, or a size is none that it allows.
+        UserError: params.yaml is wrong.
     """
     if chosen.model is not None:
         return dict.fromkeys(sizes, chosen.model)
-    wanted = {size: bench_settings(chosen.params, None, None, {"data.image_size": size}) for size in sizes}
+    settings = bench_settings(chosen.params, None, None)
     own = {size: folder / f"{OURS}-{size}.onnx" for size in sizes}
-    for size, settings in wanted.items():
-        random_model(settings, own[size])
+    for size, path in own.items():
+        random_model(settings, size, path)
     return own
 
 
