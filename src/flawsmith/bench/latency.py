@@ -451,6 +451,7 @@ def own_models(chosen: argparse.Namespace, sizes: Sequence[int], folder: Path) -
     settings = bench_settings(chosen.params, None, None)
     own = {size: folder / f"{OURS}-{size}.onnx" for size in sizes}
     for size, path in own.items():
+        print(f"exporting our detector for {size} px ...", flush=True)
         random_model(settings, size, path)
     return own
 
@@ -497,6 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             request = {"seed": 0, "backbone": PATCHCORE_NETWORK, "vectors": patchcore_vectors()}
             (folder / "request.json").write_text(json.dumps(request))
             # -P: this folder's modules must not hide packages of the same name
+            print("starting anomalib's side ...", flush=True)
             peers = Speaker([chosen.python, "-P", Path(latency_peers.__file__).resolve(), folder], "anomalib's side")
             stack.callback(peers.close)
             versions, names = peers.first, [OURS, *PEERS]
