@@ -54,7 +54,9 @@ SIZE_MULTIPLE = 32  # pixels; as for data.image_size of params.yaml
 MOST_RUNS = 200  # of one row
 QUICK = 1.0  # seconds; a model slower than that is warmed up by one run instead of two
 CALIBRATION = 4  # random images that int8 is calibrated on: its ranges cost no time
-SKIPPED_SHARE = 2  # a row needs time for a warm-up and at least one run
+NEEDED_RUNS = 2  # a row needs time for a warm-up and at least one run
+HEADLINE_WEIGHT = 4  # its rows get that many times the seconds of the others
+LEAST_SHARE = 2.0  # seconds of a row, even when exports have eaten all of them: what is quick is always timed
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,16 @@ class Files:
     folder: Path
     ours: dict[int, Path]
     peers: Speaker | None
+    seconds: float = 0.0  # spent on making them
     _made: dict[Path, Path] = field(default_factory=dict)
 
     def get(self, model: str, setting: Setting) -> Path:
+        began = time.monotonic()
+        path = self._get(model, setting)
+        self.seconds += time.monotonic() - began
+        return path
+
+    def _get(self, model: str, setting: Setting) -> Path:
         path = self.ours[setting.size] if model == OURS else self._ask(model, setting)
         if setting.precision == "fp32":
             return path
@@ -309,8 +318,8 @@ def time_setting(
             rows.append(row)
             progress.set_postfix_str(f"{setting.name} {one.model} {one.runtime}")
             expected = expected_seconds(known, one, setting)
-            if expected is not None and SKIPPED_SHARE * expected > share:
-                row["skipped"] = f"a run takes some {expected:.0f} s; --seconds leaves {share:.0f} s"
+            if expected is not None and NEEDED_RUNS * expected > share:
+                row["skipped"] = f"a run takes some {expected:.1f} s; --seconds leaves {share:.1f} s"
                 continue
             path = files.get(one.model, setting)
             row["model_mb"] = round(model_bytes(path) / 2**20, 1)
@@ -326,6 +335,8 @@ def time_setting(
                 run = worker.ask("1")["seconds"][0]
                 spent += run
             workers[one], plans[one] = worker, plan(share - spent, run, rounds)
+            if setting == HEADLINE:  # no ratio hangs on one run
+                plans[one] = (rounds, plans[one][1])
         seen: dict[Contender, list[list[float]]] = {one: [] for one in workers}
         for number in range(rounds):
             for one, worker in workers.items():
@@ -357,16 +368,17 @@ def bench(
     """All rows. Each takes at most its even share of the seconds that are left, and leaves the rest to the others."""
     most = max(one.threads for one in order)
     work = [(setting, contenders(setting, names, most, "openvino" in pythons)) for setting in order]
-    waiting = sum(len(who) for _, who in work)
+    weights = [HEADLINE_WEIGHT if setting == HEADLINE else 1 for setting in order]
+    waiting = sum(weight * len(who) for weight, (_, who) in zip(weights, work, strict=True))
     left = seconds
     rows: list[dict[str, Any]] = []
-    with tqdm(total=waiting, unit="row", disable=None) as progress:
-        for setting, who in work:
-            shares = [max(0.0, left) / waiting] * len(who)
-            began = time.monotonic()
+    with tqdm(total=sum(len(who) for _, who in work), unit="row", disable=None) as progress:
+        for weight, (setting, who) in zip(weights, work, strict=True):
+            shares = [max(LEAST_SHARE, left * weight / waiting)] * len(who)
+            began, made = time.monotonic(), files.seconds
             found = time_setting(setting, who, shares, files, pythons, rounds, rows, progress)
-            left -= time.monotonic() - began
-            waiting -= len(who)
+            left -= time.monotonic() - began - (files.seconds - made)
+            waiting -= weight * len(who)
             rows += found
             progress.update(len(who))
             yield from found
@@ -468,7 +480,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="default: %(default)s")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="turns that a row's runs are spread over (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=400.0, help="for all rows, exports included (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=360.0, help="for all rows together, exports apart (%(default)s)"
+    )
     chosen = parser.parse_args(arguments)
     batches, threads = numbers("--batches", chosen.batches), numbers("--threads", chosen.threads)
     precisions = tuple(dict.fromkeys(chosen.precisions.split(",")))
