@@ -50,6 +50,8 @@ sys.path.insert(0, {tests!r})
 assert sys.argv[1] == "-P", sys.argv
 if sys.argv[2].endswith("latency_worker.py"):
     assert sys.argv[3] == "openvino"
+    if "patchcore" in sys.argv[4]:
+        sys.exit("refused")
     os.execv({python!r}, [{python!r}, "-P", sys.argv[2], "onnxruntime", *sys.argv[4:]])
 from toy_onnx import write_toy
 folder = pathlib.Path(sys.argv[3])
@@ -125,8 +127,9 @@ def test_beside_peers_the_ratio_is_that_of_the_rows(
         (name, runtime, precision)
         for name in ("flawsmith", "efficientad", "patchcore")
         for runtime in ("onnxruntime", "openvino")
-        for precision in ("fp32", "int8")
+        for precision in (("fp32", "int8") if runtime == "onnxruntime" else ("fp32",))
     }
+    assert "status 1: refused" in rows["patchcore", "openvino", "fp32"]["skipped"]  # and costs no other row
     for peer in ("efficientad", "patchcore"):
         ours, theirs = (rows[name, "onnxruntime", "fp32"]["p50_ms"] for name in ("flawsmith", peer))
         assert found[f"ratio_vs_{peer}"] == pytest.approx(ours / theirs, abs=1e-3)
@@ -134,7 +137,7 @@ def test_beside_peers_the_ratio_is_that_of_the_rows(
     assert found["weights"] == "trained"
     assert found["peer_weights"] == "random"
     assert any("all others random" in line for line in out)  # also to people
-    assert {one["rounds"] for one in found["rows"][:6]} == {3}  # no ratio hangs on one round
+    assert {one["rounds"] for one in found["rows"][:5]} == {3}  # no ratio hangs on one round
 
 
 def test_a_ratio_needs_both_and_onnxruntime() -> None:
@@ -240,8 +243,10 @@ def test_a_program_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None
     speaker = Speaker(
         [executable(tmp_path / "later", "#!/bin/sh\necho '{}'; read line; echo 'out of memory' >&2; exit 4\n")], "it"
     )
-    with pytest.raises(FlawsmithError, match="it ended with status 4: out of memory"):
-        speaker.ask("1")
+    for _ in range(2):  # asked again, it says so again
+        with pytest.raises(FlawsmithError, match="it ended with status 4: out of memory"):
+            speaker.ask("1")
+    speaker.close()
 
 
 @pytest.mark.parametrize(

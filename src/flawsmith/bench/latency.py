@@ -97,7 +97,7 @@ class Speaker:
     """
 
     def __init__(self, command: Sequence[str | Path], name: str) -> None:
-        self._name = name
+        self._name, self._last = name, ""
         self._words = tempfile.TemporaryFile("w+")  # noqa: SIM115 - kept as long as the process
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True
@@ -116,7 +116,9 @@ class Speaker:
         return self._listen()
 
     def close(self) -> None:
-        """End the process and wait for it."""
+        """End the process and wait for it; once is enough."""
+        if self._words.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._words.close()
@@ -130,10 +132,11 @@ class Speaker:
 
     def _ended(self) -> FlawsmithError:
         status = self._process.wait()
-        self._words.seek(0)
-        last = (self._words.read().strip().splitlines() or ["no message"])[-1]
-        self.close()
-        return FlawsmithError(f"{self._name} ended with status {status}: {last[:300]}")
+        if not self._words.closed:
+            self._words.seek(0)
+            self._last = (self._words.read().strip().splitlines() or ["no message"])[-1]
+            self.close()
+        return FlawsmithError(f"{self._name} ended with status {status}: {self._last[:300]}")
 
 
 @dataclass
@@ -253,9 +256,12 @@ def settings_in_order(sizes: Sequence[int], batches: Sequence[int], threads: Seq
 
 
 def contenders(setting: Setting, names: Sequence[str], most_threads: int, openvino: bool) -> list[Contender]:
-    """Who runs at a setting: everyone in onnxruntime; in OpenVINO at batch 1 with all threads, where latency counts."""
+    """Who runs at a setting: everyone in onnxruntime; in OpenVINO at batch 1 with all threads, where latency counts.
+
+    In fp32 alone there: it refuses anomalib's EfficientAD as onnxruntime quantises it, and has a quantiser of its own.
+    """
     found = [Contender(name) for name in names]
-    if openvino and setting.batch == 1 and setting.threads == most_threads:
+    if openvino and (setting.batch, setting.threads, setting.precision) == (1, most_threads, "fp32"):
         found += [Contender(name, "openvino") for name in names]
     return found
 
@@ -321,19 +327,15 @@ def time_setting(
             if expected is not None and NEEDED_RUNS * expected > share:
                 row["skipped"] = f"a run takes some {expected:.1f} s; --seconds leaves {share:.1f} s"
                 continue
-            path = files.get(one.model, setting)
-            row["model_mb"] = round(model_bytes(path) / 2**20, 1)
-            worker = Speaker(
-                [pythons[one.runtime], "-P", Path(latency_worker.__file__).resolve(), one.runtime, path,
-                 *(str(value) for value in (setting.size, setting.batch, setting.threads))],
-                f"{one.model} in {one.runtime} at {setting.name}",
-            )  # fmt: skip
-            stack.callback(worker.close)
-            run = worker.ask("1")["seconds"][0]
-            spent = run
-            if run < QUICK:
-                run = worker.ask("1")["seconds"][0]
-                spent += run
+            try:
+                path = files.get(one.model, setting)
+                row["model_mb"] = round(model_bytes(path) / 2**20, 1)
+                worker, run, spent = start(one, setting, path, pythons[one.runtime], stack)
+            except FlawsmithError as error:
+                if one == Contender(OURS):
+                    raise
+                row["skipped"] = str(error)  # what a peer cannot do costs no other row
+                continue
             workers[one], plans[one] = worker, plan(share - spent, run, rounds)
             if setting == HEADLINE:  # no ratio hangs on one run
                 plans[one] = (rounds, plans[one][1])
@@ -349,6 +351,24 @@ def time_setting(
         for one, taken in seen.items():
             rows[who.index(one)] |= summary(taken, setting.batch)
     return rows
+
+
+def start(one: Contender, setting: Setting, path: Path, python: Path, stack: ExitStack) -> tuple[Speaker, float, float]:
+    """A worker that is loaded and warm: itself, seconds of its last run, and of all its runs.
+
+    Raises:
+        FlawsmithError: the runtime refuses the model.
+    """
+    options = [str(value) for value in (setting.size, setting.batch, setting.threads)]
+    worker = Speaker(
+        [python, "-P", Path(latency_worker.__file__).resolve(), one.runtime, path, *options],
+        f"{one.model} in {one.runtime} at {setting.name}",
+    )
+    stack.callback(worker.close)
+    taken = worker.ask("1")["seconds"]
+    if taken[0] < QUICK:
+        taken += worker.ask("1")["seconds"]
+    return worker, taken[-1], sum(taken)
 
 
 def model_bytes(path: Path) -> int:
