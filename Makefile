@@ -11,7 +11,7 @@ ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro up down nightly test stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve clean
+.PHONY: help install repro up down nightly test stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve bench-latency clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -63,13 +63,19 @@ bench-serve: install ## 30 clients on the web service for a minute; ARGS='MODEL 
 bench-anomalib: install $(ANOMALIB)/.installed ## anomalib's PatchCore and STFPM beside kNN; ARGS='--category C --data DIR'
 	python -m flawsmith.bench.anomalib_side --python $(ANOMALIB)/bin/python $(ARGS)
 
+# Without anomalib its environment is not needed either.
+bench-latency: install $(if $(findstring --without-anomalib,$(ARGS)),,$(ANOMALIB)/.installed) ## ONNX latency beside anomalib's EfficientAD and PatchCore; ARGS='--model FILE'
+	python -m flawsmith.bench.latency --python $(ANOMALIB)/bin/python $(ARGS)
+
 # An environment of its own, with the same pins wherever both need a package: the same torch is compared.
 $(ANOMALIB)/.installed: constraints.txt
 	rm -rf $(ANOMALIB)
 	$(VENV)/bin/python -m venv $(ANOMALIB)
 	@echo "Installing anomalib $(ANOMALIB_VERSION) into $(ANOMALIB): some 6 GB, a few minutes."
 	$(ANOMALIB)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		anomalib==$(ANOMALIB_VERSION) torch torchvision timm safetensors
+		anomalib==$(ANOMALIB_VERSION) torch torchvision timm safetensors onnx onnxruntime onnxscript
+	@$(ANOMALIB)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt openvino || \
+		echo "openvino does not install here; bench-latency leaves its rows out." >&2
 	touch $@
 
 clean: ## remove the environments and the tools' caches (data, artifacts and runs stay)
