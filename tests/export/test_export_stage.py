@@ -40,7 +40,8 @@ def test_the_stage_leaves_a_proven_model(layout: Layout, exported: Exported, cap
     with caplog.at_level("INFO", logger="flawsmith"):
         stage.run(layout)
     out = layout.stage("export")
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "parity.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["cost.json", "model.onnx", "parity.json", "variants"]
+    assert {path.name: path.read_text().strip() for path in (out / "variants").iterdir()} == {"summary.json": "{}"}
     predictor = Predictor(out / "model.onnx")
     expected = replace(
         exported.metadata,

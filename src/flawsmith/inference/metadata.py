@@ -31,6 +31,7 @@ class ModelMetadata:
     detector_digest: str  # SHA-256 of the weights this model was exported from: the hook of the lineage
     teacher: str
     flawsmith_version: str
+    precision: str = "fp32"  # what most of it computes in: fp32, or a variant's fp16 or int8
 
     def to_properties(self) -> dict[str, str]:
         """The metadata as ONNX metadata properties; floats keep every digit."""
@@ -46,6 +47,8 @@ class ModelMetadata:
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
             key = f"{PREFIX}{item.name}"
+            if key not in properties and item.default is not dataclasses.MISSING:
+                continue  # written before there was such a property
             if key not in properties:
                 raise UserError(
                     f"{source} is not a flawsmith model (its metadata lacks `{key}`); "
