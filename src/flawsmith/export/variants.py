@@ -38,17 +38,15 @@ def to_fp16(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
     Raises:
         FlawsmithError: such a value was found.
     """
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
     half = _half_nodes(model)
-    peak = _largest(model, [name for node in model.graph.node if node.name in half for name in node.output], images)
+    answers = [name for node in model.graph.node if node.name in half for name in node.output]
+    peak = _largest(model, answers, images)
     if not peak <= _HALF_LIMIT:
         raise FlawsmithError(f"a value inside reaches {peak:.3g}, too near to the largest that float16 holds")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    others = [node.name for node in model.graph.node if node.name not in half]
-    with _quiet():
-        return convert_float_to_float16(copy, keep_io_types=True, op_block_list=[], node_block_list=others)
+    _lower(copy.graph, half)
+    return copy
 
 
 def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> onnx.ModelProto:
@@ -118,6 +116,51 @@ def _half_nodes(model: onnx.ModelProto) -> set[str]:
             half.add(node.name)
             answered.update(node.output)
     return half
+
+
+def _lower(graph: onnx.GraphProto, half: set[str]) -> None:
+    """Rewrite the nodes in `half` to float16, in place, with a cast wherever a value goes from one type to the other.
+
+    onnxruntime's own converter casts the graph's input and outputs to float16 and back even where only float32 nodes
+    touch them, which would round every score.
+    """
+    floats = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    half_values = {name for node in graph.node if node.name in half for name in node.output}
+    made: set[str] = set()
+    nodes: list[onnx.NodeProto] = []
+
+    def cast(name: str, kind: int, suffix: str) -> str:
+        if name + suffix not in made:
+            made.add(name + suffix)
+            nodes.append(onnx.helper.make_node("Cast", [name], [name + suffix], f"{name}{suffix}", to=kind))
+        return name + suffix
+
+    def rounded(name: str) -> str:
+        tensor = floats[name]
+        if f"{name}_half" not in made:
+            made.add(f"{name}_half")
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            graph.initializer.append(onnx.numpy_helper.from_array(values, f"{name}_half"))
+        return f"{name}_half"
+
+    for node in list(graph.node):
+        lowered = node.name in half
+        for place, name in enumerate(node.input):
+            if not name or (node.op_type == "Resize" and place > 0):
+                continue  # the scales of a Resize are float32 whatever it resizes
+            if lowered and name in floats:
+                node.input[place] = rounded(name)
+            elif lowered and name not in half_values:
+                node.input[place] = cast(name, onnx.TensorProto.FLOAT16, "_half")
+            elif not lowered and name in half_values:
+                node.input[place] = cast(name, onnx.TensorProto.FLOAT, "_single")
+        nodes.append(node)
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    read = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    graph.ClearField("initializer")
+    graph.initializer.extend(kept)
 
 
 def _quantised_nodes(model: onnx.ModelProto) -> list[str]:
