@@ -173,6 +173,7 @@ def test_bad_categories(categories: object, reason: str) -> None:
         ("ddpm-train", "crop", 512, "at most data.image_size"),
         ("synthesize", "windows", [64, 72], "`synthesize.windows` is 72"),
         ("synthesize", "strength", [0.2, 0.1], "write the lower bound first"),
+        ("export", "variants", ["int8", "int8"], "names one twice"),
         ("synthesize", "strength", [0.1], "a range of two numbers"),
         ("synthesize", "strength", [0.1, 0.2, 0.3], "a range of two numbers"),
         ("teacher", "out_indices", [1, 2], "three levels"),

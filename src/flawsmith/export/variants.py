@@ -58,10 +58,15 @@ def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
     Args:
         model: what `export_onnx` wrote; it stays as it is.
         images: (3, S, S) each, normal and defective, which choose the ranges of the activations.
+
+    Raises:
+        FlawsmithError: there is no such convolution.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     quantised = _quantised_nodes(model)
+    if not quantised:  # onnxruntime would take an empty list for "all"
+        raise FlawsmithError("it has no dense convolution with an activation behind it")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         before.write_bytes(model.SerializeToString(deterministic=True))
@@ -78,7 +83,9 @@ def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
-        return onnx.load(after)
+        made = onnx.load(after)
+    _bypass(made.graph, set(quantised))
+    return made
 
 
 MAKERS: Mapping[str, Callable[[onnx.ModelProto, Iterable[NDArray[np.float32]]], onnx.ModelProto]] = {
@@ -167,8 +174,8 @@ def _quantised_nodes(model: onnx.ModelProto) -> list[str]:
     """Dense convolutions with an activation behind them, and that activation, which the quantised range then replaces.
 
     Measured on the detector of brushed_metal, as the mean difference of the map in deviations of normal pixels: these
-    alone change it by 0.07, all convolutions by 1.43, the depthwise ones alone by 0.55. Depthwise convolutions are few
-    multiply-adds; convolutions without an activation answer features that are compared, or summed for many blocks.
+    alone change it by 0.04; all convolutions did by 1.43, the depthwise ones alone by 0.55. Depthwise ones are few
+    multiply-adds; those without an activation answer features that are compared, or summed for many blocks.
     """
     weights = _weights(model)
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -184,6 +191,25 @@ def _quantised_nodes(model: onnx.ModelProto) -> list[str]:
         if dense and len(after) == 1 and after[0].op_type in _ACTIVATIONS:
             chosen += [node.name, after[0].name]
     return chosen
+
+
+def _bypass(graph: onnx.GraphProto, quantised: set[str]) -> None:
+    """Let every node in float read a value itself, in place, not the rounded copy made for a convolution beside it.
+
+    What a quantised convolution answers has no such original: its range stands for the activation behind it.
+    """
+    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    answers = {name for node in graph.node if node.name in quantised for name in node.output}
+    original = {
+        node.output[0]: source[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in source and source[node.input[0]] not in answers
+    }
+    for node in graph.node:
+        if node.name not in quantised:
+            for place, name in enumerate(node.input):
+                if name in original:
+                    node.input[place] = original[name]
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:

@@ -133,7 +133,7 @@ def _write_variants(layout: Layout, tracked: StageRun, folder: Path, parity: NDA
 
 
 def _samples(layout: Layout, parity: NDArray[np.float32]) -> Samples:
-    data, size = layout.settings.data, layout.settings.data.image_size
+    data, size = layout.settings.data, parity.shape[-1]
     triplets = TripletFolder(layout.stage("synthesize"))
 
     def defect(identity: str) -> FloatImage:
