@@ -24,9 +24,20 @@ TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # of `data`; without a scale
 FEATHER_REACH = 2  # pixels beyond synthesize.feather that a blended defect may still change
 
 
-def setting(meaning: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A key of a section: its meaning, and the closed interval or the choices it may take (each element of a list)."""
-    return field(metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+def setting(
+    meaning: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    may_be_empty: bool = False,
+) -> Any:
+    """A key of a section: its meaning, and the closed interval or the choices it may take (each element of a list).
+
+    A list holds at least one element unless it `may_be_empty`.
+    """
+    return field(
+        metadata={"meaning": meaning, "low": low, "high": high, "choices": choices, "may_be_empty": may_be_empty}
+    )
 
 
 @dataclass(frozen=True)
@@ -224,11 +235,15 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """`export`: the ONNX file and its parity certificate."""
+    """`export`: the ONNX file, its parity certificate, and variants of it in lower precision."""
 
     opset: int = setting("ONNX opset", 17, 30)
     tolerance: float = setting("largest allowed difference of map and score, torch against ONNX", 1e-9, 1.0)
     latency_runs: int = setting("timed runs a batch size", 3, 10_000)
+    variants: tuple[str, ...] = setting("lower precisions to write too", choices=("fp16", "int8"), may_be_empty=True)
+    variant_images: int = setting("images of each kind (normal, synthetic defect) a variant is made from", 1, 10_000)
+    max_auroc_loss: float = setting("most image AUROC on synthetic defects a variant may lose", 0.0, 1.0)
+    max_flip_share: float = setting("largest share of images a variant may judge otherwise than model.onnx", 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -408,7 +423,7 @@ def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], sour
             raise UserError(f"{source}: `{name}` must be a list, not {value!r}.")
         if rest != [...] and len(value) != 1 + len(rest):
             raise UserError(f"{source}: `{name}` must be a range of two numbers [low, high], not {value!r}.")
-        if not value:
+        if not value and not metadata.get("may_be_empty"):
             raise UserError(f"{source}: `{name}` is empty.")
         converted = tuple(_convert(name, element, item, metadata, source) for element in value)
         if rest != [...] and converted[0] > converted[1]:
@@ -464,6 +479,8 @@ def _check_together(settings: Settings, source: str) -> None:
             f"{source}: `monitor.permutations` is {monitor.permutations}; with `monitor.alpha` {monitor.alpha:g} it "
             f"must be {math.ceil(4 / monitor.alpha)} or more."
         )
+    if len(set(settings.export.variants)) < len(settings.export.variants):
+        raise UserError(f"{source}: `export.variants` names one twice; remove it.")
     if monitor.min_images > monitor.max_images:
         raise UserError(
             f"{source}: `monitor.min_images` is {monitor.min_images}, above `monitor.max_images` "

@@ -1,14 +1,22 @@
-"""The toy detector, exported once for all tests of this folder."""
+"""The toy detector, exported once for all tests of this folder; a small real one, and images for it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from toy_detector import SIZE, Exported, ToyDetector
 
+from flawsmith.detector.model import Detector, DetectorConfig, remember
+from flawsmith.detector.teacher import build_teacher
 from flawsmith.export.onnx import export_onnx
 from flawsmith.export.parity import run_detector
 from flawsmith.images import write_png
 from flawsmith.inference.metadata import ModelMetadata
+from flawsmith.settings import load_settings
 from flawsmith.surfaces import load_images
 
 
@@ -38,3 +46,37 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     path = folder / "model.onnx"
     export_onnx(detector, metadata, 18, path)
     return Exported(detector, metadata, path, sources, images)
+
+
+def _images(seed: int, count: int, defective: bool) -> NDArray[np.float32]:
+    """(count, 3, S, S) of a fine stripe pattern, with a bright spot where they are defective."""
+    generator = np.random.default_rng(seed)
+    stripes = 0.4 + 0.1 * np.sin(np.arange(SIZE) * 0.7)
+    images = stripes + generator.normal(0, 0.02, (count, 3, SIZE, SIZE))
+    for image in images[: count if defective else 0]:
+        top, left = generator.integers(8, SIZE - 28, 2)
+        image[:, top : top + 20, left : left + 20] = generator.uniform(0, 1, (3, 20, 20))
+    return np.clip(images, 0, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def small_images() -> Callable[[int, int, bool], NDArray[np.float32]]:
+    """(seed, count, defective) -> images."""
+    return _images
+
+
+@pytest.fixture(scope="session")
+def small_detector() -> Detector:
+    """The real modules with a narrow student; untrained but for its memory and its calibration."""
+    params = load_settings(Path(__file__).parents[2] / "params.yaml")
+    settings = dataclasses.replace(
+        params.distill, bottleneck=32, decoder_channels=(16, 16), head_channels=16, memory=80,
+        map_weights=(1.0, 1.0, 2.0, 0.0),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher = build_teacher(params.teacher)
+    detector = Detector(DetectorConfig.of(params.teacher, settings, SIZE, settings.memory), teacher).eval()
+    normals = torch.from_numpy(_images(0, 12, False))
+    remember(detector, [normals[:8]], 8)
+    detector.calibrate([normals[8:]])
+    return detector

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 from toy_detector import SIZE, Exported
@@ -13,6 +14,7 @@ from flawsmith.files import digest_path, write_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
+from flawsmith.triplets import TripletFolder
 
 
 @pytest.fixture
@@ -40,7 +42,8 @@ def test_the_stage_leaves_a_proven_model(layout: Layout, exported: Exported, cap
     with caplog.at_level("INFO", logger="flawsmith"):
         stage.run(layout)
     out = layout.stage("export")
-    assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "parity.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["cost.json", "model.onnx", "parity.json", "variants"]
+    assert {path.name: path.read_text().strip() for path in (out / "variants").iterdir()} == {"summary.json": "{}"}
     predictor = Predictor(out / "model.onnx")
     expected = replace(
         exported.metadata,
@@ -55,6 +58,43 @@ def test_the_stage_leaves_a_proven_model(layout: Layout, exported: Exported, cap
     # how fast this machine is, is said but is no part of the result
     said = [record.getMessage() for record in caplog.records if "images/s" in record.getMessage()]
     assert [line.split(":")[1].strip() for line in said] == ["batch 1", "batch 8"]
+
+
+def test_variants_are_kept_or_refused_and_the_stage_succeeds(
+    layout: Layout, exported: Exported, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"max_auroc_loss": 1.0, "max_flip_share": 1.0}
+    asked = replace(layout.settings, export=replace(layout.settings.export, variants=("fp16", "int8"), **limits))
+    layout = replace(layout, settings=asked)
+    normals = layout.root / "data" / "toy" / "train" / "good"
+    normals.mkdir(parents=True)
+    for source in exported.sources:
+        (normals / source.name).write_bytes(source.read_bytes())
+    generator, triplets = np.random.default_rng(0), TripletFolder(layout.stage("synthesize"))
+    for name in ("fit-00000", "fit-00001", "val-00002"):
+        normal, defect = generator.integers(0, 256, (2, 3, 2 * SIZE, 2 * SIZE), np.uint8)
+        triplets.write(name, normal, defect, np.ones((2 * SIZE, 2 * SIZE), np.bool_))
+    with caplog.at_level("INFO", logger="flawsmith"):
+        stage.run(layout)
+    out = layout.stage("export") / "variants"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "model-fp16.onnx", "parity-fp16.json", "parity-int8.json", "summary.json",
+    ]  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["fp16"] == {"exported": True, "reasons": []}
+    # the toy's only dense convolution has a group norm behind it
+    assert summary["int8"] == {
+        "exported": False,
+        "reasons": ["it has no dense convolution with an activation behind it"],
+    }
+    assert any("no int8 variant" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert any("fp16, batch 8: p50" in record.getMessage() for record in caplog.records)
+    report = json.loads((out / "parity-fp16.json").read_text())
+    assert report["reference_digest"] == digest_path(layout.stage("export") / "model.onnx")
+    assert report["held_out_defects"]["images"] == 1
+    assert report["parity_images"]["images"] == len(exported.sources)
+    assert report["made_from_images"] == report["calibration_normals"]["images"] + 2
+    assert Predictor(out / "model-fp16.onnx").metadata.precision == "fp16"
 
 
 def test_a_model_that_disagrees_leaves_the_earlier_export(

@@ -8,7 +8,7 @@ from toy_onnx import METADATA
 from flawsmith.errors import UserError
 from flawsmith.inference.metadata import ModelMetadata
 
-KEYS = [item.name for item in fields(ModelMetadata) if item.default is MISSING]
+KEYS = [item.name for item in fields(ModelMetadata) if item.default is MISSING]  # the others came later
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -55,7 +55,7 @@ def test_float32_thresholds_survive_as_text(metadata: ModelMetadata) -> None:
 
 
 def test_a_file_from_before_tiles_sees_whole_images(metadata: ModelMetadata) -> None:
-    old = {key: value for key, value in metadata.to_properties().items() if "scale" not in key and "tile" not in key}
+    old = {key: value for key, value in metadata.to_properties().items() if key.removeprefix("flawsmith.") in KEYS}
     assert len(old) == len(KEYS)
     assert not ModelMetadata.from_properties(old, "m").tiling.is_tiled
 
@@ -71,3 +71,9 @@ def test_tiles_that_cannot_be_are_damage(metadata: ModelMetadata, key: str, valu
     properties = {**replace(metadata, scale=0.5, tile_overlap=16).to_properties(), f"flawsmith.{key}": value}
     with pytest.raises(UserError, match=r"m\.onnx has damaged metadata"):
         ModelMetadata.from_properties(properties, "m.onnx")
+
+
+def test_a_file_from_before_variants_is_in_float32(metadata: ModelMetadata) -> None:
+    properties = metadata.to_properties()
+    del properties["flawsmith.precision"]
+    assert ModelMetadata.from_properties(properties, "m.onnx").precision == "fp32"

@@ -27,7 +27,7 @@ OUTPUTS = {
         "calibration_scores.csv", "curves", "draws.npz", "figures", "gallery", "metrics.json", "parity", "pr.csv",
         "report.html", "roc.csv", "scores.csv", "summary",
     ],
-    "export": ["model.onnx", "parity.json"],
+    "export": ["cost.json", "model.onnx", "parity.json", "variants"],
 }  # fmt: skip
 
 
@@ -186,6 +186,7 @@ def test_git_keeps_the_small_results_and_ignores_the_rest(project: Project) -> N
         f"artifacts/{CATEGORY}/evaluate/metrics.json",
         f"artifacts/{CATEGORY}/evaluate/summary/detector.json",
         f"artifacts/{CATEGORY}/evaluate/summary/knn-baseline.json",
+        f"artifacts/{CATEGORY}/export/cost.json",
         f"artifacts/{CATEGORY}/export/parity.json",
         f"artifacts/{CATEGORY}/validate/verdict.json",
         "data/.gitignore",

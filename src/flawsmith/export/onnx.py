@@ -1,5 +1,6 @@
 """A detector as one self-contained ONNX file whose bytes depend on its weights and metadata alone."""
 
+import ast
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flawsmith.files import atomic_file
 from flawsmith.inference.metadata import INPUT_NAME, OUTPUT_NAMES, ModelMetadata
 
 _EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
+_SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note: the modules around a node, outermost first
 
 
 def export_onnx(detector: nn.Module, metadata: ModelMetadata, opset: int, path: Path) -> None:
@@ -57,11 +59,40 @@ def _write(detector: nn.Module, size: int, properties: Mapping[str, str], opset:
     if program is None:
         raise FlawsmithError("torch.onnx.export gave no program; check the versions with `flawsmith doctor`.")
     model = program.model_proto
+    name_nodes(model)
+    versions = {item.domain: item.version for item in model.opset_import}
+    if versions.get("") != opset:
+        raise FlawsmithError(f"The exporter wrote opset {versions.get('')} instead of {opset}; set export.opset to it.")
+    _finish(model, size, properties, path)
+
+
+def write_model(model: onnx.ModelProto, metadata: ModelMetadata, path: Path) -> None:
+    """Write a graph with `metadata` inside and nothing of this machine; changes `model` in place.
+
+    Raises:
+        FlawsmithError: the graph does not pass the ONNX checker, or is not of the shape that `export_onnx` promises.
+    """
+    _finish(model, metadata.input_size, metadata.to_properties(), path)
+
+
+def _finish(model: onnx.ModelProto, size: int, properties: Mapping[str, str], path: Path) -> None:
     strip_provenance(model)
     onnx.helper.set_model_props(model, dict(sorted(properties.items())))
-    _check(model, size, opset)
+    _check(model, size)
     with atomic_file(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Put before each node's name, in place, the module it comes from: `head.context.0/node_relu`.
+
+    The exporter knows the module only in notes that `strip_provenance` removes. Profiles and `cost` read it.
+    """
+    for node in model.graph.node:
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+        modules = [name for name in ast.literal_eval(scopes)[:-1] if not name.startswith("_")]
+        if modules and modules[-1]:
+            node.name = f"{modules[-1]}/{node.name}"
 
 
 def strip_provenance(model: onnx.ModelProto) -> None:
@@ -114,16 +145,13 @@ def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
                 _strip_graph(graph)
 
 
-def _check(model: onnx.ModelProto, size: int, opset: int) -> None:
+def _check(model: onnx.ModelProto, size: int) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise FlawsmithError(f"The exported model is not valid ONNX: {error}") from error
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise FlawsmithError("The exporter left weights outside the file; the model must be self-contained.")
-    versions = {item.domain: item.version for item in model.opset_import}
-    if versions.get("") != opset:
-        raise FlawsmithError(f"The exporter wrote opset {versions.get('')} instead of {opset}; set export.opset to it.")
     dimensions = {
         item.name: [dimension.dim_param or dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
         for item in (*model.graph.input, *model.graph.output)

@@ -34,6 +34,7 @@ class ModelMetadata:
     flawsmith_version: str
     scale: float = 0.0  # of the working resolution, 0 for whole images; files from before tiles do not say
     tile_overlap: int = 0  # least overlap of neighbouring tiles in pixels; without tiles it has no meaning
+    precision: str = "fp32"  # what most of it computes in: fp32, or a variant's fp16 or int8
 
     @property
     def tiling(self) -> Tiling:
@@ -54,9 +55,9 @@ class ModelMetadata:
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
             key = f"{PREFIX}{item.name}"
+            if key not in properties and item.default is not dataclasses.MISSING:
+                continue  # written before there was such a property
             if key not in properties:
-                if item.default is not dataclasses.MISSING:
-                    continue
                 raise UserError(
                     f"{source} is not a flawsmith model (its metadata lacks `{key}`); "
                     "use the model.onnx of the export stage."

@@ -1,25 +1,39 @@
 """Stage 6: the trained detector as one ONNX file with a certificate that it decides the same.
 
-Reads distill/, evaluate/metrics.json and evaluate/parity/; writes export/model.onnx and parity.json. How fast the model
-is on this machine goes to the log and to MLflow: it differs from run to run, so it is no part of the result.
+Reads distill/, evaluate/metrics.json and evaluate/parity/, for variants also synthesize/ and data/C/train; writes
+export/model.onnx, parity.json, cost.json and variants/: model-fp16.onnx, model-int8.onnx, a report on each, and
+summary.json. How fast a model is on this machine goes to the log and to MLflow: it differs from run to run, so it is no
+part of the result.
 """
 
 import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+from numpy.typing import NDArray
 
 from flawsmith import __version__
 from flawsmith.detector.model import load_detector
 from flawsmith.errors import UserError
+from flawsmith.export.cost import count
 from flawsmith.export.onnx import export_onnx, map_range
 from flawsmith.export.parity import certificate, measure_latency, run_detector
+from flawsmith.export.variant_report import Images, Limits, Samples, build_variant
 from flawsmith.files import atomic_folder, digest_path, read_json, write_json
+from flawsmith.images import FloatImage, resize_image
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import section_values
-from flawsmith.surfaces import load_images
-from flawsmith.tracking import stage_run
+from flawsmith.surfaces import Tile, iter_tiles, load_images, plan_tiles
+from flawsmith.tracking import StageRun, stage_run
+from flawsmith.triplets import FIT, VALIDATION, TripletFolder
+
+MODEL, PARITY, COST, VARIANTS = "model.onnx", "parity.json", "cost.json", "variants"
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +42,7 @@ def run(layout: Layout) -> None:
     """Export, prove and time the detector of one category.
 
     Raises:
-        UserError: an earlier stage's output is missing.
+        UserError: an earlier stage's output is missing, or an image of it cannot be read.
         FlawsmithError: the detector does not export, or the ONNX model disagrees with it; nothing is left then.
     """
     settings = layout.settings
@@ -40,6 +54,11 @@ def run(layout: Layout) -> None:
         raise UserError(f"{parity} holds no image; run `flawsmith evaluate --category {layout.category}` again.")
 
     inputs = {"detector": weights.parent, "metrics": metrics_path, "images": parity}
+    if settings.export.variants:
+        inputs |= {
+            "synthesize": layout.input("synthesize", "mask").parent,
+            "data": layout.surface().folder / "train",
+        }
     with stage_run(layout, "export", inputs, section_values(settings.export)) as tracked:
         detector = load_detector(weights.parent)
         metrics = read_json(metrics_path)
@@ -67,22 +86,84 @@ def run(layout: Layout) -> None:
             tile_overlap=settings.data.tile_overlap if settings.data.scale else 0,
         )
         with atomic_folder(layout.stage("export")) as folder:
-            model = folder / "model.onnx"
+            model = folder / MODEL
             export_onnx(detector, metadata, settings.export.opset, model)
             predictor = Predictor(model)
             proof = certificate(
                 detector, metadata.threshold, predictor, model, images, sources, settings.export.tolerance
             )
-            write_json(folder / "parity.json", proof)
+            write_json(folder / PARITY, proof)
+            cost = count(onnx.load(model))
+            write_json(folder / COST, cost.to_json())
+            log.info("%s: %s", layout.category, cost.describe())
             latency = measure_latency(predictor, images, settings.export.latency_runs)
-        for batch in proof["batches"]:
-            tracked.log_metrics(
-                {
-                    f"batch_{batch}_{name}": float(value)
-                    for name, value in (proof["batches"][batch] | latency[batch]).items()
-                }
-            )
-            log.info("%s: batch %s: p50 %.1f ms, p95 %.1f ms, %.1f images/s on this machine", layout.category, batch,
-                     *(latency[batch][key] for key in ("p50_ms", "p95_ms", "images_per_second")))  # fmt: skip
+            for batch, figures in proof["batches"].items():
+                tracked.log_metrics({f"batch_{batch}_{name}": float(value) for name, value in figures.items()})
+            _say_latency(layout, tracked, "", latency)
+            tracked.log_metrics({"multiply_adds": float(cost.multiply_adds)})
+            _write_variants(layout, tracked, folder, images)
         tracked.log_artifact(layout.stage("export"))
-        tracked.set_outputs({name: layout.stage("export") / name for name in ("model.onnx", "parity.json")})
+        tracked.set_outputs({name: layout.stage("export") / name for name in (MODEL, PARITY, COST, VARIANTS)})
+
+
+def _write_variants(layout: Layout, tracked: StageRun, folder: Path, parity: NDArray[np.float32]) -> None:
+    """Fill `folder`/variants: each variant asked for that loses little enough, a report on each, and a summary.
+
+    Raises:
+        UserError: there is no triplet, or an image cannot be read.
+    """
+    settings = layout.settings.export
+    limits = Limits(settings.max_auroc_loss, settings.max_flip_share)
+    summary: dict[str, Any] = {}
+    samples = _samples(layout, parity) if settings.variants else Samples([], [], [], [])
+    for precision in settings.variants:
+        path = folder / VARIANTS / f"model-{precision}.onnx"
+        report = build_variant(precision, folder / MODEL, samples, limits, path)
+        write_json(folder / VARIANTS / f"parity-{precision}.json", report)
+        summary[precision] = {key: report[key] for key in ("exported", "reasons")}
+        if not report["exported"]:
+            log.warning("%s: no %s variant: %s.", layout.category, precision, "; ".join(report["reasons"]))
+            continue
+        loss, share = report["image_auroc"]["loss"], report["flip_share"]
+        tracked.log_metrics({f"{precision}_auroc_loss": loss, f"{precision}_flip_share": share})
+        log.info(
+            "%s: %s: %.1f MB instead of %.1f, image AUROC %+.4f, %.1f %% of the images judged otherwise",
+            layout.category, precision, report["model_bytes"] / 1e6, report["reference_bytes"] / 1e6, -loss, 100 * share
+        )  # fmt: skip
+        _say_latency(layout, tracked, precision, measure_latency(Predictor(path), parity, settings.latency_runs))
+    write_json(folder / VARIANTS / "summary.json", summary)
+
+
+def _samples(layout: Layout, parity: NDArray[np.float32]) -> Samples:
+    data, size = layout.settings.data, parity.shape[-1]
+    triplets = TripletFolder(layout.stage("synthesize"))
+
+    def defect(identity: str) -> FloatImage:
+        return resize_image(triplets.read(identity)[1], size)
+
+    def normal(tile: Tile) -> FloatImage:
+        return next(iter_tiles([tile], data))
+
+    normals: Images = [partial(normal, tile) for tile in plan_tiles(layout.split().calibration, data)]
+    fit, held_out = ([partial(defect, name) for name in triplets.ids(role)] for role in (FIT, VALIDATION))
+    limit = layout.settings.export.variant_images
+    return Samples(
+        making=[*_spaced(normals, limit), *_spaced(fit, limit)],
+        normals=normals,
+        defects=held_out,
+        parity=[partial(parity.__getitem__, row) for row in range(len(parity))],
+    )
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, evenly spaced."""
+    return [items[place] for place in sorted({int(place) for place in np.linspace(0, len(items) - 1, count)})]
+
+
+def _say_latency(layout: Layout, tracked: StageRun, precision: str, latency: dict[str, dict[str, float]]) -> None:
+    for batch, figures in latency.items():
+        name = f"{precision}_batch_{batch}" if precision else f"batch_{batch}"
+        tracked.log_metrics({f"{name}_{key}": value for key, value in figures.items()})
+        log.info("%s: %sbatch %s: p50 %.1f ms, p95 %.1f ms, %.1f images/s on this machine", layout.category,
+                 f"{precision}, " if precision else "", batch,
+                 *(figures[key] for key in ("p50_ms", "p95_ms", "images_per_second")))  # fmt: skip
