@@ -64,7 +64,11 @@ def test_variants_are_kept_or_refused_and_the_stage_succeeds(
     layout: Layout, exported: Exported, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = {"max_auroc_loss": 1.0, "max_flip_share": 1.0}
-    asked = replace(layout.settings, export=replace(layout.settings.export, variants=("fp16", "int8"), **limits))
+    asked = replace(
+        layout.settings,
+        data=replace(layout.settings.data, image_size=SIZE),
+        export=replace(layout.settings.export, variants=("fp16", "int8"), **limits),
+    )
     layout = replace(layout, settings=asked)
     normals = layout.root / "data" / "toy" / "train" / "good"
     normals.mkdir(parents=True)
