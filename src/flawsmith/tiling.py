@@ -11,12 +11,15 @@ each overlap and are full at the image's own borders; the image's score is the h
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
-from flawsmith.settings import DataSettings
+
+if TYPE_CHECKING:  # inference, which is served without it, needs no YAML
+    from flawsmith.settings import DataSettings
 
 Run = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 """A network: (B, 3, S, S) in [0, 1] → anomaly maps (B, S, S) and scores (B,)."""
@@ -44,7 +47,7 @@ class Tiling:
             raise ValueError(f"the overlap is {self.overlap}; it must be from 0 to half a tile ({self.size // 2})")
 
     @classmethod
-    def of(cls, data: DataSettings) -> "Tiling":
+    def of(cls, data: "DataSettings") -> "Tiling":
         """What params.yaml asks for."""
         return cls(data.image_size, data.scale, data.tile_overlap)
 
