@@ -32,7 +32,7 @@ nightly: install ## retrain every category now, on the stack's workers, and foll
 	set -a; . ./.stack/env; set +a; python -m flows.nightly $(ARGS)
 
 test: lint types ## lint, types and every test but those of the whole stack; ARGS='-k settings' for some
-	pytest -n 2 --dist loadgroup $(ARGS)
+	pytest $(ARGS)
 
 stack-test: install ## the tests that need real servers and workers: a few minutes
 	pytest -m stack tests/stack $(ARGS)
