@@ -58,8 +58,11 @@ def clip(
 
 
 def command(*arguments: object) -> list[str]:
-    """`flawsmith predict ...` by this Python, whatever is installed."""
-    code = "import sys; from flawsmith import cli; cli.main()"
+    """`flawsmith predict ...` by this Python, whatever is installed, and interruptible: a shell starts what it runs in
+    the background with Ctrl-C ignored, and tests that run there hand that on."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);from flawsmith import cli; cli.main()"
+    )
     return [sys.executable, "-c", code, "predict", *map(str, arguments)]
 
 
