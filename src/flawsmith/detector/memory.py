@@ -26,8 +26,9 @@ class NormalMemory(nn.Module):
     """`keys` (M, D) float16: features of normal places in the `basis` (C, D); M and D are fixed when it is built.
 
     The basis holds the D leading right singular vectors of the kept places (Eckart & Young 1936: no D directions keep
-    more of their inner products); without one, keys are the C features themselves. What a place seen at inspection has
-    outside these directions counts as distance, for normal places have next to nothing there.
+    more of their inner products); without one, keys are the C features themselves. What a place has outside these
+    directions is left out of the comparison, on both sides: counted as distance it was worth less than nothing, for how
+    much of it there is follows the exposure (docs/experiments.md, round 8).
 
     Half floats: a cosine similarity changes by less than 1e-3, the file is half as large.
     """
@@ -88,7 +89,7 @@ class NormalMemory(nn.Module):
         return torch.nonzero(kept)[:, 0]
 
     def _project(self, rows: Tensor) -> Tensor:
-        return rows if self.basis is None else rows @ self.basis.to(rows.dtype)
+        return rows if self.basis is None else F.normalize(rows @ self.basis.to(rows.dtype), dim=1)
 
 
 def _leading_directions(rows: Tensor, count: int) -> Tensor:
