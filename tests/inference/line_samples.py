@@ -57,12 +57,13 @@ def clip(
     return path
 
 
+INTERRUPTIBLE = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 def command(*arguments: object) -> list[str]:
     """`flawsmith predict ...` by this Python, whatever is installed, and interruptible: a shell starts what it runs in
     the background with Ctrl-C ignored, and tests that run there hand that on."""
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);from flawsmith import cli; cli.main()"
-    )
+    code = f"import signal, sys; {INTERRUPTIBLE}; from flawsmith import cli; cli.main()"
     return [sys.executable, "-c", code, "predict", *map(str, arguments)]
 
 
