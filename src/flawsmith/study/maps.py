@@ -8,7 +8,6 @@ what is chosen by looking at it is chosen on the research half.
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawsmith.bench.measure import guarded
 from flawsmith.detector.distill import as_batch
 from flawsmith.detector.model import Detector, load_detector
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import KEYS, measure
 from flawsmith.evaluation.scoring import Scorer, normal_items, open_spools, tiled_scorer
 from flawsmith.files import write_json
@@ -167,18 +167,14 @@ def parse_request(arguments: Sequence[str] | None = None) -> tuple[Request, Path
     return Request(layout, detector, weights), given.out
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write the rows where asked."""
-    try:
-        request, out = parse_request()
-        rows = weigh_maps(request)
-    except FlawsmithError as error:
-        print(f"flawsmith: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    request, out = parse_request(arguments)
+    rows = weigh_maps(request)
     print(table(rows))
     if out is not None:
         write_json(out, {"category": request.layout.category, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "flawsmith")
