@@ -4,10 +4,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import settings as hypothesis_settings
+from xdist.scheduler import LoadScopeScheduling
 
 # Deterministic and without a clock: a slow machine must not fail a property, and a red run must be red again.
 hypothesis_settings.register_profile("flawsmith", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -23,6 +25,26 @@ os.environ["DVC_NO_ANALYTICS"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["GX_ANALYTICS_ENABLED"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Workers share the cores: threads of one that wait for a core which another holds cost more than they earn.
+if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+
+
+class FolderScheduling(LoadScopeScheduling):
+    """A folder's tests run in one worker, since they share what is dear to make; the longest folders start first."""
+
+    FIRST = ("tests/pipeline",)
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = file.rpartition("/")[0]
+        return file if folder == "tests" else folder
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FolderScheduling:
+    """xdist's question how to share out the tests (`make test` starts several workers)."""
+    return FolderScheduling(config, log)
 
 
 @pytest.fixture

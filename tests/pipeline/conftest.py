@@ -11,34 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from small_settings import SHIPPED, SMALL, write_params
 
 ROOT = Path(__file__).parents[2]
 CATEGORY = "brushed_metal"
 
-# Small enough for seconds, and still the real method at every stage.
-SMALL: dict[str, dict[str, Any]] = {
-    "data": {"image_size": 64, "calibration_fraction": 0.3},
-    "demo-data": {"surfaces": [CATEGORY], "image_size": 128, "train_good": 8, "test_good": 2, "test_per_defect": 1},
-    "ddpm-train": {
-        "crop": 32, "channels": [16, 16], "steps": 12, "batch": 2, "warmup": 2, "checkpoint_every": 3,
-        "train_timesteps": 50, "readiness_samples": 4,
-    },
-    "synthesize": {
-        "triplets": 8, "steps": 3, "windows": [32], "batch": 4, "perlin_periods": [8, 16], "area": [0.0003, 0.2],
-        "min_changed": 0.2, "validation_fraction": 0.25,
-    },
-    "validate": {
-        "min_triplets": 4, "mask_area": [0.00005, 0.5], "min_change_inside": 0.0, "min_visible_share": 0.0,
-        "max_change_outside": 1.0, "ssim": [-1.0, 1.0], "worst": 4,
-    },
-    "distill": {
-        "student_steps": 4, "head_steps": 4, "batch": 2, "bottleneck": 8, "decoder_channels": [8, 8],
-        "head_channels": 8, "validate_every": 2, "checkpoint_every": 2,
-    },
-    "evaluate": {"bootstrap": 20, "batch": 4, "gallery": 4, "baseline_vectors": 200, "parity_images": 8},
-    "export": {"latency_runs": 3},
-}  # fmt: skip
+DEMO = {"surfaces": [CATEGORY], "image_size": 128, "train_good": 8, "test_good": 2, "test_per_defect": 1}
 
 # Loaded by every `flawsmith` process of the project: notes which files below data/<category> it opens or lists and
 # which checkpoints it puts in place, and kills it with SIGKILL, on wish, just before the n-th checkpoint.
@@ -79,7 +57,7 @@ class Project:
         # the installed package runs; this copy is what dvc.yaml names as dependencies
         shutil.copytree(ROOT / "src" / "flawsmith", folder / "src" / "flawsmith", ignore=lambda *_: {"__pycache__"})
         project = cls(folder)
-        project.set_params(SMALL)
+        project.set_params({**SMALL, "demo-data": DEMO})
         (folder / "watch").mkdir()
         (folder / "watch" / "sitecustomize.py").write_text(WATCH.format(record=str(folder / "watch" / "opened.tsv")))
         subprocess.run(["git", "init", "-q", folder], check=True)
@@ -88,11 +66,7 @@ class Project:
     def set_params(self, replaced: Mapping[str, Mapping[str, Any]]) -> None:
         """Write params.yaml: the shipped one, or the one already here, with some values replaced."""
         path = self.folder / "params.yaml"
-        content = yaml.safe_load((path if path.exists() else ROOT / "params.yaml").read_text())
-        content["categories"] = [CATEGORY]
-        for section, values in replaced.items():
-            content[section].update(values)
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        write_params(path, replaced, base=path if path.exists() else SHIPPED, categories=[CATEGORY])
 
     def environment(self) -> dict[str, str]:
         binaries = str(Path(sys.executable).parent)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CATEGORY, SMALL, Project  # type: ignore[import-not-found]
+from conftest import CATEGORY, DEMO, Project  # type: ignore[import-not-found]
+from small_settings import SMALL
 
 from flawsmith.images import read_image, read_mask
 
@@ -106,7 +107,7 @@ def test_the_exported_model_scores_a_folder(project: Project, tmp_path: Path) ->
     assert result.returncode == 2
     assert "1 unreadable" in result.stdout
     with (tmp_path / "out" / "results.csv").open() as stream:
-        assert len(list(csv.DictReader(stream))) == SMALL["demo-data"]["test_good"] + 1
+        assert len(list(csv.DictReader(stream))) == DEMO["test_good"] + 1
 
 
 def test_only_evaluate_opens_the_labelled_test_set(project: Project) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
+from small_settings import SHIPPED, SMALL, dotted
 
 from flawsmith.files import digest_path
 from flawsmith.images import read_image, write_png
@@ -25,49 +26,16 @@ from flawsmith.triplets import TripletFolder, read_manifest
 pytestmark = pytest.mark.timeout(1200)
 
 SHAPES = ((192, 320), (320, 192), (100, 256), (48, 200))
-SMALL: dict[str, Any] = {
+TILED: dict[str, Any] = dotted(SMALL) | {
     "categories": ["weave"],
     "tracking.mode": "off",
-    "data.image_size": 64,
-    "data.calibration_fraction": 0.3,
     "data.scale": 0.8,
     "data.tile_overlap": 16,
     "data.max_tiles": 30,
-    "ddpm-train.crop": 32,
-    "ddpm-train.channels": [16, 16],
     "ddpm-train.steps": 6,
-    "ddpm-train.batch": 2,
-    "ddpm-train.warmup": 2,
-    "ddpm-train.train_timesteps": 50,
-    "ddpm-train.readiness_samples": 4,
     "synthesize.triplets": 10,
-    "synthesize.steps": 3,
-    "synthesize.windows": [32],
-    "synthesize.batch": 4,
-    "synthesize.perlin_periods": [8, 16],
-    "synthesize.area": [0.0003, 0.2],
-    "synthesize.min_changed": 0.2,
     "synthesize.validation_fraction": 0.3,
-    "validate.min_triplets": 4,
-    "validate.mask_area": [0.00005, 0.5],
-    "validate.min_change_inside": 0.0,
-    "validate.min_visible_share": 0.0,
-    "validate.max_change_outside": 1.0,
-    "validate.ssim": [-1.0, 1.0],
-    "distill.student_steps": 4,
-    "distill.head_steps": 4,
-    "distill.batch": 2,
-    "distill.bottleneck": 8,
-    "distill.decoder_channels": [8, 8],
-    "distill.head_channels": 8,
-    "distill.validate_every": 2,
     "distill.memory": 300,
-    "evaluate.bootstrap": 20,
-    "evaluate.batch": 4,
-    "evaluate.gallery": 4,
-    "evaluate.baseline_vectors": 200,
-    "evaluate.parity_images": 8,
-    "export.latency_runs": 3,
     "promote.bootstrap": 100,
 }
 
@@ -97,7 +65,7 @@ def write_surface(folder: Path) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     root = tmp_path_factory.mktemp("tiled")
     write_surface(root / "data" / "weave")
-    layout = Layout(load_settings(Path(__file__).parents[2] / "params.yaml", SMALL), "weave", root)
+    layout = Layout(load_settings(SHIPPED, TILED), "weave", root)
     for stage in (ddpm_train, synthesize, validate, distill, evaluate, export):
         stage.run(layout)
     return layout

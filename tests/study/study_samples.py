@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import yaml
+from small_settings import SMALL, Sections, write_params
 
 from flawsmith.evaluation.assess import KEYS
 from flawsmith.files import read_json
@@ -19,26 +19,7 @@ from flawsmith.study.plan import Cell, Request
 from flawsmith.study.results import DETECTIONS, FALSE_ALARMS, Row
 
 ROOT = Path(__file__).parents[2]
-SMALL: dict[str, dict[str, Any]] = {
-    "data": {"image_size": 64, "calibration_fraction": 0.3},
-    "ddpm-train": {
-        "crop": 32, "channels": [16, 16], "steps": 8, "batch": 2, "warmup": 2, "checkpoint_every": 3,
-        "train_timesteps": 50, "readiness_samples": 4,
-    },
-    "synthesize": {
-        "triplets": 8, "steps": 3, "windows": [32], "batch": 4, "perlin_periods": [8, 16], "area": [0.0003, 0.2],
-        "min_changed": 0.2, "validation_fraction": 0.25,
-    },
-    "validate": {
-        "min_triplets": 4, "mask_area": [0.00005, 0.5], "min_change_inside": 0.0, "min_visible_share": 0.0,
-        "max_change_outside": 1.0, "ssim": [-1.0, 1.0], "worst": 4,
-    },
-    "distill": {
-        "student_steps": 2, "head_steps": 2, "batch": 2, "bottleneck": 8, "decoder_channels": [8, 8],
-        "head_channels": 8, "validate_every": 2, "checkpoint_every": 2,
-    },
-    "evaluate": {"bootstrap": 20, "batch": 4, "gallery": 4, "baseline_vectors": 200, "parity_images": 8},
-}  # fmt: skip
+STEPS: Sections = {"ddpm-train": {"steps": 8}, "distill": {"student_steps": 2, "head_steps": 2}}
 
 
 @dataclass(frozen=True)
@@ -71,12 +52,7 @@ class Project:
 
 
 def create_project(folder: Path, normals: int = 8, tested: int = 2) -> Project:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["categories"] = ["tiles"]
-    for section, values in SMALL.items():
-        content[section].update(values)
-    (folder / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    write_params(folder / "params.yaml", SMALL, STEPS, categories=["tiles"])
     (folder / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     tiles = folder / "data" / "tiles"
     for index in range(normals):
