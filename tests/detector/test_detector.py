@@ -161,7 +161,7 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
     detector.calibrate(iter(batches))
     with torch.inference_mode():
         raw = torch.cat([detector.raw_maps(part) for part in batches])
-        pooled = torch.cat([detector.pooled(detector.fused_map(part)) for part in batches])
+        pooled = torch.cat([detector.pooled(detector.fuse(detector.raw_maps(part))) for part in batches])
         scores = torch.cat([detector(part)[1] for part in batches])
     normalised = (raw - detector.map_mean.view(1, -1, 1, 1)) / detector.map_std.view(1, -1, 1, 1)
     torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)

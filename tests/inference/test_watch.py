@@ -20,7 +20,7 @@ from PIL import Image
 import flawsmith.inference.watch as watch_module
 from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
-from flawsmith.inference.watch import Journal, watch_folder
+from flawsmith.inference.watch import FORGET, Journal, watch_folder
 
 POLL = 0.1
 
@@ -319,3 +319,36 @@ def test_odd_names_are_written_and_known_again(model: Path, line: Path, tmp_path
     journal = Journal(out / "results.jsonl")
     assert set(journal.known) == {odd}
     journal.close()
+
+
+def test_memory_follows_the_folder_and_forgives_an_absence(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("kept.png", "taken.png", "away.png"):
+        plate(line / name)
+    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1, overlays=False)
+    journal = Journal(out / "results.jsonl")
+    journal.forget({"kept.png"}, now=0.0)
+    journal.forget({"kept.png", "away.png"}, now=FORGET - 1)
+    assert set(journal.known) == {"kept.png", "taken.png", "away.png"}
+    journal.forget({"kept.png"}, now=FORGET)
+    assert set(journal.known) == {"kept.png", "away.png"}  # away.png was seen meanwhile: its hour began anew
+    journal.close()
+
+
+def test_a_file_that_comes_back_after_it_was_forgotten_is_a_new_arrival(
+    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "a.png"
+    plate(line / "a.png")
+    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1, overlays=False)
+    (line / "a.png").rename(elsewhere)
+    monkeypatch.setattr(watch_module, "FORGET", 0.05)
+
+    def put_back() -> None:
+        elsewhere.rename(line / "a.png")
+
+    timer = threading.Timer(0.5, put_back)
+    timer.start()
+    watch_folder(Predictor(model), line, out, poll=0.01, idle=2.0, overlays=False)
+    timer.join()
+    assert verdicts(out) == [("a.png", "good"), ("a.png", "good")]

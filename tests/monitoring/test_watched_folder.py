@@ -41,7 +41,7 @@ def drawn() -> None:
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take seconds and decide nothing, so that most tests do without."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(report, "_png", lambda _figure: b"")
+        monkeypatch.setattr(report, "figure_png", lambda _figure: b"")
 
 
 @pytest.fixture

@@ -99,13 +99,13 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal parts in both."""
-        fused = self.fused_map(image)
-        score = ((self.pooled(fused) - self.score_mean) / self.score_std).mean(dim=1)
-        return F.interpolate(fused, size=image.shape[-2:], mode="bilinear", align_corners=False), score
+        return self.answer(self.raw_maps(image), image.shape[-2:])
 
-    def fused_map(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → the smoothed weighted mean of the normalised raw maps, (B, 1, S/stride, S/stride)."""
-        return self.fuse(self.raw_maps(image))
+    def answer(self, raw: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+        """Raw maps (B, K, h, w) → anomaly map (B, 1, *size) and score (B,)."""
+        fused = self.fuse(raw)
+        score = ((self.pooled(fused) - self.score_mean) / self.score_std).mean(dim=1)
+        return F.interpolate(fused, size=size, mode="bilinear", align_corners=False), score
 
     def fuse(self, raw: Tensor) -> Tensor:
         """Raw maps (B, K, h, w) → their smoothed weighted mean after normalisation, (B, 1, h, w)."""
@@ -205,11 +205,14 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
     return flat.topk(count, dim=1).values.mean(dim=1)
 
 
-def save_detector(detector: Detector, folder: Path, teacher: TeacherSettings, distill: DistillSettings) -> None:
-    """Write `detector.safetensors` (teacher included, so that nothing else is needed) and `config.json`."""
+def save_detector(
+    detector: Detector, folder: Path, teacher: TeacherSettings, distill: DistillSettings, **found: Any
+) -> None:
+    """Write `detector.safetensors` (teacher included, so that nothing else is needed) and `config.json`, which also
+    tells what was `found` on the way."""
     with atomic_file(folder / "detector.safetensors") as temporary:
         save_file({key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}, temporary)
-    config = {"detector": asdict(detector.config), "digest": settings_digest(teacher, distill)}
+    config = {"detector": asdict(detector.config), "digest": settings_digest(teacher, distill), **found}
     write_json(folder / "config.json", config)
 
 

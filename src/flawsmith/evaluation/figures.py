@@ -3,7 +3,6 @@
 Nothing here decides anything. PNG bytes carry no time and no version, so equal results give equal files.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from scipy import ndimage
 from flawsmith.evaluation.assess import Assessment, Example, Performance
 from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS, Curve
 from flawsmith.images import FloatImage, Mask, resize_image, to_uint8
+from flawsmith.pages import LIGHT, Theme, dress, figure_png
 from flawsmith.surfaces import GOOD
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -27,23 +27,6 @@ Corner = Literal["lower left", "lower right", "upper right"]  # matplotlib's sea
 SHOWN_SIDE = 1024  # pixels: larger images are shrunk before they are drawn
 TRUTH = (0, 200, 255)  # cyan: rare on metal, fabric, tiles, and far from the heat map's colours
 REGION = (255, 255, 255)
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one appearance; detector and baseline differ in line style too, for readers who see no hue."""
-
-    ink: str
-    soft: str
-    paper: str
-    detector: str
-    baseline: str
-    good: str
-    bad: str
-
-
-LIGHT = Theme("#1d2733", "#8a96a3", "#ffffff", "#0b6bcb", "#8a96a3", "#4f8f6b", "#cf4a36")
-DARK = Theme("#e6edf3", "#7d8894", "#161c24", "#58a6ff", "#7d8894", "#6fbf92", "#ff7b66")
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def curves_png(result: Assessment, title: str, theme: Theme = LIGHT) -> bytes:
         theme,
         legend="lower left",
     )
-    return _png(figure)
+    return figure_png(figure)
 
 
 def pixel_curves_png(result: Assessment, title: str, aupro_limit: float, theme: Theme = LIGHT) -> bytes:
@@ -172,7 +155,7 @@ def pixel_curves_png(result: Assessment, title: str, aupro_limit: float, theme: 
     )
     _dress(overlap, "Regions: overlap (AUPRO)", "normal pixels flagged", "mean overlap with a region", theme)
     overlap.set_xlim(0, aupro_limit)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def histogram_png(result: Assessment, title: str, theme: Theme = LIGHT) -> bytes:
@@ -196,7 +179,7 @@ def histogram_png(result: Assessment, title: str, theme: Theme = LIGHT) -> bytes
     )
     axes.axvline(performance.threshold.value, color=theme.ink, lw=1.4, ls="--", label="threshold")
     _dress(axes, "Image scores", "anomaly score", "images", theme, unit_square=False, legend="upper right")
-    return _png(figure)
+    return figure_png(figure)
 
 
 def sheet(examples: Sequence[Example], scale: HeatScale, title: str, side: int = 160) -> Pixels:
@@ -308,21 +291,8 @@ def _line(
 def _dress(
     axes: Axes, title: str, x: str, y: str, theme: Theme, unit_square: bool = True, legend: Corner = "lower right"
 ) -> None:
-    axes.set_title(title, color=theme.ink, fontsize=10, loc="left")
-    axes.set_xlabel(x, color=theme.soft, fontsize=9)
-    axes.set_ylabel(y, color=theme.soft, fontsize=9)
-    axes.set_facecolor(theme.paper)
-    axes.tick_params(colors=theme.soft, labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.soft)
+    dress(axes, theme, title, x, y, grid=unit_square)
     if unit_square:
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.02)
-        axes.grid(color=theme.soft, alpha=0.2, lw=0.6)
     axes.legend(loc=legend, fontsize=8, frameon=False, labelcolor=theme.ink)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()

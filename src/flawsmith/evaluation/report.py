@@ -1,24 +1,15 @@
 """The report a person reads: one HTML file with every picture inside, and the figures as PNG files beside it."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from PIL import Image
-
 from flawsmith.evaluation.assess import KEYS, Assessment, Example, Performance
 from flawsmith.evaluation.fidelity import WINDOW, Fidelity
 from flawsmith.evaluation.figures import (
-    DARK,
-    LIGHT,
     HeatScale,
-    Pixels,
-    Theme,
     curves_png,
     failures_sheet,
     histogram_png,
@@ -31,7 +22,9 @@ from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.outputs import scored_on
 from flawsmith.files import atomic_file
 from flawsmith.images import write_png
+from flawsmith.pages import DARK, LIGHT, Theme, data_uri, jpeg_uri, render
 
+PANE_SIDE = 256  # pixels; the lossless ones stay in the data folder
 NAMES = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
     "image_ap": ("Image AP", "average precision of images sorted by score"),
@@ -84,7 +77,7 @@ def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: F
     ):
         write_png(folder / "gallery" / f"{name}.png", sheet(examples, scale, f"{title}; {words}"))
     write_png(folder / "figures" / "failures.png", failures_sheet(result, f"{title}; worst misses and false alarms"))
-    figures = {name: (_uri(light[name], "png"), _uri(draw(DARK), "png")) for name, draw in drawings.items()}
+    figures = {name: (data_uri(light[name]), data_uri(draw(DARK))) for name, draw in drawings.items()}
     with atomic_file(folder / "report.html") as path:
         path.write_text(render_report(result, subject, figures, fidelity), encoding="utf-8")
 
@@ -105,16 +98,9 @@ def render_report(
     counts = Counter(item.defect for item in result.items)
     lows = [performance.values[key].low for performance in (detector, result.baseline) for key in HEADLINE]
     axis = min(0.9, int(10 * min(lows)) / 10)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {
-        "number": _number,
-        "interval": _interval,
-        "percent": _percent,
-        "signed": _signed,
-        "short": _short,
-    }
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        Path(__file__).with_name("report.html"),
+        {"number": _number, "interval": _interval, "percent": _percent, "signed": _signed, "short": _short},
         subject=subject,
         result=result,
         detector=detector,
@@ -202,21 +188,8 @@ def _card(example: Example, scale: HeatScale) -> dict[str, Any]:
         "example": example,
         "verdict": verdict_text(example),
         "kind": verdict_text(example).replace(" ", "-"),
-        "panes": [_jpeg(pane) for pane in panels(example, scale)],
+        "panes": [jpeg_uri(pane, PANE_SIDE) for pane in panels(example, scale)],
     }
-
-
-def _jpeg(pixels: Pixels, side: int = 256) -> str:
-    """A pane for the eye only: the lossless pixels stay in the data folder."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, format="JPEG", quality=88)
-    return _uri(stream.getvalue(), "jpeg")
-
-
-def _uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _number(value: float) -> str:

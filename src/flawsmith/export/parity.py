@@ -117,8 +117,8 @@ def certificate(
     return {
         "batches": {
             str(item.batch): {
-                "map_difference": _rounded(item.map),
-                "score_difference": _rounded(item.score),
+                "map_difference": significant(item.map),
+                "score_difference": significant(item.score),
                 "decision_flips": item.decision_flips,
             }
             for item in differences
@@ -178,5 +178,6 @@ def _full_batches(count: int, batch: int) -> list[NDArray[np.int64]]:
     return [np.arange(start, start + batch) % count for start in range(0, number * batch, batch)]
 
 
-def _rounded(value: float) -> float:
+def significant(value: float) -> float:
+    """Rounded to three significant digits, all that a difference between runtimes has."""
     return float(f"{value:.3g}")

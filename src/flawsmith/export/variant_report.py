@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.export.onnx import write_model
+from flawsmith.export.parity import significant
 from flawsmith.export.variants import MAKERS
 from flawsmith.files import digest_file
 from flawsmith.images import FloatImage
@@ -53,9 +54,9 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         return {
             "images": len(self.scores),
-            "map_difference": _rounded(self.map_gaps[:, 0].max()),
-            "map_difference_mean": _rounded(self.map_gaps[:, 1].mean()),
-            "score_difference": _rounded(np.abs(self.scores[:, 0] - self.scores[:, 1]).max()),
+            "map_difference": significant(self.map_gaps[:, 0].max()),
+            "map_difference_mean": significant(self.map_gaps[:, 1].mean()),
+            "score_difference": significant(np.abs(self.scores[:, 0] - self.scores[:, 1]).max()),
             "decision_flips": self.flips,
         }
 
@@ -144,7 +145,3 @@ def _opened(path: Path) -> Predictor:
         return Predictor(path)
     except UserError as error:  # what flawsmith wrote is no fault of its user
         raise FlawsmithError(f"onnxruntime does not run it: {error}") from error
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")

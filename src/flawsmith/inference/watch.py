@@ -5,7 +5,9 @@ out/overlays, masks  as `writers` says; a/part.jpg → a/part.jpg.png
 out/model.json       the model and thresholds; a watch with another model is refused
 
 results.jsonl is the only record of what is done. A file is known by name and content (SHA-256), so a restart repeats
-nothing and loses nothing; a line torn by a crash is taken back at the next start, and its image scored again.
+nothing and loses nothing; a line torn by a crash is taken back at the next start, and its image scored again. What has
+been taken out of the folder is forgotten after a while, so that memory follows the folder and not the years; should it
+come back after that, it is a new arrival.
 """
 
 import json
@@ -14,7 +16,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +48,7 @@ from flawsmith.inference.writers import (
 
 POLL = 0.5  # seconds between two looks
 REST = 9  # a look is followed by a rest of so many times its length: a huge folder costs a tenth of one core at most
+FORGET = 3600.0  # seconds a file must be gone to be forgotten: a share may be away for some time and come back
 GRACE = 2.0  # seconds a file must stay as it is before it is called unreadable: a copy may have stalled
 MODEL, LOCK = "model.json", ".lock"
 
@@ -163,6 +166,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.known: dict[str, Known] = {}
+        self._gone: dict[str, float] = {}  # known files that are not in the folder: since when
         self._stream = path.open("a+b")
         end = 0
         self._stream.seek(0)
@@ -193,6 +197,12 @@ class Journal:
     def is_known(self, name: str, signature: Signature) -> bool:
         known = self.known.get(name)
         return known is not None and known.signature == signature
+
+    def forget(self, present: Collection[str], now: float) -> None:
+        """Drop the known files that for FORGET seconds have not been among those `present` in the folder."""
+        self._gone = {name: self._gone.get(name, now) for name in self.known.keys() - present}
+        for name in [name for name, since in self._gone.items() if now - since >= FORGET]:
+            del self.known[name], self._gone[name]
 
     def touch(self, arrival: Arrival) -> None:
         """The same content under a new signature: remembered in memory alone, found out again after a restart."""
@@ -257,6 +267,7 @@ class _Watch:
     def _look(self) -> tuple[list[Arrival], bool]:
         """Files that are complete and have no line yet, in the order of arrival; and whether others are on the way."""
         seen: dict[tuple[int, int], tuple[int, int]] = {}
+        present: set[str] = set()
         ready: list[Arrival] = []
         is_arriving = False
         now = time.monotonic()
@@ -269,6 +280,7 @@ class _Watch:
             seen[place] = state
             if not name.lower().endswith(SUFFIXES) or entry.name.startswith("."):
                 continue
+            present.add(name)
             signature = _signature(found)
             if self._journal.is_known(name, signature):
                 continue
@@ -279,6 +291,7 @@ class _Watch:
             else:
                 is_arriving = True
         self._seen = seen
+        self._journal.forget(present, now)
         if not is_arriving and not ready:
             self._doubtful.clear()
         return sorted(ready, key=lambda arrival: (arrival.signature[1], arrival.name)), is_arriving

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -220,16 +220,18 @@ def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def check_out(target: Path, given: Path, files: Iterable[InputFile]) -> None:
-    """`out` is replaced as a whole, so it must be new, empty, or hold earlier results and nothing else.
+RESULTS = frozenset({*FORMATS.values(), OVERLAYS, MASKS})
+
+
+def check_out(target: Path, given: Path, files: Iterable[InputFile], ours: Collection[str] = RESULTS) -> None:
+    """`out` is replaced as a whole, so it must be new, empty, or hold earlier results (`ours`) and nothing else.
 
     Raises:
         UserError: it does not, or one of `files` lies in it.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{given} is a file; name a folder for the results.")
-    ours = {*FORMATS.values(), OVERLAYS, MASKS}
-    others = set(os.listdir(target)) - ours if target.is_dir() else set()  # noqa: PTH208 names are all that counts
+    others = set(os.listdir(target)) - set(ours) if target.is_dir() else set()  # noqa: PTH208 names are all that counts
     if others or any(file.path.resolve().is_relative_to(target) for file in files):
         example = f" (such as {sorted(others)[0]})" if others else ""
         raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")

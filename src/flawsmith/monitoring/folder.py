@@ -19,6 +19,7 @@ from flawsmith.files import atomic_folder
 from flawsmith.images import MAX_PIXELS, FloatImage, read_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images
+from flawsmith.inference.writers import check_out
 from flawsmith.layout import Layout
 from flawsmith.monitoring.drift import DriftReport, judge
 from flawsmith.monitoring.reference import Measurement, load_reference, measure
@@ -104,7 +105,7 @@ def monitor_folder(
     """
     found = find_images([folder], leave_out=out)
     target = out.resolve()  # what a link points to is replaced, not the link
-    _check_out(target, out, found)
+    check_out(target, out, found, {HTML, JSON, CSV})
     files = _draw(found, settings)
     unreadable: list[Unreadable] = []
 
@@ -175,13 +176,3 @@ def _highest(
 
 def _reason(error: UserError, file: InputFile) -> str:
     return printable(str(error).replace(str(file.path), file.name))
-
-
-def _check_out(target: Path, given: Path, files: Sequence[InputFile]) -> None:
-    """`out` is replaced as a whole, so it must be new, empty, or hold earlier results and nothing else."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{given} is a file; name a folder for the results.")
-    others = {path.name for path in target.iterdir()} - {HTML, JSON, CSV} if target.is_dir() else set()
-    if others or any(file.path.resolve().is_relative_to(target) for file in files):
-        example = f" (such as {sorted(others)[0]})" if others else ""
-        raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")

@@ -3,21 +3,16 @@
 Nothing here decides anything, and nothing tells of the time or the machine: equal images give equal files.
 """
 
-import base64
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
-from flawsmith.evaluation.figures import DARK, LIGHT, Theme
 from flawsmith.files import atomic_file, write_csv, write_json
 from flawsmith.images import FloatImage
 from flawsmith.inference.overlay import draw_overlay
@@ -25,6 +20,7 @@ from flawsmith.inference.predictor import Predictor, is_defective
 from flawsmith.inference.sources import Unreadable
 from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport
 from flawsmith.monitoring.reference import LOOKS, Measurement
+from flawsmith.pages import DARK, LIGHT, Theme, data_uri, dress, figure_png, jpeg_uri, render
 from flawsmith.settings import MonitorSettings, section_values
 
 HTML, JSON, CSV = "report.html", "drift.json", "scores.csv"
@@ -74,11 +70,7 @@ class Picture:
         drawn = draw_overlay(
             image, prediction.anomaly_map, (metadata.map_low, metadata.map_high), predictor.pixel_threshold
         )
-        picture = Image.fromarray(drawn)
-        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-        stream = io.BytesIO()
-        picture.save(stream, format="JPEG", quality=88)
-        return cls(name, prediction.score, prediction.is_defective, _uri(stream.getvalue(), "jpeg"))
+        return cls(name, prediction.score, prediction.is_defective, jpeg_uri(drawn, PICTURE_SIDE))
 
 
 def write_outputs(folder: Path, watched: Watched, pictures: Iterable[Picture]) -> None:
@@ -86,7 +78,7 @@ def write_outputs(folder: Path, watched: Watched, pictures: Iterable[Picture]) -
     write_json(folder / JSON, drift_content(watched))
     write_csv(folder / CSV, ["file", "verdict", "score", "highest_pixel", "error"], _rows(watched))
     draws = (scores_png, looks_png, map_png)
-    figures = [(_uri(draw(watched, LIGHT), "png"), _uri(draw(watched, DARK), "png")) for draw in draws]
+    figures = [(data_uri(draw(watched, LIGHT)), data_uri(draw(watched, DARK))) for draw in draws]
     with atomic_file(folder / HTML) as path:
         path.write_text(render_report(watched, list(pictures), figures), encoding="utf-8")
 
@@ -132,10 +124,9 @@ def drift_content(watched: Watched) -> dict[str, Any]:
 
 def render_report(watched: Watched, pictures: list[Picture], figures: list[tuple[str, str]]) -> str:
     """The HTML text; `figures` holds the data URIs of each figure for light and dark."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": _number, "percent": _percent}
-    template = environment.from_string(Path(__file__).with_name(HTML).read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        Path(__file__).with_name(HTML),
+        {"number": _number, "percent": _percent},
         watched=watched,
         report=watched.report,
         settings=watched.settings,
@@ -153,8 +144,9 @@ def scores_png(watched: Watched, theme: Theme) -> bytes:
     axes = figure.subplots()
     _histogram(axes, watched.reference.scores, watched.current.scores, 36, theme)
     axes.axvline(watched.threshold, color=theme.bad, lw=1.4, ls="--", label="threshold")
-    _dress(axes, "Image scores", "anomaly score", "share of images", theme)
-    return _png(figure)
+    dress(axes, theme, "Image scores", "anomaly score", "share of images")
+    _legend(axes, theme)
+    return figure_png(figure)
 
 
 def looks_png(watched: Watched, theme: Theme) -> bytes:
@@ -162,8 +154,8 @@ def looks_png(watched: Watched, theme: Theme) -> bytes:
     figure = _figure(theme)
     for place, (axes, name) in enumerate(zip(figure.subplots(1, len(LOOKS)), LOOKS, strict=True)):
         _histogram(axes, watched.reference.looks[:, place], watched.current.looks[:, place], 20, theme)
-        _dress(axes, name.capitalize(), name, "" if place else "share of images", theme, legend=False)
-    return _png(figure)
+        dress(axes, theme, name.capitalize(), name, "" if place else "share of images")
+    return figure_png(figure)
 
 
 def map_png(watched: Watched, theme: Theme) -> bytes:
@@ -179,8 +171,9 @@ def map_png(watched: Watched, theme: Theme) -> bytes:
     ):
         if len(points):
             axes.scatter(points[:, 0], points[:, 1], s=26, c=colour, marker=marker, alpha=0.75, label=label, lw=1.1)
-    _dress(axes, "Teacher features", "first principal component", "second", theme)
-    return _png(figure)
+    dress(axes, theme, "Teacher features", "first principal component", "second")
+    _legend(axes, theme)
+    return figure_png(figure)
 
 
 def plane(
@@ -228,28 +221,6 @@ def _figure(theme: Theme) -> Figure:
     return Figure(figsize=(9.6, 3.4), dpi=110, layout="constrained", facecolor=theme.paper)
 
 
-def _dress(axes: Axes, title: str, x: str, y: str, theme: Theme, legend: bool = True) -> None:
-    axes.set_title(title, color=theme.ink, fontsize=10, loc="left")
-    axes.set_xlabel(x, color=theme.soft, fontsize=9)
-    axes.set_ylabel(y, color=theme.soft, fontsize=9)
-    axes.set_facecolor(theme.paper)
-    axes.tick_params(colors=theme.soft, labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.soft)
-    if legend:
-        axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
@@ -260,3 +231,7 @@ def _number(value: float) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def _legend(axes: Axes, theme: Theme) -> None:
+    axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)

@@ -1,7 +1,9 @@
 """Stage distill: triplets that passed the gate + calibration normals → a trained, calibrated detector."""
 
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,22 +14,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawsmith.detector.distill import LOSS_COLUMNS, Origins, as_batch, distill
-from flawsmith.detector.memory import memory_size
+from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
-from flawsmith.detector.teacher import build_teacher
+from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenly, symmetry_distances, turned
+from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import best_device, fast_math
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
 from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
+from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint
-from flawsmith.settings import section_values, settings_digest
+from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
 from flawsmith.surfaces import Tile, iter_tiles, plan_tiles
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
 
 STAGE = "distill"
 NORMALS_BATCH = 8
+
+log = logging.getLogger(__name__)
 
 
 def run(layout: Layout) -> None:
@@ -45,27 +51,28 @@ def run(layout: Layout) -> None:
         folder = TripletFolder(triplets)
         fit, validation = (TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION))
         size, split = fit.mask.shape[-1], layout.split()
-        frozen = build_teacher(teacher, layout.root)
+        frozen = build_teacher(teacher, layout.root).to(device)
         cells = size // frozen.strides[-1]
         rows_of = _manifest_rows(folder, split.fit)
         known = remembered_normals(split.fit, rows_of)
         normals = plan_tiles(known, data)
-        places = memory_size(settings.memory, len(normals), cells, cells)
+        distances = _symmetry_distances(frozen, normals, data, settings, device)
+        symmetry = choose_symmetry(distances) if settings.symmetry == AUTO else settings.symmetry
+        elements = SYMMETRIES[symmetry]
+        log.info("%s: mirror images and turns of normal parts that count as normal: %s.", layout.category, symmetry)
+        places = memory_size(settings.memory, len(normals) * len(elements), cells, cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
             detector = Detector(DetectorConfig.of(teacher, settings, size, places), frozen)
         detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-        def batches(tiles: Sequence[Tile]) -> Iterator[Tensor]:
-            pixels = (to_uint8(tile).transpose(2, 0, 1) for tile in iter_tiles(tiles, data))
-            while group := list(islice(pixels, NORMALS_BATCH)):
-                yield as_batch(np.stack(group), device)
-
-        owners = remember(detector, batches(normals), len(normals))
+        shown = _batches((turned(image, e) for image in _pixels(normals, data) for e in elements), device)
+        owners = remember(detector, shown, len(normals) * len(elements))
         sources = {
             role: source_indices(known, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
         }
-        origins = None if owners is None else Origins(image_of(normals, known)[owners.cpu()], sources)
+        origins = None if owners is None else Origins(image_of(normals, known)[owners.cpu() // len(elements)], sources)
+        turns = numpy_generator(settings.seed, "symmetry")
+        fit, validation = (_turned_triplets(part, turns.choice(elements, len(part.ids))) for part in (fit, validation))
         identity = digest_json(
             {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
         )
@@ -80,9 +87,10 @@ def run(layout: Layout) -> None:
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
             origins,
         )
-        detector.eval().calibrate(batches(plan_tiles(split.calibration, data)))
+        detector.eval().calibrate(_batches(_pixels(plan_tiles(split.calibration, data), data), device))
         with atomic_folder(layout.stage(STAGE)) as out:
-            save_detector(detector, out, teacher, settings)
+            rounded = {name: float(f"{distance:.4g}") for name, distance in distances.items()}
+            save_detector(detector, out, teacher, settings, symmetry={"chosen": symmetry, "distances": rounded})
             write_csv(
                 out / "losses.csv",
                 LOSS_COLUMNS,
@@ -91,6 +99,51 @@ def run(layout: Layout) -> None:
         resume.clear()
         tracked.log_artifact(layout.stage(STAGE) / "losses.csv")
         tracked.set_outputs({STAGE: layout.stage(STAGE)})
+
+
+def _pixels(tiles: Sequence[Tile], data: DataSettings) -> Iterator[NDArray[np.uint8]]:
+    """(3, S, S) each."""
+    return (to_uint8(tile).transpose(2, 0, 1) for tile in iter_tiles(tiles, data))
+
+
+def _batches(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Iterator[Tensor]:
+    rest = iter(images)
+    while group := list(islice(rest, NORMALS_BATCH)):
+        yield as_batch(np.stack(group), device)
+
+
+def _symmetry_distances(
+    teacher: Teacher, normals: Sequence[Tile], data: DataSettings, settings: DistillSettings, device: torch.device
+) -> dict[str, float]:
+    """As `symmetry_distances`, from an even part of the normals; nothing where nothing is asked."""
+    if settings.symmetry != AUTO or not settings.memory:
+        return {}
+    one_an_image = _one_an_image(normals)
+    chosen = [one_an_image[index] for index in evenly(len(one_an_image))]
+    return symmetry_distances(
+        lambda images: torch.cat([as_places(teacher(batch)[-1]) for batch in _batches(images, device)]),
+        np.stack(list(_pixels(chosen, data))),
+        settings.memory,
+        settings.memory_dimensions,
+        len(chosen) / len(normals),
+    )
+
+
+def _one_an_image(tiles: Sequence[Tile]) -> list[Tile]:
+    """One tile of each image, from another place each time: tiles of one image are no strangers to each other."""
+    of_image: dict[Path, list[Tile]] = {}
+    for tile in tiles:
+        of_image.setdefault(tile.path, []).append(tile)
+    return [group[place % len(group)] for place, group in enumerate(of_image.values())]
+
+
+def _turned_triplets(triplets: TripletArrays, elements: NDArray[np.int64]) -> TripletArrays:
+    """Each triplet as one element of the symmetry shows it."""
+
+    def each(images: NDArray[Any]) -> NDArray[Any]:
+        return np.stack([turned(image, element) for image, element in zip(images, elements, strict=True)])
+
+    return replace(triplets, normal=each(triplets.normal), defect=each(triplets.defect), mask=each(triplets.mask))
 
 
 def _manifest_rows(folder: TripletFolder, normals: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Ablation curves: metrics against the one numeric key of a grid, a picture a category and part."""
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flawsmith.evaluation.figures import DARK, LIGHT, Theme
 from flawsmith.evaluation.report import NAMES
+from flawsmith.pages import DARK, LIGHT, dress, figure_png
 from flawsmith.study.results import Row
 from flawsmith.study.statistics import Spread, spread
 
@@ -89,26 +88,14 @@ def curves_png(lines: Sequence[Curve], key: str, title: str, dark: bool = False)
                     places, means[-len(places) :], yerr=bars[-len(places) :], color=colour, marker=marker, ms=5,
                     lw=1.8, capsize=3, label=line.label,
                 )  # fmt: skip
-        _dress(axes, NAMES[name][0], key, theme)
+        dress(axes, theme, NAMES[name][0], key, grid=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(  # outside: where data lie is not looked for
         handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink
     )
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+    return figure_png(figure)
 
 
 def file_name(part: str, category: str, key: str) -> str:
     """Of a picture; a category is a folder's name, a key has plain letters."""
     return f"{part}-{re.sub(r'[^A-Za-z0-9._-]', '_', category)}-{key}.png"
-
-
-def _dress(axes: Any, title: str, x: str, theme: Theme) -> None:
-    axes.set_title(title, color=theme.ink, fontsize=10, loc="left")
-    axes.set_xlabel(x, color=theme.soft, fontsize=9)
-    axes.set_facecolor(theme.paper)
-    axes.tick_params(colors=theme.soft, labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.soft)
-    axes.grid(color=theme.soft, alpha=0.2, lw=0.6)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,16 +60,16 @@ class Weighings:
                 "many weights of 0 or more, not all 0."
             )
         chosen = torch.tensor(weights) / sum(weights)
+        decided = (detector.weights, detector.score_mean, detector.score_std)
         detector.weights.copy_(chosen)
         detector.normalise(self._normal)
-        mean, deviation = detector.score_mean.clone(), detector.score_std.clone()
+        normal = detector.score_mean.clone(), detector.score_std.clone()
 
         def score(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             with torch.inference_mode():
-                detector.weights.copy_(chosen)
-                fused = detector.fuse(self._maps(images))
-                scores = ((detector.pooled(fused) - mean) / deviation).mean(dim=1)
-                maps = F.interpolate(fused, size=images.shape[-2:], mode="bilinear", align_corners=False)
+                for kept, value in zip(decided, (chosen, *normal), strict=True):
+                    kept.copy_(value)
+                maps, scores = detector.answer(self._maps(images), torch.Size(images.shape[-2:]))
             return maps[:, 0].numpy(), scores.numpy()
 
         return score

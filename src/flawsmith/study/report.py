@@ -1,15 +1,13 @@
 """What a person reads of a study: the same tables as report.md and report.html, and the ablation curves."""
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from flawsmith.evaluation.report import NAMES
 from flawsmith.files import atomic_file
+from flawsmith.pages import data_uri, render
 from flawsmith.study.curves import curves, curves_png, file_name, numeric_key
 from flawsmith.study.plan import METHODS, STAGES
 from flawsmith.study.results import DETECTIONS, FALSE_ALARMS, Row
@@ -60,11 +58,11 @@ def write_report(out: Path, rows: Sequence[Row], about: About) -> None:
     lines = introduction(rows, about)
     with atomic_file(out / "report.md") as path:
         path.write_text(_markdown(sections, lines, about), encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = render(
+        Path(__file__).with_name("report.html"), {"uri": data_uri}, sections=sections, lines=lines, about=about
+    )
     with atomic_file(out / "report.html") as path:
-        path.write_text(template.render(sections=sections, lines=lines, about=about), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
 
 
 def introduction(rows: Sequence[Row], about: About) -> tuple[str, ...]:

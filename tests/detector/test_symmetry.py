@@ -1,0 +1,125 @@
+"""Which symmetries the normals themselves have."""
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flawsmith.detector.symmetry import (
+    AUTO,
+    FEWEST,
+    LOOKED_AT,
+    NONE,
+    SYMMETRIES,
+    choose_symmetry,
+    evenly,
+    symmetry_distances,
+    turned,
+)
+from flawsmith.settings import DistillSettings
+
+SIDE = 32
+
+
+def arrow(generator: np.random.Generator, element: int) -> NDArray[np.uint8]:
+    """A picture without any symmetry of its own, a little different each time, shown by an element of D4."""
+    image = generator.integers(60, 70, (3, SIDE, SIDE)).astype(np.uint8)
+    image[:, 4:28, 14:18] = 200
+    image[:, 4:8, 18:26] = 240
+    image[:, 22:28, 8:14] = 150
+    return turned(image, element)
+
+
+def patches(images: NDArray[np.uint8]) -> Tensor:
+    """Pixels of 8 x 8 cells as features."""
+    rows = torch.from_numpy(images[:, 0].astype(np.float32) / 255)[:, None]
+    return F.normalize(F.pixel_unshuffle(rows, 8), dim=1)
+
+
+def pictures(elements: tuple[int, ...], count: int = 48) -> NDArray[np.uint8]:
+    generator = np.random.default_rng(5)
+    return np.stack([arrow(generator, int(generator.choice(elements))) for _ in range(count)])
+
+
+def test_the_elements_are_the_eight_of_d4() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (3, 5, 5))
+    shown = {turned(image, element).tobytes() for element in range(8)}
+    assert len(shown) == 8
+    assert turned(image, 0).tobytes() == image.tobytes()
+    assert np.array_equal(turned(image, 4), image[..., ::-1])
+    assert np.array_equal(turned(image, 6), image[..., ::-1, :])
+    assert np.array_equal(turned(image, 2), image[..., ::-1, ::-1])
+
+
+@pytest.mark.parametrize("name", SYMMETRIES)
+def test_each_symmetry_is_a_group(name: str) -> None:
+    image = np.arange(9).reshape(3, 3)
+    shown = {turned(image, element).tobytes() for element in SYMMETRIES[name]}
+    twice = {turned(turned(image, one), other).tobytes() for one in SYMMETRIES[name] for other in SYMMETRIES[name]}
+    assert twice == shown
+
+
+def test_the_settings_offer_just_these() -> None:
+    (field,) = (field for field in fields(DistillSettings) if field.name == "symmetry")
+    assert set(field.metadata["choices"]) == {AUTO, *SYMMETRIES}
+
+
+@pytest.mark.parametrize("name", ["hflip", "rot180", "rot90", "all"])
+def test_a_part_that_lies_in_several_ways_is_found_out(name: str) -> None:
+    few = pictures(SYMMETRIES[name], 12)  # some ways of lying stay unseen among those that are kept
+    distances = symmetry_distances(patches, few, 10_000, 0)
+    assert set(SYMMETRIES[name]) <= set(SYMMETRIES[choose_symmetry(distances)])
+
+
+def test_a_part_that_always_lies_alike_has_no_symmetry() -> None:
+    normals = pictures(SYMMETRIES[NONE])
+    assert choose_symmetry(symmetry_distances(patches, normals, 10_000, 0)) == NONE
+    # nor where turned pictures take the room of others
+    assert choose_symmetry(symmetry_distances(patches, normals, 100, 0)) == NONE
+
+
+def test_too_few_normals_tell_nothing() -> None:
+    assert symmetry_distances(patches, pictures((0, 1), FEWEST - 1), 100, 0) == {}
+    assert choose_symmetry({}) == NONE
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, NONE),
+        ({"hflip": 0.96}, NONE),  # less than chance gives
+        ({"hflip": 0.94}, "hflip"),
+        ({"rot180": 0.800, "rot90": 0.815}, "rot90"),  # as good, and shows more
+        ({"rot180": 0.800, "rot90": 0.820}, "rot180"),
+    ],
+)
+def test_the_choice(changes: dict[str, Any], expected: str) -> None:
+    assert choose_symmetry(dict.fromkeys(SYMMETRIES, 1.0) | changes) == expected
+
+
+@given(st.integers(1, 3000))
+def test_an_even_part_keeps_both_ends(count: int) -> None:
+    chosen = evenly(count)
+    assert len(chosen) == min(count, LOOKED_AT)
+    assert (chosen[0], chosen[-1]) == (0, count - 1)
+    assert np.ptp(np.diff(chosen)) <= 1 if count > 2 else True
+
+
+def test_memories_are_as_small_as_the_real_one_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    memory = "flawsmith.detector.symmetry.memory_size"
+
+    def noted(limit: int, images: int, height: int, width: int) -> int:
+        asked.append(limit)
+        return min(limit, images * height * width)
+
+    monkeypatch.setattr(memory, noted)
+    symmetry_distances(patches, pictures((0,), 16), 1000, 0, share=0.5)
+    assert set(asked) == {375}  # 1000, of which half for these normals, of which three quarters are kept
