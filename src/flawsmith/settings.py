@@ -198,8 +198,8 @@ class DistillSettings:
     memory: int = setting("places of normal parts that are remembered; 0 for a student without memory", 0, 10_000_000)
     memory_dimensions: int = setting("leading directions of their features that are compared; 0 for all", 0, 4096)
     symmetry: str = setting(
-        "which mirror images and quarter turns of normal parts are normal too, so that memory and student see them: "
-        "auto asks the normals",
+        "which mirror images and quarter turns of normal parts are normal too, so that memory and student see them; "
+        "auto asks the normals, and of turns alone",
         choices=("auto", "none", "hflip", "vflip", "rot180", "flips", "rot90", "all"),
     )
     map_weights: tuple[float, ...] = setting(

@@ -91,4 +91,52 @@ def test_a_basis_of_the_normals_own_dimensions_loses_no_distance() -> None:
 def test_places_do_not_see_contrast(gain: float, seed: int) -> None:
     level = torch.randn(1, CHANNELS, 5, 5, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(as_places(level * gain), as_places(level), atol=1e-5, rtol=0)
-    torch.testing.assert_close(as_places(level).norm(dim=1), torch.ones(1, 5, 5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(as_places(level).norm(dim=1).mean(), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+@given(gain=st.floats(0.2, 5))
+@settings(deadline=None, max_examples=20)
+def test_without_an_exponent_energy_does_not_count(gain: float) -> None:
+    memory, _ = filled(places(5, 4), 50)
+    asked = places(2, 4, seed=1)
+    torch.testing.assert_close(memory(asked * gain), memory(asked), atol=1e-5, rtol=0)
+
+
+DIRECTION = torch.ones(1, CHANNELS, 1, 1) / CHANNELS**0.5
+
+
+def noisy(images: int, seed: int, falls: float) -> Tensor:
+    """Places off one direction by a noise whose square falls with energy to the power of `falls`."""
+    generator = torch.Generator().manual_seed(seed)
+    energy = torch.rand(images, 1, 8, 8, generator=generator) * 1.5 + 0.5
+    noise = torch.randn(images, CHANNELS, 8, 8, generator=generator) * 0.03
+    return F.normalize(DIRECTION + noise * energy ** (-falls / 2), dim=1) * energy
+
+
+def of_one_direction() -> NormalMemory:
+    memory, _ = filled(DIRECTION.expand(2, -1, 2, 2), 8)
+    return memory
+
+
+@pytest.mark.parametrize(("falls", "expected"), [(0.0, 0.0), (1.0, 1.0), (1.5, 1.5), (6.0, 2.0), (-2.0, 0.0)])
+def test_the_normals_tell_how_much_energy_counts(falls: float, expected: float) -> None:
+    memory = of_one_direction()
+    images = [(image[None], None) for image in noisy(60, 1, falls)]
+    found = memory.fit_exponent(images)
+    assert found == pytest.approx(expected, abs=0.2)
+    assert float(memory.exponent) == found
+    assert memory.fit_exponent(images) == found  # what was found before plays no part
+
+
+def test_a_weight_by_energy_evens_out_the_noise() -> None:
+    memory, fresh = of_one_direction(), noisy(60, 1, 2.0)
+    weak = fresh.norm(dim=1, keepdim=True) < 1
+    before = memory(fresh)
+    memory.fit_exponent([(fresh, None)])
+    after = memory(fresh)
+    assert before[weak].quantile(0.99) > 2 * before[~weak].quantile(0.99)
+    assert after[weak].quantile(0.99) < 1.3 * after[~weak].quantile(0.99)
+
+
+def test_a_few_places_tell_nothing() -> None:
+    assert of_one_direction().fit_exponent([(noisy(2, 1, 2.0), None)]) == 0

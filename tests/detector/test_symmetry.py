@@ -29,12 +29,13 @@ SIDE = 32
 
 
 def arrow(generator: np.random.Generator, element: int) -> NDArray[np.uint8]:
-    """A picture without any symmetry of its own, a little different each time, shown by an element of D4."""
-    image = generator.integers(60, 70, (3, SIDE, SIDE)).astype(np.uint8)
-    image[:, 4:28, 14:18] = 200
-    image[:, 4:8, 18:26] = 240
-    image[:, 22:28, 8:14] = 150
-    return turned(image, element)
+    """A picture without any symmetry of its own, at a place that varies a little, shown by an element of D4."""
+    image = np.full((3, SIDE, SIDE), 60, np.uint8)
+    image[:, 6:26, 14:18] = 200
+    image[:, 6:10, 18:25] = 240
+    image[:, 20:26, 9:14] = 150
+    moved = np.roll(image, generator.integers(-3, 4, 2), axis=(1, 2))
+    return turned(moved, element)
 
 
 def patches(images: NDArray[np.uint8]) -> Tensor:
@@ -71,18 +72,17 @@ def test_the_settings_offer_just_these() -> None:
     assert set(field.metadata["choices"]) == {AUTO, *SYMMETRIES}
 
 
-@pytest.mark.parametrize("name", ["hflip", "rot180", "rot90", "all"])
+@pytest.mark.parametrize("name", ["rot180", "rot90"])
 def test_a_part_that_lies_in_several_ways_is_found_out(name: str) -> None:
-    few = pictures(SYMMETRIES[name], 12)  # some ways of lying stay unseen among those that are kept
+    few = pictures(SYMMETRIES[name], 12)  # not each way of lying is among those that are kept
     distances = symmetry_distances(patches, few, 10_000, 0)
     assert set(SYMMETRIES[name]) <= set(SYMMETRIES[choose_symmetry(distances)])
 
 
 def test_a_part_that_always_lies_alike_has_no_symmetry() -> None:
     normals = pictures(SYMMETRIES[NONE])
-    assert choose_symmetry(symmetry_distances(patches, normals, 10_000, 0)) == NONE
-    # nor where turned pictures take the room of others
-    assert choose_symmetry(symmetry_distances(patches, normals, 100, 0)) == NONE
+    for limit in (100, len(normals) * 16):  # turned pictures take the room of others
+        assert choose_symmetry(symmetry_distances(patches, normals, limit, 0)) == NONE
 
 
 def test_too_few_normals_tell_nothing() -> None:
@@ -94,8 +94,8 @@ def test_too_few_normals_tell_nothing() -> None:
     ("changes", "expected"),
     [
         ({}, NONE),
-        ({"hflip": 0.96}, NONE),  # less than chance gives
-        ({"hflip": 0.94}, "hflip"),
+        ({"rot180": 0.96}, NONE),  # less than chance gives
+        ({"rot180": 0.94}, "rot180"),
         ({"rot180": 0.800, "rot90": 0.815}, "rot90"),  # as good, and shows more
         ({"rot180": 0.800, "rot90": 0.820}, "rot180"),
     ],

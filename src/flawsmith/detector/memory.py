@@ -5,11 +5,11 @@ memory is the detector's second answer to "is this normal": the cosine distance 
 the normal feature most like it.
 
 It differs from PatchCore's memory (Roth et al., CVPR 2022) in four ways, each measured (docs/experiments.md): features
-are L2-normalised, so that a change of contrast over the whole image is no distance; they are compared along the few
-directions in which normal places differ; places are kept by an even lattice instead of a coreset; and the segmentation
-head reads the distance, and learns from triplets what to make of it. It reads the distance alone, not what was found:
-two normal places may be equally near, and which of them is the nearest would then depend on the last bit of a sum, so
-that no two runtimes would agree.
+are L2-normalised, so that a change of contrast over the whole image is no distance, and distances are weighted by
+energy as far as the normals ask for it; they are compared along the few directions in which normal places differ;
+places are kept by an even lattice instead of a coreset; and the segmentation head reads the distance, and learns from
+triplets what to make of it. It reads the distance alone, not what was found: two normal places may be equally near, and
+which of them is the nearest would then depend on the last bit of a sum, so that no two runtimes would agree.
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STEEPEST = 2.0  # the largest exponent of a place's energy
+BINS, FEWEST_IN_BIN = 16, 50  # of places by energy, where the exponent is looked for
 CHUNK = 2048  # keys compared at once: (h * w, CHUNK) similarities of an image of 256 pixels, 2 MB, stay in a cache
 POOLED = 3  # cells a side that are averaged before places are compared, PatchCore's neighbourhood
 
@@ -30,11 +32,17 @@ class NormalMemory(nn.Module):
     directions is left out of the comparison, on both sides: counted as distance it was worth less than nothing, for how
     much of it there is follows the exposure (docs/experiments.md, round 8).
 
+    A cosine has no length, so that a place of little energy, whose feature is noise and points anywhere, would be as
+    far from normal as a defect. Distances are therefore multiplied by the place's energy, in units of its image's mean,
+    to the power of `exponent`, which `fit_exponent` asks of the normals; 0, where they show no such thing, changes
+    nothing.
+
     Half floats: a cosine similarity changes by less than 1e-3, the file is half as large.
     """
 
     keys: Tensor
     basis: Tensor | None
+    exponent: Tensor
 
     def __init__(self, size: int, channels: int, dimensions: int = 0) -> None:
         """`dimensions` 0, or as many as there are channels, is no projection."""
@@ -43,23 +51,25 @@ class NormalMemory(nn.Module):
         self.register_buffer("basis", torch.eye(channels, dimensions) if projects else None)
         width = dimensions if projects else channels
         self.register_buffer("keys", torch.zeros(size, width, dtype=torch.float16))
+        self.register_buffer("exponent", torch.zeros(()))
 
     def forward(self, places: Tensor, forbidden: Tensor | None = None) -> Tensor:
-        """Cosine distance to the nearest key, (B, 1, h, w) in [0, 2].
+        """Cosine distance to the nearest key, times energy to the power of `exponent`: (B, 1, h, w), 0 or more.
 
         Args:
             places: (B, C, h, w), `as_places` of the coarsest level.
             forbidden: (M,) bool, keys that do not count.
         """
         batch, channels, height, width = places.shape
-        rows = self._project(places.permute(0, 2, 3, 1).reshape(-1, channels))
+        energy = places.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        rows = self._project((places / energy).permute(0, 2, 3, 1).reshape(-1, channels))
         nearest = torch.full_like(rows[:, 0], -1.0)
         for first in range(0, len(self.keys), CHUNK):
             similarity = rows @ self.keys[first : first + CHUNK].to(rows.dtype).T
             if forbidden is not None:
                 similarity[:, forbidden[first : first + CHUNK]] = -1.0
             nearest = torch.maximum(nearest, similarity.amax(dim=1))
-        return 1 - nearest.view(batch, 1, height, width)
+        return (1 - nearest.view(batch, 1, height, width)) * energy.pow(self.exponent)
 
     @torch.no_grad()
     def fill(self, batches: Iterable[Tensor], images: int) -> Tensor:
@@ -80,13 +90,42 @@ class NormalMemory(nn.Module):
                 height, width = places.shape[-2:]
                 kept = lattice(images, height, width, len(self.keys))
             chosen = kept[seen : seen + len(places)].to(places.device)
-            found.append(places.permute(0, 2, 3, 1)[chosen].float().cpu())
+            found.append(F.normalize(places.permute(0, 2, 3, 1)[chosen].float(), dim=1).cpu())
             seen += len(places)
         rows = torch.cat(found)
         if self.basis is not None:
             self.basis.copy_(_leading_directions(rows, self.basis.shape[1]))
         self.keys.copy_(self._project(rows.to(self.keys.device)))
         return torch.nonzero(kept)[:, 0]
+
+    @torch.no_grad()
+    def fit_exponent(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+        """Set the exponent from normals: how fast their largest distances fall as energy grows.
+
+        Of places in bins of equal number by energy, the 99th percentiles of the distances against the mean energies:
+        the slope of a straight line through the logarithms, within 0 and -STEEPEST; 0 if the bins are too small.
+
+        Args:
+            images: places (B, C, h, w) with the keys that are their own (M,) bool and do not count.
+
+        Returns:
+            the exponent.
+        """
+        self.exponent.zero_()
+        energies, distances = [], []
+        for places, own in images:
+            energies.append(places.norm(dim=1).flatten().float().cpu())
+            distances.append(self(places, own).flatten().float().cpu())
+        if sum(map(len, energies)) < BINS * FEWEST_IN_BIN:
+            return 0.0
+        energy, distance = torch.cat(energies), torch.cat(distances)
+        bins = energy.argsort(stable=True).tensor_split(BINS)
+        x = torch.stack([energy[part].mean() for part in bins]).clamp_min(1e-6).log().double()
+        y = torch.stack([distance[part].quantile(0.99) for part in bins]).clamp_min(1e-6).log().double()
+        x, y = x - x.mean(), y - y.mean()
+        slope = float((x * y).sum() / x.square().sum().clamp_min(1e-12))
+        self.exponent.fill_(min(max(-slope, 0.0), STEEPEST))
+        return float(self.exponent)
 
     def _project(self, rows: Tensor) -> Tensor:
         return rows if self.basis is None else F.normalize(rows @ self.basis.to(rows.dtype), dim=1)
@@ -103,8 +142,10 @@ def _leading_directions(rows: Tensor, count: int) -> Tensor:
 
 
 def as_places(coarse: Tensor) -> Tensor:
-    """A feature level (B, C, h, w) averaged over POOLED x POOLED cells (fewer at the border), L2-normalised."""
-    return F.normalize(F.avg_pool2d(coarse, POOLED, 1, POOLED // 2, count_include_pad=False), dim=1)
+    """A feature level (B, C, h, w) averaged over POOLED x POOLED cells (fewer at the border), in units of the image's
+    mean length: the contrast of the whole image is gone, that of its places among each other is left."""
+    pooled = F.avg_pool2d(coarse, POOLED, 1, POOLED // 2, count_include_pad=False)
+    return pooled / pooled.norm(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def memory_size(limit: int, images: int, height: int, width: int) -> int:

@@ -1,9 +1,10 @@
 """The detector as one module: image in, anomaly map and score out, all normalisation inside."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -206,7 +207,11 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
 
 
 def save_detector(
-    detector: Detector, folder: Path, teacher: TeacherSettings, distill: DistillSettings, **found: Any
+    detector: Detector,
+    folder: Path,
+    teacher: TeacherSettings,
+    distill: DistillSettings,
+    found: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write `detector.safetensors` (teacher included, so that nothing else is needed) and `config.json`, which also
     tells what was `found` on the way."""

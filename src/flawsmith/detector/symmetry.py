@@ -1,9 +1,10 @@
-"""Which mirror images and quarter turns of a normal part are normal too, asked of the normals themselves.
+"""Which quarter turns of a normal part are normal too, asked of the normals themselves.
 
 A screw lies on the belt at any angle, and a hundred pictures of it leave most angles unseen: turned pictures fill the
 gaps. A plate in a fixture never lies upside down, and pictures that show it so would make a memory of fixed size
 remember less of what does occur. No label is needed to tell the two apart: if held-out normals are nearer to the memory
-when turned pictures fill it too, then the turned ones are like what is to come.
+when turned pictures fill it too, then the turned ones are like what is to come. Mirror images are never assumed: a part
+that lies upside down may be the defect. Who knows better sets them.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,10 +32,12 @@ SYMMETRIES: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "all": tuple(range(8)),
     }
 )
+ASKED = (NONE, "rot180", "rot90")
 LOOKED_AT = 96  # normals that are enough to tell
 HELD_OUT = 4  # every so many of them is held out
 FEWEST = 8  # with fewer nothing can be told
 GAIN = 0.05  # held-out normals must come nearer by this share: less is what mere chance gives
+NOTHING = 1e-3  # a cosine distance that keys of half floats cannot tell from 0
 TIE = 0.02  # symmetries this near to the best one are as good
 
 Pixel = TypeVar("Pixel", bound=np.generic)
@@ -56,7 +59,7 @@ def evenly(count: int, limit: int = LOOKED_AT) -> NDArray[np.int64]:
 def symmetry_distances(
     places: Places, normals: NDArray[np.uint8], limit: int, dimensions: int, share: float = 1.0
 ) -> dict[str, float]:
-    """How far held-out normals lie from memories filled under each of SYMMETRIES.
+    """How far held-out normals lie from memories filled under each symmetry that is ASKED for.
 
     Args:
         places: what the memory compares, of a batch.
@@ -73,24 +76,24 @@ def symmetry_distances(
         return {}
     is_held = np.arange(len(normals)) % HELD_OUT == 0
     held, kept = places(normals[is_held]), normals[~is_held]
-    seen = {element: places(turned(kept, element)) for element in SYMMETRIES["all"]}
+    seen = {element: places(turned(kept, element)) for element in SYMMETRIES[ASKED[-1]]}
     height, width = held.shape[-2:]
     budget = max(1, round(limit * share * len(kept) / len(normals)))
     distances = {}
-    for name, elements in SYMMETRIES.items():
-        images = torch.stack([seen[element] for element in elements], dim=1).flatten(0, 1)
+    for name in ASKED:
+        images = torch.stack([seen[element] for element in SYMMETRIES[name]], dim=1).flatten(0, 1)
         size = memory_size(budget, len(images), height, width)
         memory = NormalMemory(size, images.shape[1], dimensions).to(images.device)
         memory.fill([images], len(images))
         with torch.inference_mode():
-            distances[name] = float(torch.cat([memory(part) for part in held.split(8)]).mean())
+            distances[name] = float(torch.cat([memory(part) for part in held.split(8)]).clamp_min(0).mean())
     return distances
 
 
 def choose_symmetry(distances: Mapping[str, float]) -> str:
     """The symmetry that brings held-out normals nearest, if by GAIN or more, else `none`; of several as good the one
     that shows most, since more normals will come than were looked at. `none` without distances."""
-    if not distances or min(distances.values()) > (1 - GAIN) * distances[NONE]:
+    if not distances or distances[NONE] < NOTHING or min(distances.values()) > (1 - GAIN) * distances[NONE]:
         return NONE
     as_good = [name for name in distances if distances[name] <= (1 + TIE) * min(distances.values())]
     return max(as_good, key=lambda name: len(SYMMETRIES[name]))

@@ -17,7 +17,7 @@ from flawsmith.detector.distill import LOSS_COLUMNS, Origins, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
 from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenly, symmetry_distances, turned
-from flawsmith.detector.teacher import Teacher, build_teacher
+from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import best_device, fast_math
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
@@ -25,7 +25,7 @@ from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint
-from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
+from flawsmith.settings import DataSettings, section_values, settings_digest
 from flawsmith.surfaces import Tile, iter_tiles, plan_tiles
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
@@ -56,10 +56,19 @@ def run(layout: Layout) -> None:
         rows_of = _manifest_rows(folder, split.fit)
         known = remembered_normals(split.fit, rows_of)
         normals = plan_tiles(known, data)
-        distances = _symmetry_distances(frozen, normals, data, settings, device)
+        sample = _sample(normals)
+        looked_at = np.stack(list(_pixels(sample, data)))
+
+        def places_of(images: NDArray[np.uint8]) -> Tensor:
+            return torch.cat([as_places(frozen(batch)[-1]) for batch in _batches(images, device)])
+
+        distances: dict[str, float] = {}
+        if settings.symmetry == AUTO and settings.memory:
+            share = len(sample) / len(normals)
+            distances = symmetry_distances(places_of, looked_at, settings.memory, settings.memory_dimensions, share)
         symmetry = choose_symmetry(distances) if settings.symmetry == AUTO else settings.symmetry
         elements = SYMMETRIES[symmetry]
-        log.info("%s: mirror images and turns of normal parts that count as normal: %s.", layout.category, symmetry)
+        log.info("%s: turns of normal parts that count as normal: %s.", layout.category, symmetry)
         places = memory_size(settings.memory, len(normals) * len(elements), cells, cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
@@ -70,7 +79,14 @@ def run(layout: Layout) -> None:
         sources = {
             role: source_indices(known, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
         }
-        origins = None if owners is None else Origins(image_of(normals, known)[owners.cpu() // len(elements)], sources)
+        origins, exponent = None, 0.0
+        if owners is not None and detector.memory is not None:
+            whose = image_of(normals, known)[owners.cpu() // len(elements)]
+            origins = Origins(whose, sources)
+            keys_of = ((whose == image).to(device) for image in image_of(sample, known))
+            exponent = detector.memory.fit_exponent(
+                (places_of(image[None]), own) for image, own in zip(looked_at, keys_of, strict=True)
+            )
         turns = numpy_generator(settings.seed, "symmetry")
         fit, validation = (_turned_triplets(part, turns.choice(elements, len(part.ids))) for part in (fit, validation))
         identity = digest_json(
@@ -89,8 +105,12 @@ def run(layout: Layout) -> None:
         )
         detector.eval().calibrate(_batches(_pixels(plan_tiles(split.calibration, data), data), device))
         with atomic_folder(layout.stage(STAGE)) as out:
-            rounded = {name: float(f"{distance:.4g}") for name, distance in distances.items()}
-            save_detector(detector, out, teacher, settings, symmetry={"chosen": symmetry, "distances": rounded})
+            found = {
+                "symmetry": symmetry,
+                "symmetry_distances": {name: round(distance, 6) for name, distance in distances.items()},
+                "energy_exponent": round(exponent, 4),
+            }
+            save_detector(detector, out, teacher, settings, found)
             write_csv(
                 out / "losses.csv",
                 LOSS_COLUMNS,
@@ -112,29 +132,14 @@ def _batches(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Itera
         yield as_batch(np.stack(group), device)
 
 
-def _symmetry_distances(
-    teacher: Teacher, normals: Sequence[Tile], data: DataSettings, settings: DistillSettings, device: torch.device
-) -> dict[str, float]:
-    """As `symmetry_distances`, from an even part of the normals; nothing where nothing is asked."""
-    if settings.symmetry != AUTO or not settings.memory:
-        return {}
-    one_an_image = _one_an_image(normals)
-    chosen = [one_an_image[index] for index in evenly(len(one_an_image))]
-    return symmetry_distances(
-        lambda images: torch.cat([as_places(teacher(batch)[-1]) for batch in _batches(images, device)]),
-        np.stack(list(_pixels(chosen, data))),
-        settings.memory,
-        settings.memory_dimensions,
-        len(chosen) / len(normals),
-    )
-
-
-def _one_an_image(tiles: Sequence[Tile]) -> list[Tile]:
-    """One tile of each image, from another place each time: tiles of one image are no strangers to each other."""
+def _sample(tiles: Sequence[Tile]) -> list[Tile]:
+    """An even part of the images, of each one tile, from another place each time: tiles of one image are no strangers
+    to each other."""
     of_image: dict[Path, list[Tile]] = {}
     for tile in tiles:
         of_image.setdefault(tile.path, []).append(tile)
-    return [group[place % len(group)] for place, group in enumerate(of_image.values())]
+    one_each = [group[place % len(group)] for place, group in enumerate(of_image.values())]
+    return [one_each[index] for index in evenly(len(one_each))]
 
 
 def _turned_triplets(triplets: TripletArrays, elements: NDArray[np.int64]) -> TripletArrays:
