@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from small_settings import SHIPPED, SMALL, dotted
 
-from flawsmith.files import digest_path
+from flawsmith.files import digest_path, read_json
 from flawsmith.images import read_image, write_png
 from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.predictor import Predictor
@@ -36,6 +36,7 @@ TILED: dict[str, Any] = dotted(SMALL) | {
     "synthesize.triplets": 10,
     "synthesize.validation_fraction": 0.3,
     "distill.memory": 300,
+    "distill.symmetry": "rot90",
     "promote.bootstrap": 100,
 }
 
@@ -87,6 +88,13 @@ def test_triplets_are_tiles_and_the_roles_share_no_image(made: Layout) -> None:
 
 def test_a_triplet_of_a_tile_is_explained_bit_for_bit(made: Layout, tmp_path: Path) -> None:
     assert explain(made, "fit-00001", tmp_path / "why.png")
+
+
+def test_what_was_asked_of_the_normals_is_told(made: Layout) -> None:
+    told = read_json(made.stage("distill") / "config.json")
+    assert told["symmetry"] == "rot90"
+    assert told["symmetry_distances"] == {}  # set by hand, so nobody was asked
+    assert 0 <= told["energy_exponent"] <= 2
 
 
 def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:
