@@ -31,8 +31,8 @@ nightly: install ## retrain every category now, on the stack's workers, and foll
 	@[ -f .stack/env ] || { echo "No stack runs here; start it first: make up" >&2; exit 2; }; \
 	set -a; . ./.stack/env; set +a; python -m flows.nightly $(ARGS)
 
-test: lint types ## lint, types and every test but those of the whole stack; ARGS='-k settings' for some
-	pytest $(ARGS)
+test: lint types ## lint, types, and on all cores every test but those of the whole stack; ARGS='-k settings' for some
+	pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder $(ARGS)
 
 stack-test: install ## the tests that need real servers and workers: a few minutes
 	pytest -m stack tests/stack $(ARGS)

@@ -32,9 +32,7 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 
 class FolderScheduling(LoadScopeScheduling):
-    """A folder's tests run in one worker, since they share what is dear to make; the longest folders start first."""
-
-    FIRST = ("tests/pipeline",)
+    """A folder's tests run in one worker, since they share what is dear to make."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
