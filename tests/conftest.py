@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import settings as hypothesis_settings
+from small_settings import write_params
 from xdist.scheduler import LoadScopeScheduling
 
 # Deterministic and without a clock: a slow machine must not fail a property, and a red run must be red again.
 hypothesis_settings.register_profile("flawsmith", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis_settings.load_profile("flawsmith")
-
-ROOT = Path(__file__).parent.parent
 
 # A developer's own servers must never see the tests' runs.
 for _name in [name for name in os.environ if name.startswith(("MLFLOW_", "PREFECT_"))]:
@@ -48,10 +46,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FolderSchedu
 @pytest.fixture
 def params_path(tmp_path: Path) -> Path:
     """The shipped params.yaml in a folder of its own, with tracking off."""
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["tracking"]["mode"] = "off"
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    write_params(path, {"tracking": {"mode": "off"}})
     return path
 
 
