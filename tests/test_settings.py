@@ -182,8 +182,10 @@ def test_bad_categories(categories: object, reason: str) -> None:
         ("teacher", "out_indices", [1, 1, 2], "three levels"),
         ("distill", "cosine_weights", [1.0], "`distill.cosine_weights` needs 2 values"),
         ("distill", "decoder_channels", [16] * 4, "the teacher has 3 scales"),
-        ("distill", "map_weights", [1.0, 1.0], "`distill.map_weights` needs 4 values"),
-        ("distill", "map_weights", [0.0] * 4, "not all 0"),
+        ("distill", "map_weights", [1.0, 1.0], "`distill.map_weights` needs 5 values"),
+        ("distill", "map_weights", [0.0] * 5, "not all 0"),
+        ("distill", "score_weights", [1.0] * 4, "`distill.score_weights` needs 5 values"),
+        ("distill", "score_weights", [0.0] * 5, "not all 0"),
         ("synthesize", "rule", "realnt", "one of constant, realnet"),
     ],
 )

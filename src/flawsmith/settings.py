@@ -186,12 +186,15 @@ class DistillSettings:
     batch: int = setting("images a step", 1, 1024)
     normal_share: float = setting("share of defect-free images in a batch", 0.0, 0.9)
     learning_rate: float = setting("peak of the student's cosine schedule", 1e-7, 1.0)
+    locator_steps: int = setting("optimiser steps of the locator, the head that reads distances alone", 1, 10_000_000)
     head_learning_rate: float = setting("peak of the head's cosine schedule", 1e-7, 1.0)
+    locator_learning_rate: float = setting("peak of the locator's cosine schedule", 1e-7, 1.0)
     bottleneck: int = setting("channels of the student's bottleneck", 8, 4096)
     decoder_channels: tuple[int, ...] = setting(
         "decoder channels a scale that the student answers, finest first; two values skip the finest", 8, 2048
     )
     head_channels: int = setting("channels of the segmentation head", 4, 1024)
+    locator_channels: int = setting("channels of the locator", 4, 1024)
     cosine_weights: tuple[float, ...] = setting("weight of the cosine loss a scale, finest first", 0.0, 100.0)
     focal_gamma: float = setting("gamma of the focal loss", 0.0, 10.0)
     l1_weight: float = setting("weight of the L1 part of the segmentation loss", 0.0, 100.0)
@@ -203,8 +206,11 @@ class DistillSettings:
         choices=("auto", "none", "hflip", "vflip", "rot180", "flips", "rot90", "all"),
     )
     map_weights: tuple[float, ...] = setting(
-        "weight of each normalised map: one a scale, finest first, the memory's, the head's", 0.0, 100.0
+        "anomaly map: weight of each normalised map: one a scale, finest first, memory, segmentation head, locator",
+        0.0,
+        100.0,
     )
+    score_weights: tuple[float, ...] = setting("image score: the same weights for what it looks at", 0.0, 100.0)
     smoothing: float = setting("sigma of the Gaussian on the anomaly map in pixels", 0.0, 64.0)
     top_shares: tuple[float, ...] = setting(
         "shares of the highest pixels whose means, standardised on normals, are averaged to the image score", 0.0, 1.0
@@ -508,10 +514,11 @@ def _check_together(settings: Settings, source: str) -> None:
         raise UserError(f"{source}: `distill.decoder_channels` has {answered} values; the teacher has {levels} scales.")
     if len(settings.distill.cosine_weights) != answered:
         raise UserError(f"{source}: `distill.cosine_weights` needs {answered} values, as distill.decoder_channels has.")
-    weights = settings.distill.map_weights
-    used = [weight for place, weight in enumerate(weights) if settings.distill.memory or place != answered]
-    if len(weights) != answered + 2 or not any(used):
-        raise UserError(f"{source}: `distill.map_weights` needs {answered + 2} values, not all 0.")
+    for name in ("map_weights", "score_weights"):
+        weights = getattr(settings.distill, name)
+        used = [weight for place, weight in enumerate(weights) if settings.distill.memory or place != answered]
+        if len(weights) != answered + 3 or not any(used):
+            raise UserError(f"{source}: `distill.{name}` needs {answered + 3} values, not all 0.")
 
 
 def _check_tiles(data: DataSettings, source: str) -> None:

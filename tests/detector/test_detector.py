@@ -24,6 +24,7 @@ from flawsmith.detector.model import (
     smooth,
     top_mean,
 )
+from flawsmith.detector.student import DistanceHead
 from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.errors import UserError
 from flawsmith.images import resize_image
@@ -33,8 +34,8 @@ from flawsmith.triplets import FIT, VALIDATION, TripletArrays
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 SETTINGS = dataclasses.replace(
-    PARAMS.distill, student_steps=8, head_steps=6, batch=4, bottleneck=16, decoder_channels=(8, 8), head_channels=8,
-    memory=40, validate_every=4, checkpoint_every=3, patience=10,
+    PARAMS.distill, student_steps=8, head_steps=6, locator_steps=5, batch=4, bottleneck=16, decoder_channels=(8, 8),
+    head_channels=8, memory=40, validate_every=4, checkpoint_every=3, patience=10,
 )  # fmt: skip
 SIZE = 64
 
@@ -161,11 +162,11 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
     detector.calibrate(iter(batches))
     with torch.inference_mode():
         raw = torch.cat([detector.raw_maps(part) for part in batches])
-        pooled = torch.cat([detector.pooled(detector.fuse(detector.raw_maps(part))) for part in batches])
+        pooled = detector.pooled(detector.fuse(raw, detector.score_weights))
         scores = torch.cat([detector(part)[1] for part in batches])
     normalised = (raw - detector.map_mean.view(1, -1, 1, 1)) / detector.map_std.view(1, -1, 1, 1)
-    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(5), atol=1e-2, rtol=0)
     standard = (pooled - detector.score_mean) / detector.score_std
     torch.testing.assert_close(standard.mean(dim=0), torch.zeros(len(SETTINGS.top_shares)), atol=1e-3, rtol=0)
     torch.testing.assert_close(standard.mean(dim=1), scores, atol=1e-4, rtol=1e-4)
@@ -173,8 +174,9 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
 
 def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher: Teacher) -> None:
     for channels, stride in (((8,), 16), ((8, 8), 8), ((8, 8, 8), 4)):
+        alike = (1.0,) * (len(channels) + 3)
         settings = dataclasses.replace(
-            SETTINGS, memory=0, decoder_channels=channels, map_weights=(1.0,) * (len(channels) + 2)
+            SETTINGS, memory=0, decoder_channels=channels, map_weights=alike, score_weights=alike
         )
         detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
         assert detector.stride == stride
@@ -183,14 +185,67 @@ def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher
 
 
 def test_without_memory_the_detector_has_one_map_less(teacher: Teacher) -> None:
-    weights = (1.0, 2.0, 50.0, 4.0)  # the memory's weight counts for nothing where there is none
-    settings = dataclasses.replace(SETTINGS, memory=0, map_weights=weights)
+    weights = (1.0, 2.0, 50.0, 4.0, 1.0)  # the memory's weight counts for nothing where there is none
+    settings = dataclasses.replace(SETTINGS, memory=0, map_weights=weights, score_weights=weights[::-1])
     detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
     assert remember(detector, [batch()], 2) is None
-    assert detector.weights.tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert detector.weights.tolist() == pytest.approx([1 / 8, 2 / 8, 4 / 8, 1 / 8])
+    assert detector.score_weights.tolist() == pytest.approx([1 / 8, 4 / 8, 2 / 8, 1 / 8])
     with torch.inference_mode():
-        assert detector.raw_maps(batch()).shape[1] == 3
+        assert detector.raw_maps(batch()).shape[1] == 4
         assert detector(batch())[0].shape == (2, 1, SIZE, SIZE)
+
+
+def test_the_map_and_the_score_are_sums_of_their_own(detector: Detector) -> None:
+    detector.calibrate([batch(1, 4)])
+    with torch.inference_mode():
+        raw = detector.raw_maps(batch(5))
+        before = detector.answer(raw, batch().shape[-2:])
+        louder = raw.clone()
+        louder[:, 3] += 7  # the segmentation head, which the score listens to and the map does not
+        after = detector.answer(louder, batch().shape[-2:])
+    assert torch.equal(before[0], after[0])
+    assert (after[1] > before[1]).all()
+
+
+def test_the_locator_reads_how_far_and_not_in_which_direction(detector: Detector) -> None:
+    """Other features with the same distances give the same answer: here, all channels of all features turned about."""
+    with torch.inference_mode():
+        features = detector.teacher(batch(5))
+        answers = detector.student(features)
+        shown = detector.distances(features, feature_products(features, answers), ())
+        turned = detector.distances(
+            tuple(level.flip(1) for level in features),
+            feature_products(tuple(level.flip(1) for level in features), tuple(level.flip(1) for level in answers)),
+            (),
+        )
+    assert shown.shape == (2, 2, SIZE // 8, SIZE // 8)
+    torch.testing.assert_close(shown, turned, atol=1e-5, rtol=0)
+
+
+def test_a_scale_whose_weak_places_are_noisy_is_weighted_by_energy(detector: Detector) -> None:
+    generator = torch.Generator().manual_seed(2)
+    energy = torch.rand(40, 1, 8, 8, generator=generator) * 1.5 + 0.5
+    far = (torch.rand(40, 1, 8, 8, generator=generator) * 0.1) / energy  # twice the energy, half the distance
+    even = torch.rand(40, 1, 8, 8, generator=generator) * 0.1
+    products = tuple(((1 - distance) / 4).expand(-1, 4, -1, -1) for distance in (far, even))
+    direction = torch.nn.functional.normalize(torch.ones(1, 4, 1, 1), dim=1)
+    level = direction * energy / energy.mean(dim=(2, 3), keepdim=True)
+    detector.fit_exponents([products], [(level, level)])
+    assert detector.exponents.tolist() == pytest.approx([1.0, 0.0], abs=0.25)
+
+
+def test_the_locators_scale_is_that_of_normal_images() -> None:
+    head = DistanceHead(2, 4).eval()
+    normal = torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 50.0]).view(
+        2, 1, 1
+    )
+    head.normalise(normal)
+    other = DistanceHead(2, 4).eval()
+    other.load_state_dict(head.state_dict())
+    other.normalise(normal * 30 + 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(head(normal), other(normal * 30 + 4), atol=1e-4, rtol=1e-4)
 
 
 def test_a_saved_detector_answers_the_same(detector: Detector, tmp_path: Path) -> None:
@@ -258,13 +313,13 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
         return detector, rows
 
     whole, rows = run("whole")
-    assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6
+    assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6 + ["locator"] * 5
     assert rows[7][2] < rows[0][2]
 
     class KilledError(Exception):
         pass
 
-    for death in (5, 11):  # in either phase
+    for death in (5, 11, 17):  # in each phase
 
         def die(step: int, metrics: object, death: int = death) -> None:
             if step == death:

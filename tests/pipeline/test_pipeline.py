@@ -70,7 +70,9 @@ def test_losses_have_a_row_a_step(project: Project) -> None:
     assert all(0 < float(row["loss"]) < 100 for row in rows)
     with (project.stage("distill") / "losses.csv").open() as stream:
         phases = [row["phase"] for row in csv.DictReader(stream)]
-    assert phases == ["student"] * SMALL["distill"]["student_steps"] + ["head"] * SMALL["distill"]["head_steps"]
+    assert phases == [
+        phase for phase in ("student", "head", "locator") for _ in range(SMALL["distill"][f"{phase}_steps"])
+    ]
 
 
 def test_triplets_are_complete_and_their_masks_mean_change(project: Project) -> None:
@@ -150,20 +152,21 @@ def test_a_triplet_is_explained_bit_for_bit(project: Project, tmp_path: Path) ->
 
 
 def test_the_detectors_own_weights_of_maps_give_the_detectors_own_figures(project: Project, tmp_path: Path) -> None:
-    weights = yaml.safe_load((project.folder / "params.yaml").read_text())["distill"]["map_weights"]
-    asked = [",".join(map(str, weights)), "0,0,0,1"]
+    distill = yaml.safe_load((project.folder / "params.yaml").read_text())["distill"]
+    own = ":".join(",".join(map(str, distill[key])) for key in ("map_weights", "score_weights"))
+    asked = [own, "0,0,0,0,1"]
     call = [sys.executable, "-m", "flawsmith.study.maps", "--category", CATEGORY, "--part", "all"]
     call += [word for one in asked for word in ("--weights", one)]
     told = project.run(*call, "--seed", "0", "--out", str(tmp_path / "rows.json"))
-    own, head = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    as_trained, locator = json.loads((tmp_path / "rows.json").read_text())["rows"]
     metrics = json.loads((project.stage("evaluate") / "metrics.json").read_text())
     for key in ("image_auroc", "pixel_auroc", "pixel_ap", "aupro"):
-        assert own[key] == pytest.approx(metrics[key], abs=2e-3), key
-    assert own["pixel_auroc"] != head["pixel_auroc"]
+        assert as_trained[key] == pytest.approx(metrics[key], abs=2e-3), key
+    assert as_trained["pixel_auroc"] != locator["pixel_auroc"]
     assert told.stdout.count("|\n") == 4
     wrong = project.run(*call[:-1], "1,1", succeeds=False)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "this detector has 4 maps" in wrong.stderr
+    assert "this detector has 5 maps" in wrong.stderr
 
 
 def test_dvc_shows_metrics_plots_and_the_graph(project: Project) -> None:

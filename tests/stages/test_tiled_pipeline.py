@@ -94,7 +94,8 @@ def test_what_was_asked_of_the_normals_is_told(made: Layout) -> None:
     told = read_json(made.stage("distill") / "config.json")
     assert told["symmetry"] == "rot90"
     assert told["symmetry_distances"] == {}  # set by hand, so nobody was asked
-    assert 0 <= told["energy_exponent"] <= 2
+    assert len(told["energy_exponents"]) == 3
+    assert all(0 <= exponent <= 2 for exponent in told["energy_exponents"])
 
 
 def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:

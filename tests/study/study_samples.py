@@ -19,7 +19,7 @@ from flawsmith.study.plan import Cell, Request
 from flawsmith.study.results import DETECTIONS, FALSE_ALARMS, Row
 
 ROOT = Path(__file__).parents[2]
-STEPS: Sections = {"ddpm-train": {"steps": 8}, "distill": {"student_steps": 2, "head_steps": 2}}
+STEPS: Sections = {"ddpm-train": {"steps": 8}, "distill": {"student_steps": 2, "head_steps": 2, "locator_steps": 2}}
 
 
 @dataclass(frozen=True)

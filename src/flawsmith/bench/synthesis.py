@@ -50,7 +50,7 @@ TRAIN_STEPS = 12  # timed steps of the denoiser's training; the first ones warm 
 WARM_UP = 2
 COMPARED = 4  # triplets sampled both in their window and in the whole image
 PARTS = (1 / 40, 1 / 10)  # of the detector's steps: two short trainings tell what a step and the rest cost
-DISTILL_STEPS = ("student_steps", "head_steps")
+DISTILL_STEPS = ("student_steps", "head_steps", "locator_steps")
 # Diffusion, whatever the params say, and bounds that no triplet can break: a denoiser trained for a moment makes poor
 # ones, which cost the same.
 OVERRIDES: Mapping[str, Any] = {

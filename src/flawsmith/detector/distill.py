@@ -1,4 +1,4 @@
-"""Asymmetric distillation: first the student learns to answer clean features, then the head to read the disagreement.
+"""Asymmetric distillation: first the student learns to answer clean features, then the heads to read the disagreement.
 
 The teacher is frozen and images are not augmented here, so its features are computed once and kept in memory as half
 floats where they fit: a step then costs the student alone.
@@ -6,7 +6,6 @@ floats where they fit: a step then costs the student alone.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.model import Detector, feature_products
+from flawsmith.detector.symmetry import evenly
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.devices import autocast
 from flawsmith.randomness import numpy_generator
@@ -111,6 +111,16 @@ class Origins:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Which triplets a training step sees: their `indices` (B,), of which the normal image (`clean`, B), and the step's
+    generator for whatever else is drawn."""
+
+    indices: NDArray[np.int64]
+    clean: NDArray[np.bool_]
+    generator: np.random.Generator
+
+
+@dataclass(frozen=True)
 class Batch:
     """One training batch.
 
@@ -125,9 +135,6 @@ class Batch:
     seen: Features
     remembered: Features
     mask: Tensor
-
-
-Loss = Callable[[Batch], Tensor]
 
 
 def as_batch(images: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -159,6 +166,84 @@ class _Best:
             self.stale += 1
 
 
+class TripletBatches:
+    """Batches of triplets by role, with all that is computed of their images but once.
+
+    Args:
+        parts: role → triplets.
+        origins: of the detector's memory, which is filled already; None without memory.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        parts: Mapping[str, TripletArrays],
+        settings: DistillSettings,
+        origins: Origins | None,
+        device: torch.device,
+    ) -> None:
+        self._counts = {role: len(part.ids) for role, part in parts.items()}
+        self._settings, self._device = settings, device
+        room = int(settings.cache_gigabytes * 2**30) // len(parts)
+        self._banks = {
+            role: tuple(FeatureBank(detector.teacher, images, device, room) for images in (part.normal, part.defect))
+            for role, part in parts.items()
+        }
+        self._distances: dict[str, tuple[DistanceBank, ...]] = {}
+        if detector.memory is not None and origins is not None:
+            for role, banks in self._banks.items():
+                sources = origins.sources[role]
+                self._distances[role] = tuple(
+                    DistanceBank(detector.memory, bank, origins.owners, sources) for bank in banks
+                )
+        self._masks = {
+            role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(device)
+            for role, part in parts.items()
+        }
+
+    def of(self, role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> Batch:
+        """The triplets at `indices`; `clean` rows see the normal image."""
+        normal, defect = self._banks[role]
+        target = normal[indices]
+        keep = torch.from_numpy(clean).to(self._device).view(-1, 1, 1, 1)
+        seen = tuple(torch.where(keep, n, d) for n, d in zip(target, defect[indices], strict=True))
+        mask = self._masks[role][torch.from_numpy(indices)] * ~keep
+        remembered: Features = ()
+        if self._distances:
+            of_normal, of_defect = self._distances[role]
+            remembered = (torch.where(keep, of_normal[indices], of_defect[indices]),)
+        return Batch(target, seen, remembered, mask)
+
+    def draw(self, phase: str, step: int) -> Draw:
+        """What a step of training sees."""
+        generator, settings = numpy_generator(self._settings.seed, "distill", phase, step), self._settings
+        indices = generator.integers(0, self._counts[FIT], settings.batch)
+        return Draw(indices, np.arange(settings.batch) < round(settings.normal_share * settings.batch), generator)
+
+    def in_order(self, role: str, clean: bool, indices: NDArray[np.int64] | None = None) -> Iterator[Batch]:
+        """All triplets of a role, or those at `indices`: their normal images if `clean`, else their defect images."""
+        wanted, size = np.arange(self._counts[role]) if indices is None else indices, self._settings.batch
+        for first in range(0, len(wanted), size):
+            some = wanted[first : first + size]
+            yield self.of(role, some, np.full(len(some), clean))
+
+    def some_normals(self) -> Iterator[Batch]:
+        """An even part of the normal images behind the training triplets."""
+        return self.in_order(FIT, True, evenly(self._counts[FIT]))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the detector to train, while the others stay as they are."""
+
+    name: str
+    module: nn.Module
+    steps: int
+    peak: float  # learning rate
+    training_loss: Callable[[int], Tensor]  # of a step
+    validation_loss: Callable[[], float]
+
+
 def distill(
     detector: Detector,
     fit: TripletArrays,
@@ -168,11 +253,12 @@ def distill(
     device: torch.device,
     on_step: OnStep = lambda step, metrics: None,
     origins: Origins | None = None,
-) -> list[list[Any]]:
-    """Train `detector.student`, then `detector.head`, in place; return one row of LOSS_COLUMNS a step.
+) -> Rows:
+    """Train student, head and locator of the detector, one after the other and in place; return one row of LOSS_COLUMNS
+    a step.
 
-    Both phases keep the weights that did best on the synthetic validation triplets, whose source images no training
-    triplet shares, and stop early after `patience` looks without improvement.
+    Each phase keeps the weights that did best on the synthetic validation triplets, whose source images no training
+    triplet shares, and stops early after `patience` looks without improvement.
 
     Args:
         origins: of the detector's memory, which is filled already; None without memory.
@@ -181,116 +267,102 @@ def distill(
         FlawsmithError: the loss became NaN.
     """
     detector.to(device)
-    room = int(settings.cache_gigabytes * 2**30) // 2
-    parts = {FIT: fit, VALIDATION: validation}
-    banks = {
-        role: tuple(FeatureBank(detector.teacher, images, device, room) for images in (part.normal, part.defect))
-        for role, part in parts.items()
-    }
-    distances: dict[str, tuple[DistanceBank, ...]] = {}
-    if detector.memory is not None and origins is not None:
-        distances = {
-            role: tuple(
-                DistanceBank(detector.memory, bank, origins.owners, origins.sources[role]) for bank in banks[role]
-            )
-            for role in parts
-        }
-    masks = {
-        role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(device)
-        for role, part in parts.items()
-    }
+    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, origins, device)
+    rows: list[list[Any]] = []
+    for phase in _phases(detector, batches, settings):
+        point, offset = ResumePoint(resume.folder / phase.name, resume.identity), len(rows)
 
-    def batch(role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> Batch:
-        """The triplets at `indices`; `clean` rows see the normal image."""
-        normal, defect = banks[role]
-        target = normal[indices]
-        keep = torch.from_numpy(clean).to(device).view(-1, 1, 1, 1)
-        seen = tuple(torch.where(keep, n, d) for n, d in zip(target, defect[indices], strict=True))
-        mask = masks[role][torch.from_numpy(indices)] * ~keep
-        remembered: Features = ()
-        if distances:
-            of_normal, of_defect = distances[role]
-            remembered = (torch.where(keep, of_normal[indices], of_defect[indices]),)
-        return Batch(target, seen, remembered, mask)
+        def report(step: int, metrics: Mapping[str, float], name: str = phase.name, offset: int = offset) -> None:
+            on_step(offset + step, {f"{name}_{key}": value for key, value in metrics.items()})
 
-    def training_batch(phase: str, step: int) -> Batch:
-        generator = numpy_generator(settings.seed, "distill", phase, step)
-        indices = generator.integers(0, len(fit.ids), settings.batch)
-        return batch(FIT, indices, np.arange(settings.batch) < round(settings.normal_share * settings.batch))
+        found = _fit(phase, settings, point, device, report)
+        rows += [[phase.name, offset + int(step), value, checked] for step, value, checked in found]
+    return rows
 
-    def validation_batches() -> Iterator[Batch]:
-        for first in range(0, len(validation.ids), settings.batch):
-            indices = np.arange(first, min(first + settings.batch, len(validation.ids)))
-            yield batch(VALIDATION, indices, np.zeros(len(indices), np.bool_))
+
+def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettings) -> Iterator[Phase]:
+    """The phases in order; what stands between two of them is done when the one before has been trained."""
 
     def student_loss(data: Batch) -> Tensor:
         return cosine_loss(data.target, detector.student(data.seen), settings.cosine_weights)
 
-    def head_loss(data: Batch) -> Tensor:
+    def marking_loss(logits: Tensor, mask: Tensor) -> Tensor:
+        return segmentation_loss(logits, mask, settings.focal_gamma, settings.l1_weight)
+
+    def products(data: Batch) -> Features:
         with torch.no_grad():
-            read = (*feature_products(data.seen, detector.student(data.seen)), *data.remembered)
-        logits = detector.head(read, data.mask.shape[-2:])
-        return segmentation_loss(logits, data.mask, settings.focal_gamma, settings.l1_weight)
+            return feature_products(data.seen, detector.student(data.seen))
 
-    def training_loss(phase: str, loss: Loss, step: int) -> Tensor:
-        return loss(training_batch(phase, step))
+    def head_loss(data: Batch) -> Tensor:
+        return marking_loss(detector.head((*products(data), *data.remembered), data.mask.shape[-2:]), data.mask)
 
-    def validation_loss(loss: Loss) -> float:
-        return float(np.mean([float(loss(data)) for data in validation_batches()]))
+    def on_batches(name: str, module: nn.Module, steps: int, peak: float, loss: Callable[[Batch], Tensor]) -> Phase:
+        def training_loss(step: int) -> Tensor:
+            drawn = batches.draw(name, step)
+            return loss(batches.of(FIT, drawn.indices, drawn.clean))
 
-    def report(phase: str, offset: int, step: int, metrics: Mapping[str, float]) -> None:
-        on_step(offset + step, {f"{phase}_{name}": value for name, value in metrics.items()})
+        def validation_loss() -> float:
+            return float(np.mean([float(loss(data)) for data in batches.in_order(VALIDATION, False)]))
 
-    rows: list[list[Any]] = []
-    for phase, module, loss, steps, peak in (
-        ("student", detector.student, student_loss, settings.student_steps, settings.learning_rate),
-        ("head", detector.head, head_loss, settings.head_steps, settings.head_learning_rate),
-    ):
-        point = ResumePoint(resume.folder / phase, resume.identity)
-        offset = len(rows)
+        return Phase(name, module, steps, peak, training_loss, validation_loss)
 
-        phase_rows = _fit(
-            phase,
-            module,
-            partial(training_loss, phase, loss),
-            partial(validation_loss, loss),
-            steps,
-            peak,
-            settings,
-            point,
-            device,
-            partial(report, phase, offset),
-        )
-        rows += [[phase, offset + int(step), value, checked] for step, value, checked in phase_rows]
-    return rows
+    def distances(data: Batch) -> Tensor:
+        with torch.no_grad():
+            return detector.distances(data.seen, products(data), data.remembered)
+
+    yield on_batches("student", detector.student, settings.student_steps, settings.learning_rate, student_loss)
+
+    normals = list(batches.some_normals())
+    detector.fit_exponents([products(data) for data in normals], [data.seen for data in normals])
+    yield on_batches("head", detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
+
+    detector.locator.normalise(torch.cat([distances(data) for data in normals]))
+    # all that this head reads are a few numbers a place: found once, a step costs next to nothing
+    read, marked = {}, {}
+    for role, clean in ((FIT, False), (FIT, True), (VALIDATION, False)):
+        data = list(batches.in_order(role, clean))
+        read[role, clean] = torch.cat([distances(one) for one in data])
+        marked[role, clean] = torch.cat([one.mask for one in data])
+
+    def locator_training(step: int) -> Tensor:
+        drawn = batches.draw("locator", step)
+        chosen = [(FIT, bool(clean), int(index)) for index, clean in zip(drawn.indices, drawn.clean, strict=True)]
+        seen = torch.stack([read[role, clean][index] for role, clean, index in chosen])
+        mask = torch.stack([marked[role, clean][index] for role, clean, index in chosen])
+        # a mirrored map of distances is one that might have been, whether or not the part may be mirrored
+        sides = [side for side in (-2, -1) if drawn.generator.random() < 0.5]
+        return marking_loss(detector.locator(seen.flip(sides)), mask.flip(sides))
+
+    def locator_validation() -> float:
+        pairs = zip(*(of[VALIDATION, False].split(settings.batch) for of in (read, marked)), strict=True)
+        return float(np.mean([float(marking_loss(detector.locator(seen), mask)) for seen, mask in pairs]))
+
+    yield Phase(
+        "locator",
+        detector.locator,
+        settings.locator_steps,
+        settings.locator_learning_rate,
+        locator_training,
+        locator_validation,
+    )
 
 
-def _fit(
-    name: str,
-    module: nn.Module,
-    training_loss: Callable[[int], Tensor],
-    validation_loss: Callable[[], float],
-    steps: int,
-    peak: float,
-    settings: DistillSettings,
-    resume: ResumePoint,
-    device: torch.device,
-    on_step: OnStep,
-) -> Rows:
-    """One phase: optimise `module`, look at validation now and then, leave the best weights in it."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=1e-4)
+def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, device: torch.device, on_step: OnStep) -> Rows:
+    """Optimise the phase's module, look at validation now and then, leave the best weights in it."""
+    module, steps = phase.module, phase.steps
+    optimizer = torch.optim.AdamW(module.parameters(), lr=phase.peak, weight_decay=1e-4)
     best = _Best()
     parts = {"module": module, "optimizer": optimizer, "best": best}
     first, rows = resume.load(parts)
-    progress = tqdm(range(first, steps), f"distill {name}", initial=first, total=steps, disable=None)
+    progress = tqdm(range(first, steps), f"distill {phase.name}", initial=first, total=steps, disable=None)
     for step in progress:
         if best.stale >= settings.patience:
             break
         module.train()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, min(20, steps // 10), peak)
+            group["lr"] = learning_rate(step, steps, min(20, steps // 10), phase.peak)
         with autocast(device):
-            loss = training_loss(step)
+            loss = phase.training_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -301,7 +373,7 @@ def _fit(
         if (step + 1) % settings.validate_every == 0 or step + 1 == steps:
             module.eval()
             with torch.inference_mode(), autocast(device):
-                checked = validation_loss()
+                checked = phase.validation_loss()
             check_finite(checked, step, "distill")
             metrics["validation"] = checked
             best.look(checked, step, module)

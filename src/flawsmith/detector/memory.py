@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STEEPEST = 2.0  # the largest exponent of a place's energy
-BINS, FEWEST_IN_BIN = 16, 50  # of places by energy, where the exponent is looked for
+from flawsmith.detector.energy import energy_exponent
+
 CHUNK = 2048  # keys compared at once: (h * w, CHUNK) similarities of an image of 256 pixels, 2 MB, stay in a cache
 POOLED = 3  # cells a side that are averaged before places are compared, PatchCore's neighbourhood
 
@@ -100,31 +100,17 @@ class NormalMemory(nn.Module):
 
     @torch.no_grad()
     def fit_exponent(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-        """Set the exponent from normals: how fast their largest distances fall as energy grows.
-
-        Of places in bins of equal number by energy, the 99th percentiles of the distances against the mean energies:
-        the slope of a straight line through the logarithms, within 0 and -STEEPEST; 0 if the bins are too small.
+        """Set the exponent from normals (`energy_exponent`) and return it.
 
         Args:
             images: places (B, C, h, w) with the keys that are their own (M,) bool and do not count.
-
-        Returns:
-            the exponent.
         """
         self.exponent.zero_()
         energies, distances = [], []
         for places, own in images:
-            energies.append(places.norm(dim=1).flatten().float().cpu())
-            distances.append(self(places, own).flatten().float().cpu())
-        if sum(map(len, energies)) < BINS * FEWEST_IN_BIN:
-            return 0.0
-        energy, distance = torch.cat(energies), torch.cat(distances)
-        bins = energy.argsort(stable=True).tensor_split(BINS)
-        x = torch.stack([energy[part].mean() for part in bins]).clamp_min(1e-6).log().double()
-        y = torch.stack([distance[part].quantile(0.99) for part in bins]).clamp_min(1e-6).log().double()
-        x, y = x - x.mean(), y - y.mean()
-        slope = float((x * y).sum() / x.square().sum().clamp_min(1e-12))
-        self.exponent.fill_(min(max(-slope, 0.0), STEEPEST))
+            energies.append(places.norm(dim=1).flatten().cpu())
+            distances.append(self(places, own).flatten().cpu())
+        self.exponent.fill_(energy_exponent(torch.cat(energies), torch.cat(distances)) if energies else 0.0)
         return float(self.exponent)
 
     def _project(self, rows: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flawsmith.detector.energy import energy_exponent, relative_energy
 from flawsmith.detector.memory import NormalMemory, as_places
-from flawsmith.detector.student import SegmentationHead, Student, enlarge
+from flawsmith.detector.student import DistanceHead, SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
@@ -30,9 +31,11 @@ class DetectorConfig:
     bottleneck: int
     decoder_channels: tuple[int, ...]
     head_channels: int
+    locator_channels: int
     memory: int
     memory_dimensions: int
     map_weights: tuple[float, ...]
+    score_weights: tuple[float, ...]
     smoothing: float
     top_shares: tuple[float, ...]
 
@@ -46,25 +49,31 @@ class DetectorConfig:
             distill.bottleneck,
             distill.decoder_channels,
             distill.head_channels,
+            distill.locator_channels,
             memory,
             distill.memory_dimensions,
             distill.map_weights,
+            distill.score_weights,
             distill.smoothing,
             distill.top_shares,
         )
 
 
 class Detector(nn.Module):
-    """Frozen teacher, student, memory and segmentation head, fused into one anomaly map.
+    """Frozen teacher, student, memory and two heads, fused into one anomaly map and one score.
 
-    Raw maps: 1 - cosine similarity between teacher and student at each scale that the student answers, the same between
-    the coarsest teacher feature and the nearest remembered one, and the head's logit. Each is brought to zero mean and
-    unit deviation over the pixels of the calibration normals (`calibrate`), so that their weighted mean adds like to
-    like; the fused map is smoothed and enlarged to the image's size. All of them meet at the stride of the finest level
-    that the student answers.
+    Raw maps: 1 - cosine similarity between teacher and student at each scale that the student answers, weighted by
+    energy as far as normal places ask for it (`detector.energy`); the same between the coarsest teacher feature and the
+    nearest remembered one; the logit of the segmentation head, which reads the teacher's and the student's agreement
+    channel by channel, and that of the locator, which reads these distances alone. Each is brought to zero mean and
+    unit deviation over the pixels of the calibration normals (`calibrate`), so that a weighted mean adds like to like.
+    All of them meet at the stride of the finest level that the student answers; sums are smoothed.
 
-    Defects come at all sizes, from a pore to a shadow over the whole part, so the image score looks at several: the
-    means of the highest `top_shares` of the map, each in units of its deviation over the calibration normals, averaged.
+    Two sums are made, since what tells best whether there is a defect is not what shows best where it ends
+    (docs/experiments.md, round 10): by `map_weights` the anomaly map, enlarged to the image's size; by `score_weights`
+    the one that the image score looks at. Defects come at all sizes, from a pore to a shadow over the whole part, so
+    the score takes several views: the means of the highest `top_shares`, each in units of its deviation over the
+    calibration normals, averaged.
     """
 
     map_mean: Tensor
@@ -72,7 +81,9 @@ class Detector(nn.Module):
     score_mean: Tensor
     score_std: Tensor
     weights: Tensor
+    score_weights: Tensor
     kernel: Tensor
+    exponents: Tensor
 
     def __init__(self, config: DetectorConfig, teacher: Teacher | None = None) -> None:
         super().__init__()
@@ -84,13 +95,20 @@ class Detector(nn.Module):
         answered = channels[-len(config.decoder_channels) :]
         read = (*answered, 1) if config.memory else answered
         self.head = SegmentationHead(read, config.head_channels)
-        used = [weight for place, weight in enumerate(config.map_weights) if config.memory or place != len(answered)]
-        weights = torch.tensor(used)
-        self.register_buffer("map_mean", torch.zeros(len(used)))
-        self.register_buffer("map_std", torch.ones(len(used)))
+        self.locator = DistanceHead(len(read), config.locator_channels)
+        without = None if config.memory else len(answered)  # the place of the memory's map
+        weights, score_weights = (
+            torch.tensor([weight for place, weight in enumerate(given) if place != without])
+            for given in (config.map_weights, config.score_weights)
+        )
+        used = len(weights)
+        self.register_buffer("exponents", torch.zeros(len(answered)))
+        self.register_buffer("map_mean", torch.zeros(used))
+        self.register_buffer("map_std", torch.ones(used))
         self.register_buffer("score_mean", torch.zeros(len(config.top_shares)))
         self.register_buffer("score_std", torch.ones(len(config.top_shares)))
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
+        self.register_buffer("score_weights", score_weights / score_weights.sum(), persistent=False)
         self.register_buffer("kernel", gaussian_kernel(config.smoothing / self.stride), persistent=False)
 
     @property
@@ -98,35 +116,68 @@ class Detector(nn.Module):
         """Pixels a cell of the maps."""
         return self.teacher.strides[-len(self.config.decoder_channels)]
 
+    @property
+    def energy_exponents(self) -> list[float]:
+        """Of each of `distances`: a scale that the student answers, finest first, then the memory."""
+        return [*self.exponents.tolist(), *([] if self.memory is None else [float(self.memory.exponent)])]
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal parts in both."""
         return self.answer(self.raw_maps(image), image.shape[-2:])
 
     def answer(self, raw: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         """Raw maps (B, K, h, w) → anomaly map (B, 1, *size) and score (B,)."""
-        fused = self.fuse(raw)
-        score = ((self.pooled(fused) - self.score_mean) / self.score_std).mean(dim=1)
+        fused = self.fuse(raw, self.weights)
+        pooled = self.pooled(self.fuse(raw, self.score_weights))
+        score = ((pooled - self.score_mean) / self.score_std).mean(dim=1)
         return F.interpolate(fused, size=size, mode="bilinear", align_corners=False), score
 
-    def fuse(self, raw: Tensor) -> Tensor:
-        """Raw maps (B, K, h, w) → their smoothed weighted mean after normalisation, (B, 1, h, w)."""
+    def fuse(self, raw: Tensor, weights: Tensor) -> Tensor:
+        """Raw maps (B, K, h, w) → their smoothed mean after normalisation, weighted by `weights` (K,): (B, 1, h, w)."""
         maps = (raw - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
-        return smooth((maps * self.weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), self.kernel)
+        return smooth((maps * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), self.kernel)
 
     def pooled(self, fused: Tensor) -> Tensor:
         """(B, 1, h, w) → (B, len(top_shares)): mean of the highest share of pixels, for each share."""
         return torch.stack([top_mean(fused, share) for share in self.config.top_shares], dim=1)
 
     def raw_maps(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, K, h, w) at `stride`: cosine distance a scale, finest first, then to the memory; logit."""
+        """(B, 3, S, S) → (B, K, h, w) at `stride`: `distances`, then the logits of head and locator."""
         features = self.teacher(image)
         remembered = self.recall(features)
         products = feature_products(features, self.student(features))
-        distances = [*(1 - product.sum(dim=1, keepdim=True) for product in products), *remembered]
-        size = distances[0].shape[-2:]
-        return torch.cat(
-            [*(enlarge(part, size) for part in distances), self.head((*products, *remembered), size)], dim=1
-        )
+        distances = self.distances(features, products, remembered)
+        head = self.head((*products, *remembered), distances.shape[-2:])
+        return torch.cat([distances, head, self.locator(distances)], dim=1)
+
+    def distances(self, features: Features, products: Features, remembered: Features) -> Tensor:
+        """How far each place is from normal, (B, D, h, w) at `stride`: a scale, finest first, then to the memory.
+
+        Args:
+            features: of the teacher, (B, C_k, h_k, w_k) a level.
+            products: `feature_products` of the levels that the student answers.
+            remembered: `recall`.
+        """
+        energies = self.energies(features)
+        found = [
+            (1 - product.sum(dim=1, keepdim=True)) * energy.pow(exponent)
+            for product, energy, exponent in zip(products, energies, self.exponents, strict=True)
+        ]
+        size = found[0].shape[-2:]
+        return torch.cat([enlarge(part, size) for part in (*found, *remembered)], dim=1)
+
+    def energies(self, features: Features) -> Features:
+        """`relative_energy` of the levels that the student answers."""
+        return tuple(relative_energy(level) for level in features[-len(self.exponents) :])
+
+    @torch.no_grad()
+    def fit_exponents(self, products: Sequence[Features], features: Sequence[Features]) -> None:
+        """Ask batches of normal images how much energy counts (`energy_exponent`), for each scale that the student
+        answers."""
+        energies = [self.energies(levels) for levels in features]
+        for place in range(len(self.exponents)):
+            distance = torch.cat([1 - levels[place].sum(dim=1, keepdim=True) for levels in products])
+            self.exponents[place] = energy_exponent(torch.cat([levels[place] for levels in energies]), distance)
 
     def recall(self, features: Features) -> Features:
         """Distance of each place to the memory, (B, 1, h, w); nothing without one."""
@@ -146,7 +197,7 @@ class Detector(nn.Module):
         mean, deviation = _moments(maps.movedim(1, -1).flatten(0, 2) for maps in raw)
         self.map_mean.copy_(mean)
         self.map_std.copy_(deviation)
-        mean, deviation = _moments(self.pooled(self.fuse(maps)) for maps in raw)
+        mean, deviation = _moments(self.pooled(self.fuse(maps, self.score_weights)) for maps in raw)
         self.score_mean.copy_(mean)
         self.score_std.copy_(deviation)
 

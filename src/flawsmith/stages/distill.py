@@ -79,12 +79,12 @@ def run(layout: Layout) -> None:
         sources = {
             role: source_indices(known, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
         }
-        origins, exponent = None, 0.0
+        origins = None
         if owners is not None and detector.memory is not None:
             whose = image_of(normals, known)[owners.cpu() // len(elements)]
             origins = Origins(whose, sources)
             keys_of = ((whose == image).to(device) for image in image_of(sample, known))
-            exponent = detector.memory.fit_exponent(
+            detector.memory.fit_exponent(
                 (places_of(image[None]), own) for image, own in zip(looked_at, keys_of, strict=True)
             )
         turns = numpy_generator(settings.seed, "symmetry")
@@ -108,7 +108,7 @@ def run(layout: Layout) -> None:
             found = {
                 "symmetry": symmetry,
                 "symmetry_distances": {name: round(distance, 6) for name, distance in distances.items()},
-                "energy_exponent": round(exponent, 4),
+                "energy_exponents": [round(exponent, 4) for exponent in detector.energy_exponents],
             }
             save_detector(detector, out, teacher, settings, found)
             write_csv(

@@ -1,6 +1,6 @@
 """What each map of a trained detector is worth: its labelled images judged again under other weights of the maps.
 
-    python -m flawsmith.study.maps --category bottle --part research --weights 1,1,0,2 --weights 0,0,0,1
+    python -m flawsmith.study.maps --category bottle --part research --weights 1,1,0,0,2:1,1,0,2,0 --weights 0,0,0,0,1
 
 One pass of the network answers for all weights, since these decide only how its raw maps are summed; the normalisation
 of maps and scores is found anew for each on the calibration normals, as training does. No setting is chosen here, and
@@ -35,6 +35,37 @@ from flawsmith.tiling import Tiling
 Weights = tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """Weights of the anomaly map and of the image score, one a map in the order of `Detector.raw_maps`."""
+
+    map_weights: Weights
+    score_weights: Weights
+
+    @classmethod
+    def parse(cls, text: str) -> "Weighing":
+        """`W,W,...` for both, or `W,W,...:W,W,...`.
+
+        Raises:
+            UserError: it is neither.
+        """
+        try:
+            given = [tuple(float(part) for part in side.split(",")) for side in text.split(":")]
+            map_weights, score_weights = given * 2 if len(given) == 1 else given
+        except ValueError as error:
+            raise UserError(
+                f"--weights {text}: write numbers with commas between them, e.g. --weights 1,1,0,0,2, or with a colon "
+                "those of the map and those of the score."
+            ) from error
+        return cls(map_weights, score_weights)
+
+    def __str__(self) -> str:
+        sides = (
+            (self.map_weights,) if self.map_weights == self.score_weights else (self.map_weights, self.score_weights)
+        )
+        return ":".join(",".join(f"{weight:g}" for weight in side) for side in sides)
+
+
 class Weighings:
     """One detector under several weights of its maps, as scorers that share the network's pass over a batch."""
 
@@ -46,28 +77,30 @@ class Weighings:
         self._seen: NDArray[np.float32] | None = None
         self._raw = torch.empty(0)
 
-    def scorer(self, weights: Weights) -> Scorer:
-        """The detector with its maps weighed by `weights`, one a map in the order of `Detector.raw_maps`.
+    def scorer(self, weighing: Weighing) -> Scorer:
+        """The detector with its maps weighed as given.
 
         Raises:
-            UserError: they are not as many as the maps, or add up to nothing.
+            UserError: the weights are not as many as the maps, or add up to nothing.
         """
         detector = self.detector
         count = len(detector.weights)
-        if len(weights) != count or sum(weights) <= 0 or min(weights) < 0:
-            raise UserError(
-                f"--weights {','.join(f'{weight:g}' for weight in weights)}: this detector has {count} maps; give as "
-                "many weights of 0 or more, not all 0."
-            )
-        chosen = torch.tensor(weights) / sum(weights)
-        decided = (detector.weights, detector.score_mean, detector.score_std)
-        detector.weights.copy_(chosen)
+        for weights in (weighing.map_weights, weighing.score_weights):
+            if len(weights) != count or sum(weights) <= 0 or min(weights) < 0:
+                raise UserError(
+                    f"--weights {weighing}: this detector has {count} maps; give as many weights of 0 or more, not all "
+                    "0."
+                )
+        chosen = [torch.tensor(weights) / sum(weights) for weights in (weighing.map_weights, weighing.score_weights)]
+        decided = (detector.weights, detector.score_weights, detector.score_mean, detector.score_std)
+        for kept, value in zip(decided, chosen, strict=False):
+            kept.copy_(value)
         detector.normalise(self._normal)
         normal = detector.score_mean.clone(), detector.score_std.clone()
 
         def score(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             with torch.inference_mode():
-                for kept, value in zip(decided, (chosen, *normal), strict=True):
+                for kept, value in zip(decided, (*chosen, *normal), strict=True):
                     kept.copy_(value)
                 maps, scores = detector.answer(self._maps(images), torch.Size(images.shape[-2:]))
             return maps[:, 0].numpy(), scores.numpy()
@@ -86,7 +119,7 @@ class Request:
 
     layout: Layout
     detector: Path
-    weights: tuple[Weights, ...]
+    weighings: tuple[Weighing, ...]
 
 
 def weigh_maps(request: Request) -> list[dict[str, Any]]:
@@ -107,7 +140,7 @@ def weigh_maps(request: Request) -> list[dict[str, Any]]:
             for first in range(0, len(tiles), 8)
         ),
     )
-    scorers = [tiled_scorer(weighings.scorer(weights), tiling) for weights in request.weights]
+    scorers = [tiled_scorer(weighings.scorer(weighing), tiling) for weighing in request.weighings]
     with open_spools(len(scorers) + 1) as (*maps, masks):
         found = measure(
             scorers,
@@ -122,8 +155,8 @@ def weigh_maps(request: Request) -> list[dict[str, Any]]:
             batch=settings.batch,
         )
     return [
-        {"weights": list(weights), **{key: round(performance.values[key].value, 5) for key in KEYS}}
-        for weights, performance in zip(request.weights, found, strict=True)
+        {"weights": str(weighing), **{key: round(performance.values[key].value, 5) for key in KEYS}}
+        for weighing, performance in zip(request.weighings, found, strict=True)
     ]
 
 
@@ -131,9 +164,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     keys = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
     lines = [f"| weights | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
-    for row in rows:
-        weights = ", ".join(f"{weight:g}" for weight in row["weights"])
-        lines.append(f"| {weights} | {' | '.join(f'{row[key]:.3f}' for key in keys)} |")
+    lines += [f"| {row['weights']} | {' | '.join(f'{row[key]:.3f}' for key in keys)} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -149,7 +180,13 @@ def parse_request(arguments: Sequence[str] | None = None) -> tuple[Request, Path
     parser.add_argument("--detector", type=Path, help="folder of a trained detector; default: the pipeline's own")
     parser.add_argument("--part", default="research", choices=PARTS)
     parser.add_argument("--seed", type=int, default=0, help="the study's seed, which splits the normals")
-    parser.add_argument("--weights", action="append", required=True, metavar="W,W,...", help="repeatable")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        required=True,
+        metavar="W,W,...[:W,W,...]",
+        help="of map and score, or of the map:of the score; repeatable",
+    )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     given = parser.parse_args(arguments)
@@ -158,12 +195,8 @@ def parse_request(arguments: Sequence[str] | None = None) -> tuple[Request, Path
     if given.data is not None:
         replaced["data.root"] = str(given.data.resolve())
     layout = Layout(load_settings(given.params, replaced), given.category, given.params.parent)
-    try:
-        weights = tuple(tuple(float(part) for part in text.split(",")) for text in given.weights)
-    except ValueError as error:
-        raise UserError("--weights: write numbers with commas between them, e.g. --weights 1,1,0,2.") from error
     detector = given.detector or layout.input("distill", "detector.safetensors").parent
-    return Request(layout, detector, weights), given.out
+    return Request(layout, detector, tuple(map(Weighing.parse, given.weights))), given.out
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
