@@ -36,7 +36,7 @@ STAGES: dict[str, str] = {
     "ddpm-train": "Learn how the normal surface looks: a diffusion model of train/good.",
     "synthesize": "Make triplets (normal, defect, mask) with the disturbed reverse process.",
     "validate": "The quality gate: measure every triplet, write Data Docs, stop if a critical bound is broken.",
-    "distill": "Train the student against the frozen teacher, then the segmentation head.",
+    "distill": "Train the student against the frozen teacher, then the heads that read where the two disagree.",
     "evaluate": "Score the labelled test set, set the threshold, write metrics, figures and report.html.",
     "export": "Write model.onnx and prove that it decides as the trained detector does.",
 }

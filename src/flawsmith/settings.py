@@ -178,7 +178,7 @@ class ValidateSettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """`distill`: the asymmetric student and the segmentation head."""
+    """`distill`: the asymmetric student, its two heads and the memory."""
 
     seed: int = setting("seed of initialisation and batches", 0)
     student_steps: int = setting("optimiser steps of the student", 1, 10_000_000)
