@@ -71,7 +71,7 @@ def small_detector() -> Detector:
     params = load_settings(Path(__file__).parents[2] / "params.yaml")
     settings = dataclasses.replace(
         params.distill, bottleneck=32, decoder_channels=(16, 16), head_channels=16, memory=80,
-        map_weights=(1.0, 1.0, 2.0, 0.0, 0.0), score_weights=(1.0, 1.0, 2.0, 0.0, 0.0),
+        map_weights=(1.0, 1.0, 2.0, 0.0, 0.0), score_weights=(1.0, 1.0, 3.0, 0.0, 0.0),
     )  # fmt: skip
     torch.manual_seed(0)
     teacher = build_teacher(params.teacher)

@@ -78,7 +78,7 @@ def test_the_real_detector_agrees_with_torchs_counter(
         small_detector(image)
     assert 2 * cost.multiply_adds == counter.get_total_flops()
     ours = {part: figures["multiply_adds"] for part, figures in cost.to_json()["by_part"].items()}
-    for part in ("teacher", "student", "head", "memory"):
+    for part in ("teacher", "student", "head", "locator", "memory"):
         theirs = sum(counter.get_flop_counts()[f"{type(small_detector).__name__}.{part}"].values())
         assert 2 * ours[part] == theirs, part
     assert cost.parameters["memory"] >= small_detector.memory.keys.numel()  # type: ignore[union-attr]
