@@ -189,7 +189,7 @@ def test_without_memory_the_detector_has_one_map_less(teacher: Teacher) -> None:
     settings = dataclasses.replace(SETTINGS, memory=0, map_weights=weights, score_weights=weights[::-1])
     detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
     assert remember(detector, [batch()], 2) is None
-    assert detector.weights.tolist() == pytest.approx([1 / 8, 2 / 8, 4 / 8, 1 / 8])
+    assert detector.map_weights.tolist() == pytest.approx([1 / 8, 2 / 8, 4 / 8, 1 / 8])
     assert detector.score_weights.tolist() == pytest.approx([1 / 8, 4 / 8, 2 / 8, 1 / 8])
     with torch.inference_mode():
         assert detector.raw_maps(batch()).shape[1] == 4
@@ -231,7 +231,7 @@ def test_a_scale_whose_weak_places_are_noisy_is_weighted_by_energy(detector: Det
     products = tuple(((1 - distance) / 4).expand(-1, 4, -1, -1) for distance in (far, even))
     direction = torch.nn.functional.normalize(torch.ones(1, 4, 1, 1), dim=1)
     level = direction * energy / energy.mean(dim=(2, 3), keepdim=True)
-    detector.fit_exponents([products], [(level, level)])
+    detector.fit_exponents([(products, (level, level))])
     assert detector.exponents.tolist() == pytest.approx([1.0, 0.0], abs=0.25)
 
 

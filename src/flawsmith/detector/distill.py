@@ -4,7 +4,7 @@ The teacher is frozen and images are not augmented here, so its features are com
 floats where they fit: a step then costs the student alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +49,14 @@ class FeatureBank:
 
     def __getitem__(self, indices: NDArray[np.int64]) -> Features:
         """Features (B, C_k, h_k, w_k) float32 of the images at `indices`, on the device."""
-        chosen = [self._one(int(index)) for index in indices]
+        return self.together([self.one(int(index)) for index in indices])
+
+    def together(self, chosen: Sequence[Features]) -> Features:
+        """What `one` gave for several images, of this bank or another, as one batch of float32 on the device."""
         return tuple(torch.stack(level).to(self.device).float() for level in zip(*chosen, strict=True))
 
-    def _one(self, index: int) -> Features:
+    def one(self, index: int) -> Features:
+        """Features (C_k, h_k, w_k) float16 of one image, where they are kept."""
         if index in self._kept:
             return self._kept[index]
         first = index // self._block * self._block
@@ -85,11 +89,8 @@ class DistanceBank:
         self.memory, self.bank, self.owners, self.sources = memory, bank, owners.to(bank.device), sources
         self._kept: dict[int, Tensor] = {}
 
-    def __getitem__(self, indices: NDArray[np.int64]) -> Tensor:
-        """Distances (B, 1, h, w) of the images at `indices`, on the device."""
-        return torch.cat([self._one(int(index)) for index in indices])
-
-    def _one(self, index: int) -> Tensor:
+    def one(self, index: int) -> Tensor:
+        """Distances (1, 1, h, w) of one image, on the device."""
         if index not in self._kept:
             with torch.no_grad():
                 places = as_places(self.bank[np.array([index])][-1])
@@ -204,15 +205,15 @@ class TripletBatches:
     def of(self, role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> Batch:
         """The triplets at `indices`; `clean` rows see the normal image."""
         normal, defect = self._banks[role]
-        target = normal[indices]
+        rows = [(int(index), bool(kept)) for index, kept in zip(indices, clean, strict=True)]
+        seen = normal.together([(normal if kept else defect).one(index) for index, kept in rows])
         keep = torch.from_numpy(clean).to(self._device).view(-1, 1, 1, 1)
-        seen = tuple(torch.where(keep, n, d) for n, d in zip(target, defect[indices], strict=True))
         mask = self._masks[role][torch.from_numpy(indices)] * ~keep
         remembered: Features = ()
         if self._distances:
             of_normal, of_defect = self._distances[role]
-            remembered = (torch.where(keep, of_normal[indices], of_defect[indices]),)
-        return Batch(target, seen, remembered, mask)
+            remembered = (torch.cat([(of_normal if kept else of_defect).one(index) for index, kept in rows]),)
+        return Batch(normal[indices], seen, remembered, mask)
 
     def draw(self, phase: str, step: int) -> Draw:
         """What a step of training sees."""
@@ -230,6 +231,40 @@ class TripletBatches:
     def some_normals(self) -> Iterator[Batch]:
         """An even part of the normal images behind the training triplets."""
         return self.in_order(FIT, True, evenly(self._counts[FIT]))
+
+
+class LocatorLesson:
+    """What the locator reads of each triplet, found once: a few numbers a place, so a step costs next to nothing."""
+
+    def __init__(self, batches: TripletBatches, distances: Callable[[Batch], Tensor]) -> None:
+        """`distances`: of a batch, (B, D, h, w), as `Detector.distances`."""
+        self._batches = batches
+        self._read: dict[tuple[str, bool], Tensor] = {}
+        self._masks: dict[tuple[str, bool], Tensor] = {}
+        for role, clean in ((FIT, False), (FIT, True), (VALIDATION, False)):
+            # batch by batch: the features behind it take a hundred times the room
+            found = [(distances(data), data.mask) for data in batches.in_order(role, clean)]
+            self._read[role, clean], self._masks[role, clean] = map(torch.cat, zip(*found, strict=True))
+
+    @property
+    def normal(self) -> Tensor:
+        """Distances (N, D, h, w) of the normal images behind the training triplets."""
+        return self._read[FIT, True]
+
+    def training_loss(self, step: int, locator: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`loss` of logits and mask for what the step draws."""
+        drawn = self._batches.draw("locator", step)
+        chosen = [(FIT, bool(clean), int(index)) for index, clean in zip(drawn.indices, drawn.clean, strict=True)]
+        seen = torch.stack([self._read[role, clean][index] for role, clean, index in chosen])
+        mask = torch.stack([self._masks[role, clean][index] for role, clean, index in chosen])
+        # a mirrored map of distances is one that might have been, whether or not the part may be mirrored
+        sides = [side for side in (-2, -1) if drawn.generator.random() < 0.5]
+        return loss(locator(seen.flip(sides)), mask.flip(sides))
+
+    def validation_loss(self, locator: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Mean `loss` over the validation triplets."""
+        read, masks = (of[VALIDATION, False].split(BLOCK) for of in (self._read, self._masks))
+        return float(np.mean([float(loss(locator(seen), mask)) for seen, mask in zip(read, masks, strict=True)]))
 
 
 @dataclass(frozen=True)
@@ -312,38 +347,18 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
 
     yield on_batches("student", detector.student, settings.student_steps, settings.learning_rate, student_loss)
 
-    normals = list(batches.some_normals())
-    detector.fit_exponents([products(data) for data in normals], [data.seen for data in normals])
+    detector.fit_exponents((products(data), data.seen) for data in batches.some_normals())
     yield on_batches("head", detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
 
-    detector.locator.normalise(torch.cat([distances(data) for data in normals]))
-    # all that this head reads are a few numbers a place: found once, a step costs next to nothing
-    read, marked = {}, {}
-    for role, clean in ((FIT, False), (FIT, True), (VALIDATION, False)):
-        data = list(batches.in_order(role, clean))
-        read[role, clean] = torch.cat([distances(one) for one in data])
-        marked[role, clean] = torch.cat([one.mask for one in data])
-
-    def locator_training(step: int) -> Tensor:
-        drawn = batches.draw("locator", step)
-        chosen = [(FIT, bool(clean), int(index)) for index, clean in zip(drawn.indices, drawn.clean, strict=True)]
-        seen = torch.stack([read[role, clean][index] for role, clean, index in chosen])
-        mask = torch.stack([marked[role, clean][index] for role, clean, index in chosen])
-        # a mirrored map of distances is one that might have been, whether or not the part may be mirrored
-        sides = [side for side in (-2, -1) if drawn.generator.random() < 0.5]
-        return marking_loss(detector.locator(seen.flip(sides)), mask.flip(sides))
-
-    def locator_validation() -> float:
-        pairs = zip(*(of[VALIDATION, False].split(settings.batch) for of in (read, marked)), strict=True)
-        return float(np.mean([float(marking_loss(detector.locator(seen), mask)) for seen, mask in pairs]))
-
+    lesson = LocatorLesson(batches, distances)
+    detector.locator.normalise(lesson.normal)
     yield Phase(
         "locator",
         detector.locator,
         settings.locator_steps,
         settings.locator_learning_rate,
-        locator_training,
-        locator_validation,
+        lambda step: lesson.training_loss(step, detector.locator, marking_loss),
+        lambda: lesson.validation_loss(detector.locator, marking_loss),
     )
 
 

@@ -80,7 +80,7 @@ class Detector(nn.Module):
     map_std: Tensor
     score_mean: Tensor
     score_std: Tensor
-    weights: Tensor
+    map_weights: Tensor
     score_weights: Tensor
     kernel: Tensor
     exponents: Tensor
@@ -107,7 +107,7 @@ class Detector(nn.Module):
         self.register_buffer("map_std", torch.ones(used))
         self.register_buffer("score_mean", torch.zeros(len(config.top_shares)))
         self.register_buffer("score_std", torch.ones(len(config.top_shares)))
-        self.register_buffer("weights", weights / weights.sum(), persistent=False)
+        self.register_buffer("map_weights", weights / weights.sum(), persistent=False)
         self.register_buffer("score_weights", score_weights / score_weights.sum(), persistent=False)
         self.register_buffer("kernel", gaussian_kernel(config.smoothing / self.stride), persistent=False)
 
@@ -127,7 +127,7 @@ class Detector(nn.Module):
 
     def answer(self, raw: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
         """Raw maps (B, K, h, w) → anomaly map (B, 1, *size) and score (B,)."""
-        fused = self.fuse(raw, self.weights)
+        fused = self.fuse(raw, self.map_weights)
         pooled = self.pooled(self.fuse(raw, self.score_weights))
         score = ((pooled - self.score_mean) / self.score_std).mean(dim=1)
         return F.interpolate(fused, size=size, mode="bilinear", align_corners=False), score
@@ -171,13 +171,18 @@ class Detector(nn.Module):
         return tuple(relative_energy(level) for level in features[-len(self.exponents) :])
 
     @torch.no_grad()
-    def fit_exponents(self, products: Sequence[Features], features: Sequence[Features]) -> None:
-        """Ask batches of normal images how much energy counts (`energy_exponent`), for each scale that the student
-        answers."""
-        energies = [self.energies(levels) for levels in features]
-        for place in range(len(self.exponents)):
-            distance = torch.cat([1 - levels[place].sum(dim=1, keepdim=True) for levels in products])
-            self.exponents[place] = energy_exponent(torch.cat([levels[place] for levels in energies]), distance)
+    def fit_exponents(self, normals: Iterable[tuple[Features, Features]]) -> None:
+        """Ask normal images how much energy counts (`energy_exponent`), for each scale that the student answers.
+
+        Args:
+            normals: `feature_products` and the teacher's features of batches of them.
+        """
+        found = []
+        for products, features in normals:
+            distances = [1 - product.sum(dim=1, keepdim=True) for product in products]
+            found.append(list(zip(self.energies(features), distances, strict=True)))
+        for place, scale in enumerate(zip(*found, strict=True)):
+            self.exponents[place] = energy_exponent(*map(torch.cat, zip(*scale, strict=True)))
 
     def recall(self, features: Features) -> Features:
         """Distance of each place to the memory, (B, 1, h, w); nothing without one."""

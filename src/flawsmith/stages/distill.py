@@ -17,7 +17,7 @@ from flawsmith.detector.distill import LOSS_COLUMNS, Origins, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
 from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenly, symmetry_distances, turned
-from flawsmith.detector.teacher import build_teacher
+from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import best_device, fast_math
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
@@ -25,7 +25,7 @@ from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint
-from flawsmith.settings import DataSettings, section_values, settings_digest
+from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
 from flawsmith.surfaces import Tile, iter_tiles, plan_tiles
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
@@ -48,47 +48,25 @@ def run(layout: Layout) -> None:
     params = {STAGE: section_values(settings), "teacher": section_values(teacher), "data": section_values(data)}
     device = best_device()
     with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(device):
-        folder = TripletFolder(triplets)
-        fit, validation = (TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION))
-        size, split = fit.mask.shape[-1], layout.split()
-        frozen = build_teacher(teacher, layout.root).to(device)
-        cells = size // frozen.strides[-1]
+        folder, split = TripletFolder(triplets), layout.split()
+        parts = {role: TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION)}
         rows_of = _manifest_rows(folder, split.fit)
-        known = remembered_normals(split.fit, rows_of)
-        normals = plan_tiles(known, data)
-        sample = _sample(normals)
-        looked_at = np.stack(list(_pixels(sample, data)))
-
-        def places_of(images: NDArray[np.uint8]) -> Tensor:
-            return torch.cat([as_places(frozen(batch)[-1]) for batch in _batches(images, device)])
-
-        distances: dict[str, float] = {}
-        if settings.symmetry == AUTO and settings.memory:
-            share = len(sample) / len(normals)
-            distances = symmetry_distances(places_of, looked_at, settings.memory, settings.memory_dimensions, share)
-        symmetry = choose_symmetry(distances) if settings.symmetry == AUTO else settings.symmetry
+        normals = _Normals(remembered_normals(split.fit, rows_of), data)
+        frozen = build_teacher(teacher, layout.root).to(device)
+        symmetry, distances = _find_symmetry(normals, frozen, settings)
         elements = SYMMETRIES[symmetry]
-        log.info("%s: turns of normal parts that count as normal: %s.", layout.category, symmetry)
-        places = memory_size(settings.memory, len(normals) * len(elements), cells, cells)
+        log.info("%s: turns and mirror images of normal parts that count as normal: %s.", layout.category, symmetry)
+        size = parts[FIT].mask.shape[-1]
+        cells = size // frozen.strides[-1]
+        places = memory_size(settings.memory, len(normals.tiles) * len(elements), cells, cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
             detector = Detector(DetectorConfig.of(teacher, settings, size, places), frozen)
         detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        shown = _batches((turned(image, e) for image in _pixels(normals, data) for e in elements), device)
-        owners = remember(detector, shown, len(normals) * len(elements))
-        sources = {
-            role: source_indices(known, rows_of, part.ids) for role, part in ((FIT, fit), (VALIDATION, validation))
-        }
-        origins = None
-        if owners is not None and detector.memory is not None:
-            whose = image_of(normals, known)[owners.cpu() // len(elements)]
-            origins = Origins(whose, sources)
-            keys_of = ((whose == image).to(device) for image in image_of(sample, known))
-            detector.memory.fit_exponent(
-                (places_of(image[None]), own) for image, own in zip(looked_at, keys_of, strict=True)
-            )
+        sources = {role: source_indices(normals.images, rows_of, part.ids) for role, part in parts.items()}
+        origins = _fill_memory(detector, normals, elements, sources)
         turns = numpy_generator(settings.seed, "symmetry")
-        fit, validation = (_turned_triplets(part, turns.choice(elements, len(part.ids))) for part in (fit, validation))
+        fit, validation = (_turned_triplets(part, turns.choice(elements, len(part.ids))) for part in parts.values())
         identity = digest_json(
             {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
         )
@@ -121,6 +99,62 @@ def run(layout: Layout) -> None:
         tracked.set_outputs({STAGE: layout.stage(STAGE)})
 
 
+class _Normals:
+    """What the memory may show: the `tiles` of the `images`, and an even `sample` of them to ask questions of."""
+
+    def __init__(self, images: Sequence[Path], data: DataSettings) -> None:
+        self.images, self.data = images, data
+        self.tiles = plan_tiles(images, data)
+        self.sample = _sample(self.tiles)
+        self.looked_at = np.stack(list(_pixels(self.sample, data)))
+
+    def shown(self, elements: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """Every tile under each element of the symmetry."""
+        return (turned(image, element) for image in _pixels(self.tiles, self.data) for element in elements)
+
+    def image_of(self, tiles: Sequence[Tile]) -> Tensor:
+        return image_of(tiles, self.images)
+
+
+def _find_symmetry(normals: _Normals, teacher: Teacher, settings: DistillSettings) -> tuple[str, dict[str, float]]:
+    """The symmetry that is set, or that the normals show, and what they said."""
+    if settings.symmetry != AUTO:
+        return settings.symmetry, {}
+    distances: dict[str, float] = {}
+    if settings.memory:
+        share = len(normals.sample) / len(normals.tiles)
+        distances = symmetry_distances(
+            lambda images: _places(teacher, images),
+            normals.looked_at,
+            settings.memory,
+            settings.memory_dimensions,
+            share,
+        )
+    return choose_symmetry(distances), distances
+
+
+def _fill_memory(
+    detector: Detector, normals: _Normals, elements: Sequence[int], sources: Mapping[str, NDArray[np.int64]]
+) -> Origins | None:
+    """Show the memory all normals and ask them how much energy counts; None if the detector has no memory."""
+    device = detector.teacher.mean.device
+    owners = remember(detector, _batches(normals.shown(elements), device), len(normals.tiles) * len(elements))
+    if owners is None or detector.memory is None:
+        return None
+    whose = normals.image_of(normals.tiles)[owners.cpu() // len(elements)]
+    own_keys = ((whose == image).to(device) for image in normals.image_of(normals.sample))
+    detector.memory.fit_exponent(
+        (_places(detector.teacher, image[None]), own) for image, own in zip(normals.looked_at, own_keys, strict=True)
+    )
+    return Origins(whose, sources)
+
+
+def _places(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
+    """What the memory compares, of images (N, 3, S, S)."""
+    with torch.no_grad():
+        return torch.cat([as_places(teacher(batch)[-1]) for batch in _batches(images, teacher.mean.device)])
+
+
 def _pixels(tiles: Sequence[Tile], data: DataSettings) -> Iterator[NDArray[np.uint8]]:
     """(3, S, S) each."""
     return (to_uint8(tile).transpose(2, 0, 1) for tile in iter_tiles(tiles, data))
@@ -144,6 +178,8 @@ def _sample(tiles: Sequence[Tile]) -> list[Tile]:
 
 def _turned_triplets(triplets: TripletArrays, elements: NDArray[np.int64]) -> TripletArrays:
     """Each triplet as one element of the symmetry shows it."""
+    if not elements.any():
+        return triplets
 
     def each(images: NDArray[Any]) -> NDArray[Any]:
         return np.stack([turned(image, element) for image, element in zip(images, elements, strict=True)])

@@ -84,7 +84,7 @@ class Weighings:
             UserError: the weights are not as many as the maps, or add up to nothing.
         """
         detector = self.detector
-        count = len(detector.weights)
+        count = len(detector.map_weights)
         for weights in (weighing.map_weights, weighing.score_weights):
             if len(weights) != count or sum(weights) <= 0 or min(weights) < 0:
                 raise UserError(
@@ -92,7 +92,7 @@ class Weighings:
                     "0."
                 )
         chosen = [torch.tensor(weights) / sum(weights) for weights in (weighing.map_weights, weighing.score_weights)]
-        decided = (detector.weights, detector.score_weights, detector.score_mean, detector.score_std)
+        decided = (detector.map_weights, detector.score_weights, detector.score_mean, detector.score_std)
         for kept, value in zip(decided, chosen, strict=False):
             kept.copy_(value)
         detector.normalise(self._normal)
