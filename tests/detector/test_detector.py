@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from flawsmith.detector.distill import FeatureBank, OnStep, Origins, distill
+from flawsmith.detector.distill import Batch, FeatureBank, LocatorLesson, OnStep, Origins, TripletBatches, distill
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
@@ -296,6 +296,42 @@ def test_kept_features_are_those_computed_anew(teacher: Teacher, limit: int) -> 
         assert torch.equal(a[0], a[2])
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(a, c, atol=5e-2, rtol=2e-2)  # half floats
+
+
+def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teacher: Teacher) -> None:
+    fit, validation = triplets(6, 0), triplets(3, 1)
+    normals = torch.from_numpy(fit.normal).float() / 255
+    detector, owners = fresh_detector(teacher, normals)
+    sources = {FIT: np.arange(6), VALIDATION: np.full(3, -1)}
+    cpu = torch.device("cpu")
+    parts = {FIT: fit, VALIDATION: validation}
+    batches = TripletBatches(detector, parts, SETTINGS, Origins(owners, sources), cpu)
+    indices, clean = np.array([4, 1, 2]), np.array([False, True, False])
+    mixed = batches.of(FIT, indices, clean)
+    normal, defect = (batches.of(FIT, indices, np.full(3, kind)) for kind in (True, False))
+    for row, kept in enumerate(clean):
+        expected = normal if kept else defect
+        for level in range(3):
+            assert torch.equal(mixed.seen[level][row], expected.seen[level][row])
+            assert torch.equal(mixed.target[level][row], normal.seen[level][row])
+        assert torch.equal(mixed.remembered[0][row], expected.remembered[0][row])
+        assert torch.equal(mixed.mask[row], expected.mask[row])
+    assert not normal.mask.any()
+    assert defect.mask.flatten(1).any(dim=1).all()
+    (with_itself,) = detector.recall(detector.teacher(normals[indices]))
+    assert (normal.remembered[0] >= with_itself - 2e-2).all()  # half floats
+    assert normal.remembered[0].mean() > with_itself.mean()  # nobody recognises itself
+
+    def first_channels(data: Batch) -> Tensor:
+        return data.seen[-1][:, :3]
+
+    lesson = LocatorLesson(batches, first_channels)
+    wanted = torch.cat([first_channels(data) for data in batches.in_order(FIT, True)])
+    assert torch.equal(lesson.normal, wanted)
+    drawn = {float(lesson.training_loss(step, torch.nn.Identity(), lambda seen, mask: mask.sum())) for step in range(4)}
+    assert 0 not in drawn
+    everything = lesson.validation_loss(torch.nn.Identity(), lambda seen, mask: mask.sum())
+    assert everything == pytest.approx(float(validation.mask.sum()) / detector.stride**2)
 
 
 def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp_path: Path) -> None:
