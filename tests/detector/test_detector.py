@@ -334,6 +334,25 @@ def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teac
     assert everything == pytest.approx(float(validation.mask.sum()) / detector.stride**2)
 
 
+def test_the_head_alone_is_spared_the_shades(teacher: Teacher) -> None:
+    parts = {FIT: triplets(6, 0), VALIDATION: triplets(3, 1)}
+    detector, _ = fresh_detector(teacher, batch(7, 4))
+    shaded = {FIT: np.array([1, 4]), VALIDATION: np.array([2])}
+    textured = {role: np.setdiff1d(np.arange(len(part.ids)), shaded[role]) for role, part in parts.items()}
+    batches = TripletBatches(detector, parts, SETTINGS, None, torch.device("cpu"), textured)
+    plain = TripletBatches(detector, parts, SETTINGS, None, torch.device("cpu"))
+
+    def seen(source: TripletBatches, phase: str) -> set[int]:
+        return {int(index) for step in range(40) for index in source.draw(phase, step).indices}
+
+    assert seen(batches, "head") == set(textured[FIT])
+    assert seen(plain, "head") == set(range(6))
+    for phase in ("student", "locator"):
+        assert seen(batches, phase) == set(range(6))
+    assert batches.shown_in("head", VALIDATION).tolist() == [0, 1]
+    assert batches.shown_in("student", VALIDATION).tolist() == [0, 1, 2]
+
+
 def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp_path: Path) -> None:
     fit, validation = triplets(8, 0), triplets(4, 1)
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flawsmith.errors import UserError
-from flawsmith.stages.distill import _manifest_rows, image_of, remembered_normals, source_indices
+from flawsmith.stages.distill import _manifest_rows, image_of, remembered_normals, source_indices, textured
 from flawsmith.surfaces import Tile
 from flawsmith.triplets import FIT, VALIDATION, TripletFolder
 
@@ -50,3 +50,11 @@ def test_every_tile_of_the_image_behind_a_triplet_is_kept_from_it(tmp_path: Path
     (source,) = source_indices(kept, found, ["fit-1"])
     assert [tile for tile, owner in zip(tiles, owners, strict=True) if owner == source] == tiles[2:5]
     assert {tile.path.name for tile in tiles[2:5]} == {"c.png"}
+
+
+def test_shades_are_no_textures_unless_there_is_nothing_else() -> None:
+    shades: dict[str, dict[str, Any]] = {
+        "fit-0": {"shade_change": 0.1}, "fit-1": {"shade_change": None}, "fit-2": {"shade_change": -0.2},
+    }  # fmt: skip
+    assert textured(shades, ["fit-0", "fit-1", "fit-2"]).tolist() == [1]
+    assert textured(shades, ["fit-2", "fit-0"]).tolist() == [0, 1]

@@ -6,6 +6,7 @@ floats where they fit: a step then costs the student alone.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from flawsmith.settings import DistillSettings
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays
 
 BLOCK = 8  # images whose features are computed together
+STUDENT, HEAD, LOCATOR = "student", "head", "locator"  # the phases in order
 LOSS_COLUMNS = ("phase", "step", "loss", "validation")
 OnStep = Callable[[int, Mapping[str, float]], None]
 
@@ -173,6 +175,7 @@ class TripletBatches:
     Args:
         parts: role → triplets.
         origins: of the detector's memory, which is filled already; None without memory.
+        textured: as of `distill`.
     """
 
     def __init__(
@@ -182,8 +185,10 @@ class TripletBatches:
         settings: DistillSettings,
         origins: Origins | None,
         device: torch.device,
+        textured: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
     ) -> None:
         self._counts = {role: len(part.ids) for role, part in parts.items()}
+        self._textured = textured
         self._settings, self._device = settings, device
         room = int(settings.cache_gigabytes * 2**30) // len(parts)
         self._banks = {
@@ -215,10 +220,16 @@ class TripletBatches:
             remembered = (torch.cat([(of_normal if kept else of_defect).one(index) for index, kept in rows]),)
         return Batch(normal[indices], seen, remembered, mask)
 
+    def shown_in(self, phase: str, role: str) -> NDArray[np.int64]:
+        """Indices of the role's triplets that the phase learns from, or is judged by."""
+        everything = np.arange(self._counts[role])
+        return self._textured.get(role, everything) if phase == HEAD else everything
+
     def draw(self, phase: str, step: int) -> Draw:
         """What a step of training sees."""
         generator, settings = numpy_generator(self._settings.seed, "distill", phase, step), self._settings
-        indices = generator.integers(0, self._counts[FIT], settings.batch)
+        shown = self.shown_in(phase, FIT)
+        indices = shown[generator.integers(0, len(shown), settings.batch)]
         return Draw(indices, np.arange(settings.batch) < round(settings.normal_share * settings.batch), generator)
 
     def in_order(self, role: str, clean: bool, indices: NDArray[np.int64] | None = None) -> Iterator[Batch]:
@@ -253,7 +264,7 @@ class LocatorLesson:
 
     def training_loss(self, step: int, locator: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`loss` of logits and mask for what the step draws."""
-        drawn = self._batches.draw("locator", step)
+        drawn = self._batches.draw(LOCATOR, step)
         chosen = [(FIT, bool(clean), int(index)) for index, clean in zip(drawn.indices, drawn.clean, strict=True)]
         seen = torch.stack([self._read[role, clean][index] for role, clean, index in chosen])
         mask = torch.stack([self._masks[role, clean][index] for role, clean, index in chosen])
@@ -288,6 +299,7 @@ def distill(
     device: torch.device,
     on_step: OnStep = lambda step, metrics: None,
     origins: Origins | None = None,
+    textured: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
 ) -> Rows:
     """Train student, head and locator of the detector, one after the other and in place; return one row of LOSS_COLUMNS
     a step.
@@ -297,12 +309,15 @@ def distill(
 
     Args:
         origins: of the detector's memory, which is filled already; None without memory.
+        textured: role → indices of those triplets whose defect has a texture of its own, all of them if not given. The
+            head learns from these alone: of shades, which change the light and not the texture, it learns to take any
+            exposure for a defect (docs/experiments.md, rounds 4 and 12). Student and locator learn from all.
 
     Raises:
         FlawsmithError: the loss became NaN.
     """
     detector.to(device)
-    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, origins, device)
+    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, origins, device, textured)
     rows: list[list[Any]] = []
     for phase in _phases(detector, batches, settings):
         point, offset = ResumePoint(resume.folder / phase.name, resume.identity), len(rows)
@@ -332,12 +347,14 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
         return marking_loss(detector.head((*products(data), *data.remembered), data.mask.shape[-2:]), data.mask)
 
     def on_batches(name: str, module: nn.Module, steps: int, peak: float, loss: Callable[[Batch], Tensor]) -> Phase:
+        shown = batches.shown_in(name, VALIDATION)
+
         def training_loss(step: int) -> Tensor:
             drawn = batches.draw(name, step)
             return loss(batches.of(FIT, drawn.indices, drawn.clean))
 
         def validation_loss() -> float:
-            return float(np.mean([float(loss(data)) for data in batches.in_order(VALIDATION, False)]))
+            return float(np.mean([float(loss(data)) for data in batches.in_order(VALIDATION, False, shown)]))
 
         return Phase(name, module, steps, peak, training_loss, validation_loss)
 
@@ -345,15 +362,15 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
         with torch.no_grad():
             return detector.distances(data.seen, products(data), data.remembered)
 
-    yield on_batches("student", detector.student, settings.student_steps, settings.learning_rate, student_loss)
+    yield on_batches(STUDENT, detector.student, settings.student_steps, settings.learning_rate, student_loss)
 
     detector.fit_exponents((products(data), data.seen) for data in batches.some_normals())
-    yield on_batches("head", detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
+    yield on_batches(HEAD, detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
 
     lesson = LocatorLesson(batches, distances)
     detector.locator.normalise(lesson.normal)
     yield Phase(
-        "locator",
+        LOCATOR,
         detector.locator,
         settings.locator_steps,
         settings.locator_learning_rate,

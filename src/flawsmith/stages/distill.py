@@ -80,6 +80,7 @@ def run(layout: Layout) -> None:
             device,
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
             origins,
+            {role: textured(rows_of, part.ids) for role, part in parts.items()},
         )
         detector.eval().calibrate(_batches(_pixels(plan_tiles(split.calibration, data), data), device))
         with atomic_folder(layout.stage(STAGE)) as out:
@@ -223,3 +224,9 @@ def source_indices(
     """Of each triplet the place of its source among `normals`, -1 if it is none of them."""
     places = {path.name: place for place, path in enumerate(normals)}
     return np.array([places.get(rows[one]["source"], -1) for one in ids], np.int64)
+
+
+def textured(rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> NDArray[np.int64]:
+    """Places in `ids` of the triplets whose defect has a texture of its own and is no shade; all if there are none."""
+    found = [place for place, one in enumerate(ids) if rows[one]["shade_change"] is None]
+    return np.array(found or range(len(ids)), np.int64)
