@@ -157,3 +157,12 @@ def test_an_image_of_one_defect_is_the_same_whatever_others_carry() -> None:
             assert np.array_equal(candidate.outline.mask, single.candidate(FIT, number).outline.mask)
             same += 1
     assert 3 < same < 17
+
+
+def test_a_change_that_nobody_can_see_leaves_an_empty_mask_and_the_image_as_it_is() -> None:
+    black = np.zeros((3, 64, 64), np.uint8)
+    hidden = replace(DEFAULTS, visibility=0.9)
+    outline, shade = sample_shade(np.random.default_rng(3), black, hidden)
+    assert not outline.mask.any()
+    assert not shade.alpha.any()
+    assert np.array_equal(shaded(black, shade, outline.mask, hidden.visibility), black)

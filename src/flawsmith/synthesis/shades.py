@@ -94,7 +94,7 @@ def sample_shade(
     inside = np.sort(reach[seen])
     if not inside.size:
         nothing = np.zeros((size, size), bool)
-        return _outline(nothing, period, angle), Shade(reach * 0, change, gain_share, gain, offset)
+        return _outline(nothing, period, angle), Shade(np.zeros_like(reach), change, gain_share, gain, offset)
     radius = inside[min(round(area), inside.size) - 1]
     alpha = (1 - np.clip(distance / radius, 0, 1) ** np.float32(softness)) ** 2
     if foreground is not None:
