@@ -302,10 +302,10 @@ def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teac
     fit, validation = triplets(6, 0), triplets(3, 1)
     normals = torch.from_numpy(fit.normal).float() / 255
     detector, owners = fresh_detector(teacher, normals)
-    sources = {FIT: np.arange(6), VALIDATION: np.full(3, -1)}
+    origins = {FIT: Origins(np.arange(6), np.arange(6))}
     cpu = torch.device("cpu")
     parts = {FIT: fit, VALIDATION: validation}
-    batches = TripletBatches(detector, parts, SETTINGS, Origins(owners, sources), cpu)
+    batches = TripletBatches(detector, parts, SETTINGS, cpu, owners, origins)
     indices, clean = np.array([4, 1, 2]), np.array([False, True, False])
     mixed = batches.of(FIT, indices, clean)
     normal, defect = (batches.of(FIT, indices, np.full(3, kind)) for kind in (True, False))
@@ -325,27 +325,31 @@ def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teac
     def first_channels(data: Batch) -> Tensor:
         return data.seen[-1][:, :3]
 
-    lesson = LocatorLesson(batches, first_channels)
+    def marked(seen: Tensor, mask: Tensor) -> Tensor:
+        return mask.sum()
+
+    lesson = LocatorLesson(batches, first_channels, torch.nn.Identity(), marked)
     wanted = torch.cat([first_channels(data) for data in batches.in_order(FIT, True)])
     assert torch.equal(lesson.normal, wanted)
-    drawn = {float(lesson.training_loss(step, torch.nn.Identity(), lambda seen, mask: mask.sum())) for step in range(4)}
-    assert 0 not in drawn
-    everything = lesson.validation_loss(torch.nn.Identity(), lambda seen, mask: mask.sum())
-    assert everything == pytest.approx(float(validation.mask.sum()) / detector.stride**2)
+    assert 0 not in {float(lesson.training_loss(step)) for step in range(4)}
+    assert lesson.validation_loss() == pytest.approx(float(validation.mask.sum()) / detector.stride**2)
 
 
 def test_the_head_alone_is_spared_the_shades(teacher: Teacher) -> None:
     parts = {FIT: triplets(6, 0), VALIDATION: triplets(3, 1)}
     detector, _ = fresh_detector(teacher, batch(7, 4))
     shaded = {FIT: np.array([1, 4]), VALIDATION: np.array([2])}
-    textured = {role: np.setdiff1d(np.arange(len(part.ids)), shaded[role]) for role, part in parts.items()}
-    batches = TripletBatches(detector, parts, SETTINGS, None, torch.device("cpu"), textured)
-    plain = TripletBatches(detector, parts, SETTINGS, None, torch.device("cpu"))
+    origins = {
+        role: Origins(np.full(len(part.ids), -1), np.setdiff1d(np.arange(len(part.ids)), shaded[role]))
+        for role, part in parts.items()
+    }
+    batches = TripletBatches(detector, parts, SETTINGS, torch.device("cpu"), origins=origins)
+    plain = TripletBatches(detector, parts, SETTINGS, torch.device("cpu"))
 
     def seen(source: TripletBatches, phase: str) -> set[int]:
         return {int(index) for step in range(40) for index in source.draw(phase, step).indices}
 
-    assert seen(batches, "head") == set(textured[FIT])
+    assert seen(batches, "head") == set(origins[FIT].textured)
     assert seen(plain, "head") == set(range(6))
     for phase in ("student", "locator"):
         assert seen(batches, phase) == set(range(6))
@@ -357,14 +361,12 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
     fit, validation = triplets(8, 0), triplets(4, 1)
 
     normals = torch.from_numpy(np.concatenate([fit.normal, validation.normal])).float() / 255
-    sources = {FIT: np.arange(8), VALIDATION: np.arange(8, 12)}
+    origins = {FIT: Origins(np.arange(8), np.arange(8)), VALIDATION: Origins(np.arange(8, 12), np.arange(4))}
 
     def run(folder: str, on_step: OnStep = lambda step, metrics: None) -> tuple[Detector, list[list[Any]]]:
         detector, owners = fresh_detector(teacher, normals)
         point = ResumePoint(tmp_path / folder, "a")
-        rows = distill(
-            detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, Origins(owners, sources)
-        )
+        rows = distill(detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, owners, origins)
         return detector, rows
 
     whole, rows = run("whole")

@@ -15,7 +15,7 @@ from torch import nn
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation import fidelity
 from flawsmith.evaluation.assess import KEYS
-from flawsmith.evaluation.fidelity import MAX_CROPS
+from flawsmith.evaluation.crops import MAX_CROPS
 from flawsmith.export.onnx import export_network, export_onnx
 from flawsmith.images import read_image, write_png
 from flawsmith.inference.metadata import ModelMetadata

@@ -5,21 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flawsmith.evaluation.fidelity import (
-    MAX_CROPS,
-    MEASURES,
-    MIN_SAMPLES,
-    WINDOW,
-    Space,
-    compare,
-    crop,
-    defect_place,
-    frechet,
-    kid,
-    pick,
-    precision_recall,
-    random_place,
-)
+from flawsmith.evaluation.crops import MAX_CROPS, WINDOW, crop, defect_place, pick, random_place
+from flawsmith.evaluation.fidelity import MEASURES, MIN_SAMPLES, Space, compare, frechet, kid, precision_recall
 
 SEEDS = st.integers(0, 10_000)
 

@@ -95,22 +95,29 @@ class DistanceBank:
         """Distances (1, 1, h, w) of one image, on the device."""
         if index not in self._kept:
             with torch.no_grad():
-                places = as_places(self.bank[np.array([index])][-1])
+                places = as_places(self.bank.together([self.bank.one(index)])[-1])
                 self._kept[index] = self.memory(places, self.owners == int(self.sources[index]))
         return self._kept[index]
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Which remembered normal is behind what, so that in training none recognises itself.
+    """What a role's triplets were made from, as far as training has to know.
 
     Attributes:
-        owners: (M,) the normal behind each key of the memory.
-        sources: role → (N,) the normal behind each of that role's triplets, -1 if it is not remembered.
+        sources: (N,) the remembered normal behind each triplet, -1 if it is not remembered: none may recognise itself.
+        textured: places of the triplets whose defect has a texture of its own. The head learns from these alone: of
+            shades, which change the light and not the texture, it learns to take any exposure for a defect
+            (docs/experiments.md, rounds 4 and 12). Student and locator learn from all.
     """
 
-    owners: Tensor
-    sources: Mapping[str, NDArray[np.int64]]
+    sources: NDArray[np.int64]
+    textured: NDArray[np.int64]
+
+    @classmethod
+    def unknown(cls, count: int) -> "Origins":
+        """Of triplets made from images that no memory holds, with a texture in each."""
+        return cls(np.full(count, -1), np.arange(count))
 
 
 @dataclass(frozen=True)
@@ -174,8 +181,8 @@ class TripletBatches:
 
     Args:
         parts: role → triplets.
-        origins: of the detector's memory, which is filled already; None without memory.
-        textured: as of `distill`.
+        owners: as of `distill`.
+        origins: as of `distill`.
     """
 
     def __init__(
@@ -183,12 +190,12 @@ class TripletBatches:
         detector: Detector,
         parts: Mapping[str, TripletArrays],
         settings: DistillSettings,
-        origins: Origins | None,
         device: torch.device,
-        textured: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
+        owners: Tensor | None = None,
+        origins: Mapping[str, Origins] = MappingProxyType({}),
     ) -> None:
         self._counts = {role: len(part.ids) for role, part in parts.items()}
-        self._textured = textured
+        self._origins = {role: origins.get(role, Origins.unknown(count)) for role, count in self._counts.items()}
         self._settings, self._device = settings, device
         room = int(settings.cache_gigabytes * 2**30) // len(parts)
         self._banks = {
@@ -196,12 +203,10 @@ class TripletBatches:
             for role, part in parts.items()
         }
         self._distances: dict[str, tuple[DistanceBank, ...]] = {}
-        if detector.memory is not None and origins is not None:
+        if detector.memory is not None and owners is not None:
             for role, banks in self._banks.items():
-                sources = origins.sources[role]
-                self._distances[role] = tuple(
-                    DistanceBank(detector.memory, bank, origins.owners, sources) for bank in banks
-                )
+                sources = self._origins[role].sources
+                self._distances[role] = tuple(DistanceBank(detector.memory, bank, owners, sources) for bank in banks)
         self._masks = {
             role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(device)
             for role, part in parts.items()
@@ -211,19 +216,21 @@ class TripletBatches:
         """The triplets at `indices`; `clean` rows see the normal image."""
         normal, defect = self._banks[role]
         rows = [(int(index), bool(kept)) for index, kept in zip(indices, clean, strict=True)]
-        seen = normal.together([(normal if kept else defect).one(index) for index, kept in rows])
+        target = normal[indices]
+        seen = target
+        if not clean.all():
+            seen = normal.together([(normal if kept else defect).one(index) for index, kept in rows])
         keep = torch.from_numpy(clean).to(self._device).view(-1, 1, 1, 1)
         mask = self._masks[role][torch.from_numpy(indices)] * ~keep
         remembered: Features = ()
         if self._distances:
             of_normal, of_defect = self._distances[role]
             remembered = (torch.cat([(of_normal if kept else of_defect).one(index) for index, kept in rows]),)
-        return Batch(normal[indices], seen, remembered, mask)
+        return Batch(target, seen, remembered, mask)
 
     def shown_in(self, phase: str, role: str) -> NDArray[np.int64]:
         """Indices of the role's triplets that the phase learns from, or is judged by."""
-        everything = np.arange(self._counts[role])
-        return self._textured.get(role, everything) if phase == HEAD else everything
+        return self._origins[role].textured if phase == HEAD else np.arange(self._counts[role])
 
     def draw(self, phase: str, step: int) -> Draw:
         """What a step of training sees."""
@@ -245,37 +252,53 @@ class TripletBatches:
 
 
 class LocatorLesson:
-    """What the locator reads of each triplet, found once: a few numbers a place, so a step costs next to nothing."""
+    """What the locator reads of each triplet, found once: a few numbers a place, so a step costs next to nothing.
 
-    def __init__(self, batches: TripletBatches, distances: Callable[[Batch], Tensor]) -> None:
-        """`distances`: of a batch, (B, D, h, w), as `Detector.distances`."""
-        self._batches = batches
-        self._read: dict[tuple[str, bool], Tensor] = {}
-        self._masks: dict[tuple[str, bool], Tensor] = {}
-        for role, clean in ((FIT, False), (FIT, True), (VALIDATION, False)):
+    Args:
+        batches: of the triplets.
+        distances: of a batch, (B, D, h, w), as `Detector.distances`.
+        locator: (B, D, h, w) → logits (B, 1, h, w).
+        loss: of logits and mask.
+    """
+
+    def __init__(
+        self,
+        batches: TripletBatches,
+        distances: Callable[[Batch], Tensor],
+        locator: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self._batches, self._locator, self._loss = batches, locator, loss
+
+        def found(role: str, clean: bool) -> tuple[Tensor, Tensor]:
             # batch by batch: the features behind it take a hundred times the room
-            found = [(distances(data), data.mask) for data in batches.in_order(role, clean)]
-            self._read[role, clean], self._masks[role, clean] = map(torch.cat, zip(*found, strict=True))
+            parts = [(distances(data), data.mask) for data in batches.in_order(role, clean)]
+            seen, masks = map(torch.cat, zip(*parts, strict=True))
+            return seen, masks
+
+        self._fit = {clean: found(FIT, clean) for clean in (False, True)}
+        self._validation = found(VALIDATION, False)
 
     @property
     def normal(self) -> Tensor:
         """Distances (N, D, h, w) of the normal images behind the training triplets."""
-        return self._read[FIT, True]
+        return self._fit[True][0]
 
-    def training_loss(self, step: int, locator: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """`loss` of logits and mask for what the step draws."""
+    def training_loss(self, step: int) -> Tensor:
+        """The loss on what the step draws."""
         drawn = self._batches.draw(LOCATOR, step)
-        chosen = [(FIT, bool(clean), int(index)) for index, clean in zip(drawn.indices, drawn.clean, strict=True)]
-        seen = torch.stack([self._read[role, clean][index] for role, clean, index in chosen])
-        mask = torch.stack([self._masks[role, clean][index] for role, clean, index in chosen])
         # a mirrored map of distances is one that might have been, whether or not the part may be mirrored
         sides = [side for side in (-2, -1) if drawn.generator.random() < 0.5]
-        return loss(locator(seen.flip(sides)), mask.flip(sides))
+        rows = [(bool(clean), int(index)) for clean, index in zip(drawn.clean, drawn.indices, strict=True)]
+        seen, mask = (
+            torch.stack([self._fit[clean][which][index] for clean, index in rows]).flip(sides) for which in (0, 1)
+        )
+        return self._loss(self._locator(seen), mask)
 
-    def validation_loss(self, locator: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """Mean `loss` over the validation triplets."""
-        read, masks = (of[VALIDATION, False].split(BLOCK) for of in (self._read, self._masks))
-        return float(np.mean([float(loss(locator(seen), mask)) for seen, mask in zip(read, masks, strict=True)]))
+    def validation_loss(self) -> float:
+        """Mean loss over the validation triplets."""
+        batches = zip(*(part.split(BLOCK) for part in self._validation), strict=True)
+        return float(np.mean([float(self._loss(self._locator(seen), mask)) for seen, mask in batches]))
 
 
 @dataclass(frozen=True)
@@ -298,8 +321,8 @@ def distill(
     resume: ResumePoint,
     device: torch.device,
     on_step: OnStep = lambda step, metrics: None,
-    origins: Origins | None = None,
-    textured: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
+    owners: Tensor | None = None,
+    origins: Mapping[str, Origins] = MappingProxyType({}),
 ) -> Rows:
     """Train student, head and locator of the detector, one after the other and in place; return one row of LOSS_COLUMNS
     a step.
@@ -308,16 +331,14 @@ def distill(
     triplet shares, and stops early after `patience` looks without improvement.
 
     Args:
-        origins: of the detector's memory, which is filled already; None without memory.
-        textured: role → indices of those triplets whose defect has a texture of its own, all of them if not given. The
-            head learns from these alone: of shades, which change the light and not the texture, it learns to take any
-            exposure for a defect (docs/experiments.md, rounds 4 and 12). Student and locator learn from all.
+        owners: (M,) the normal behind each key of the detector's memory, which is filled already; None without memory.
+        origins: role → what is known of its triplets; `Origins.unknown` if not given.
 
     Raises:
         FlawsmithError: the loss became NaN.
     """
     detector.to(device)
-    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, origins, device, textured)
+    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, device, owners, origins)
     rows: list[list[Any]] = []
     for phase in _phases(detector, batches, settings):
         point, offset = ResumePoint(resume.folder / phase.name, resume.identity), len(rows)
@@ -367,15 +388,15 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
     detector.fit_exponents((products(data), data.seen) for data in batches.some_normals())
     yield on_batches(HEAD, detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
 
-    lesson = LocatorLesson(batches, distances)
+    lesson = LocatorLesson(batches, distances, detector.locator, marking_loss)
     detector.locator.normalise(lesson.normal)
     yield Phase(
         LOCATOR,
         detector.locator,
         settings.locator_steps,
         settings.locator_learning_rate,
-        lambda step: lesson.training_loss(step, detector.locator, marking_loss),
-        lambda: lesson.validation_loss(detector.locator, marking_loss),
+        lesson.training_loss,
+        lesson.validation_loss,
     )
 
 

@@ -6,6 +6,8 @@ tell: where the largest of their distances fall as energy grows, the power undoe
 changes nothing (docs/experiments.md, rounds 9 and 10).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,17 @@ def relative_energy(features: Tensor) -> Tensor:
     return (length / length.mean(dim=(2, 3), keepdim=True).clamp_min(1e-6)).clamp_min(1e-6)
 
 
-def energy_exponent(energy: Tensor, distance: Tensor) -> float:
-    """The exponent, from energies and distances of normal places, any shape alike.
+def energy_exponent(found: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The exponent, from energies and distances of normal places, batch by batch, any shape alike.
 
     Of places in bins of equal number by energy, the 99th percentiles of the distances against the mean energies: the
     slope of a straight line through the logarithms, its sign turned, within 0 and STEEPEST; 0 if the bins are too
     small.
     """
-    energy, distance = energy.flatten().float().cpu(), distance.flatten().float().cpu()
+    places = [torch.stack([of.flatten().float().cpu() for of in pair]) for pair in found]
+    if not places:
+        return 0.0
+    energy, distance = torch.cat(places, dim=1)
     if len(energy) < BINS * FEWEST_IN_BIN:
         return 0.0
     bins = energy.argsort(stable=True).tensor_split(BINS)

@@ -106,11 +106,7 @@ class NormalMemory(nn.Module):
             images: places (B, C, h, w) with the keys that are their own (M,) bool and do not count.
         """
         self.exponent.zero_()
-        energies, distances = [], []
-        for places, own in images:
-            energies.append(places.norm(dim=1).flatten().cpu())
-            distances.append(self(places, own).flatten().cpu())
-        self.exponent.fill_(energy_exponent(torch.cat(energies), torch.cat(distances)) if energies else 0.0)
+        self.exponent.fill_(energy_exponent((places.norm(dim=1), self(places, own)) for places, own in images))
         return float(self.exponent)
 
     def _project(self, rows: Tensor) -> Tensor:

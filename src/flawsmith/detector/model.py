@@ -182,7 +182,7 @@ class Detector(nn.Module):
             distances = [1 - product.sum(dim=1, keepdim=True) for product in products]
             found.append(list(zip(self.energies(features), distances, strict=True)))
         for place, scale in enumerate(zip(*found, strict=True)):
-            self.exponents[place] = energy_exponent(*map(torch.cat, zip(*scale, strict=True)))
+            self.exponents[place] = energy_exponent(scale)
 
     def recall(self, features: Features) -> Features:
         """Distance of each place to the memory, (B, 1, h, w); nothing without one."""

@@ -1,9 +1,9 @@
 """How much synthetic defects resemble real ones: distances of distributions of crops, in the frozen teacher's features.
 
-For reporting alone: nothing is trained, tuned, chosen or gated by it. A crop is a square window of fixed side around a
-defect, by the same law for real and synthetic ones. A distance by itself means little, so each is put beside others
-from as many crops: two random halves of the real defects (the least there is to reach), the synthetic crops' own places
-before the defect was put in, and normals at random places (what no defect at all would reach).
+For reporting alone: nothing is trained, tuned, chosen or gated by it. A crop is a window around a defect
+(`evaluation.crops`). A distance by itself means little, so each is put beside others from as many crops: two random
+halves of the real defects (the least there is to reach), the synthetic crops' own places before the defect was put in,
+and normals at random places (what no defect at all would reach).
 
 Features are the teacher's pooled ones, each channel in units of its standard deviation over normal crops. KID,
 precision and recall use all channels. The Frechet distance needs covariances, which few crops cannot give in hundreds
@@ -13,22 +13,17 @@ crops it is biased upwards (Chong & Forsyth, CVPR 2020), the more the fewer they
 every row has as many crops, never across tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from flawsmith.evaluation.intervals import Estimate, percentile_interval
-from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS
-from flawsmith.images import FloatImage, Mask
 
 Features = NDArray[np.floating]  # (n, D), a row a crop
 
-WINDOW = 64  # pixels; at 256 px a sixteenth of the image, and four cells of the teacher's coarsest level
-MAX_CROPS = 200  # of each kind: bounds the cost to that of 50 whole images
 MIN_SAMPLES = 8  # in each half of the real crops: twice (k + 1), below which precision and recall are all but blind
 DIMENSIONS = 64
 SUBSETS = 100
@@ -171,31 +166,3 @@ def precision_recall(real: Features, other: Features, neighbour: int = NEIGHBOUR
 def _radii(features: Features, neighbour: int) -> NDArray[np.float64]:
     distances = np.sort(cdist(features, features), axis=1)  # column 0 is the distance to itself
     return np.asarray(distances[:, neighbour], np.float64)
-
-
-def defect_place(mask: Mask) -> tuple[int, int]:
-    """Where to put a window: the pixel (row, column) of the largest region nearest to its centroid."""
-    labels, _ = ndimage.label(mask, EIGHT_NEIGHBOURS)
-    largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    pixels = np.argwhere(labels == largest)
-    row, column = pixels[np.argmin(((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1))]
-    return int(row), int(column)
-
-
-def random_place(image: FloatImage, generator: np.random.Generator) -> tuple[int, int]:
-    """Row and column of the centre of a window drawn evenly among those inside the image."""
-    row, column = (WINDOW // 2 + int(generator.integers(0, side - WINDOW + 1)) for side in image.shape[1:])
-    return row, column
-
-
-def crop(image: FloatImage, place: tuple[int, int]) -> FloatImage:
-    """The window `(3, WINDOW, WINDOW)` around a place, pushed inside the image `(3, H, W)` where it would stick out."""
-    top, left = (
-        min(max(centre - WINDOW // 2, 0), side - WINDOW) for centre, side in zip(place, image.shape[1:], strict=True)
-    )
-    return image[:, top : top + WINDOW, left : left + WINDOW].copy()  # a view would keep the whole image in memory
-
-
-def pick(count: int, generator: np.random.Generator) -> Sequence[int]:
-    """Sorted indices of up to MAX_CROPS of `count` things, drawn without replacement."""
-    return [int(index) for index in np.sort(generator.permutation(count)[:MAX_CROPS])]

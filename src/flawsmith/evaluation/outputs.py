@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.evaluation.assess import KEYS, Assessment, Performance, spread
-from flawsmith.evaluation.fidelity import WINDOW, Fidelity
+from flawsmith.evaluation.crops import WINDOW
+from flawsmith.evaluation.fidelity import Fidelity
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.evaluation.scoring import Item

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flawsmith.evaluation.assess import KEYS, Assessment, Example, Performance
-from flawsmith.evaluation.fidelity import WINDOW, Fidelity
+from flawsmith.evaluation.crops import WINDOW
+from flawsmith.evaluation.fidelity import Fidelity
 from flawsmith.evaluation.figures import (
     HeatScale,
     curves_png,

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,11 @@ def run(layout: Layout) -> None:
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
             detector = Detector(DetectorConfig.of(teacher, settings, size, places), frozen)
         detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        sources = {role: source_indices(normals.images, rows_of, part.ids) for role, part in parts.items()}
-        origins = _fill_memory(detector, normals, elements, sources)
+        owners = _fill_memory(detector, normals, elements)
+        origins = {
+            role: Origins(source_indices(normals.images, rows_of, part.ids), textured(rows_of, part.ids))
+            for role, part in parts.items()
+        }
         turns = numpy_generator(settings.seed, "symmetry")
         fit, validation = (_turned_triplets(part, turns.choice(elements, len(part.ids))) for part in parts.values())
         identity = digest_json(
@@ -79,8 +83,8 @@ def run(layout: Layout) -> None:
             resume,
             device,
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
+            owners,
             origins,
-            {role: textured(rows_of, part.ids) for role, part in parts.items()},
         )
         detector.eval().calibrate(_batches(_pixels(plan_tiles(split.calibration, data), data), device))
         with atomic_folder(layout.stage(STAGE)) as out:
@@ -107,14 +111,15 @@ class _Normals:
         self.images, self.data = images, data
         self.tiles = plan_tiles(images, data)
         self.sample = _sample(self.tiles)
-        self.looked_at = np.stack(list(_pixels(self.sample, data)))
+
+    @cached_property
+    def looked_at(self) -> NDArray[np.uint8]:
+        """The sample's pixels (N, 3, S, S)."""
+        return np.stack(list(_pixels(self.sample, self.data)))
 
     def shown(self, elements: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """Every tile under each element of the symmetry."""
         return (turned(image, element) for image in _pixels(self.tiles, self.data) for element in elements)
-
-    def image_of(self, tiles: Sequence[Tile]) -> Tensor:
-        return image_of(tiles, self.images)
 
 
 def _find_symmetry(normals: _Normals, teacher: Teacher, settings: DistillSettings) -> tuple[str, dict[str, float]]:
@@ -134,20 +139,19 @@ def _find_symmetry(normals: _Normals, teacher: Teacher, settings: DistillSetting
     return choose_symmetry(distances), distances
 
 
-def _fill_memory(
-    detector: Detector, normals: _Normals, elements: Sequence[int], sources: Mapping[str, NDArray[np.int64]]
-) -> Origins | None:
-    """Show the memory all normals and ask them how much energy counts; None if the detector has no memory."""
+def _fill_memory(detector: Detector, normals: _Normals, elements: Sequence[int]) -> Tensor | None:
+    """Show the memory all normals and ask them how much energy counts; return the image behind each key, (M,) places in
+    `normals.images`, or None if the detector has no memory."""
     device = detector.teacher.mean.device
-    owners = remember(detector, _batches(normals.shown(elements), device), len(normals.tiles) * len(elements))
-    if owners is None or detector.memory is None:
+    shown = remember(detector, _batches(normals.shown(elements), device), len(normals.tiles) * len(elements))
+    if shown is None or detector.memory is None:
         return None
-    whose = normals.image_of(normals.tiles)[owners.cpu() // len(elements)]
-    own_keys = ((whose == image).to(device) for image in normals.image_of(normals.sample))
+    owners = image_of(normals.tiles, normals.images)[shown.cpu() // len(elements)]
+    own_keys = ((owners == image).to(device) for image in image_of(normals.sample, normals.images))
     detector.memory.fit_exponent(
         (_places(detector.teacher, image[None]), own) for image, own in zip(normals.looked_at, own_keys, strict=True)
     )
-    return Origins(whose, sources)
+    return owners
 
 
 def _places(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:

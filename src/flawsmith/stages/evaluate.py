@@ -22,7 +22,8 @@ from flawsmith.detector.teacher import build_teacher, pooled_features
 from flawsmith.devices import best_device
 from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import KEYS, Assessment, assess, measure
-from flawsmith.evaluation.fidelity import MAX_CROPS, Fidelity, compare, crop, defect_place, pick, random_place
+from flawsmith.evaluation.crops import gather_crops
+from flawsmith.evaluation.fidelity import Fidelity, compare
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import Subject, summary, write_report
 from flawsmith.evaluation.scoring import (
@@ -37,12 +38,11 @@ from flawsmith.evaluation.scoring import (
 )
 from flawsmith.export.onnx import export_network
 from flawsmith.files import atomic_folder
-from flawsmith.images import FloatImage, resize_image, resize_mask
 from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
-from flawsmith.surfaces import iter_tiles, labelled_part, load_prepared, plan_tiles
+from flawsmith.surfaces import iter_tiles, labelled_part, plan_tiles
 from flawsmith.tiling import Tiling
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import VALIDATION, TripletFolder, read_manifest
@@ -180,10 +180,11 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
             )
         return Judged(labelled_items(kept, Tiling.of(data), data.max_pixels, original), True, part, {})
     manifest = layout.input("synthesize", "manifest.parquet")
-    held_out = held_out_sources(manifest)
+    rows = _held_out(manifest)
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
-    items = triplet_items(TripletFolder(manifest.parent), held_out_normals(manifest), data.image_size)
-    return Judged(items, False, "all", held_out)
+    normals = {name: _normal_of(row) for name, row in rows.items()}
+    items = triplet_items(TripletFolder(manifest.parent), normals, data.image_size)
+    return Judged(items, False, "all", {name: row["source"] for name, row in rows.items()})
 
 
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBaseline:
@@ -205,56 +206,27 @@ def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBasel
     return KnnBaseline.fit(teacher, batches(), settings.baseline_vectors, generator)
 
 
-def held_out_sources(manifest: Path) -> dict[str, str]:
-    """Id → file name of the source image, of the triplets that trained nothing."""
-    return {name: row["source"] for name, row in _held_out(manifest).items()}
-
-
-def held_out_normals(manifest: Path) -> dict[str, str]:
-    """Id → name of the normal it was made from, the image or the tile of one, of the triplets that trained nothing."""
-    return {
-        name: f"{row['source']}@{row['source_top']},{row['source_left']}" if "source_top" in row else row["source"]
-        for name, row in _held_out(manifest).items()
-    }
-
-
 def _held_out(manifest: Path) -> dict[str, dict[str, Any]]:
+    """Id → row of the manifest, of the triplets that trained nothing."""
     rows = read_manifest(manifest).to_pylist()
     return {str(row["triplet_id"]): row for row in rows if row["role"] == VALIDATION}
 
 
-def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
-    """How much the triplets' defects resemble the real ones that are judged, or None where there are too few of either.
+def _normal_of(row: Mapping[str, Any]) -> str:
+    """The normal that a triplet was made from: the image's name, with its place where it is a tile of one."""
+    return f"{row['source']}@{row['source_top']},{row['source_left']}" if "source_top" in row else str(row["source"])
 
-    All crops are at working resolution; normals for the scale come from the fit part, those compared from calibration.
-    """
-    settings, data, split = layout.settings, layout.settings.data, layout.split()
-    tiling = Tiling.of(data)
+
+def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
+    """How much the triplets' defects resemble the real ones that are judged; None where either are too few."""
+    settings = layout.settings
     defective = [item for item in judged.items if item.is_defective] if judged.labelled else []
-    triplets, found = TripletFolder(layout.stage("synthesize")), _triplet_ids(layout)
-    if not defective or not found:
+    triplets, ids = TripletFolder(layout.stage("synthesize")), _triplet_ids(layout)
+    if not defective or not ids:
         return None
     generator = numpy_generator(settings.evaluate.seed, "fidelity")
-    device = best_device()
-    teacher = build_teacher(settings.teacher, layout.root).to(device)
-
-    def normals(paths: Sequence[Path]) -> list[FloatImage]:
-        crops = []
-        for number in range(MAX_CROPS):  # several places of an image where there are few images
-            image = tiling.pad(load_prepared(paths[number % len(paths)], data))
-            crops.append(crop(image, random_place(image, generator)))
-        return crops
-
-    crops: dict[str, list[FloatImage]] = {"real": [], "synthetic": [], "before": []}
-    for index in pick(len(defective), generator):
-        image, mask = defective[index].load()
-        crops["real"].append(crop(tiling.pad(image), defect_place(mask)))
-    for index in pick(len(found), generator):
-        normal, defect, mask = triplets.read(found[index])
-        place = defect_place(resize_mask(mask, data.image_size))
-        for name, image in (("synthetic", defect), ("before", normal)):
-            crops[name].append(crop(resize_image(image, data.image_size), place))
-    crops |= {"normal": normals(split.calibration), "basis": normals(split.fit)}
+    crops = gather_crops(defective, triplets, ids, layout.split(), settings.data, generator)
+    teacher = build_teacher(settings.teacher, layout.root).to(best_device())
     features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
     return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)
 
