@@ -181,6 +181,7 @@ def test_bad_categories(categories: object, reason: str) -> None:
         ("teacher", "out_indices", [3, 2, 1], "finest first"),
         ("teacher", "out_indices", [1, 1, 2], "three levels"),
         ("distill", "cosine_weights", [1.0], "`distill.cosine_weights` needs 2 values"),
+        ("distill", "cosine_weights", [0.0, 0.0], "`distill.cosine_weights` are all 0"),
         ("distill", "decoder_channels", [16] * 4, "the teacher has 3 scales"),
         ("distill", "map_weights", [1.0, 1.0], "`distill.map_weights` needs 5 values"),
         ("distill", "map_weights", [0.0] * 5, "not all 0"),

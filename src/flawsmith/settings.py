@@ -514,6 +514,11 @@ def _check_together(settings: Settings, source: str) -> None:
         raise UserError(f"{source}: `distill.decoder_channels` has {answered} values; the teacher has {levels} scales.")
     if len(settings.distill.cosine_weights) != answered:
         raise UserError(f"{source}: `distill.cosine_weights` needs {answered} values, as distill.decoder_channels has.")
+    if not any(settings.distill.cosine_weights):
+        raise UserError(
+            f"{source}: `distill.cosine_weights` are all 0, so the student would learn nothing; weigh one scale, or "
+            "leave the student's maps out by distill.map_weights and distill.score_weights."
+        )
     for name in ("map_weights", "score_weights"):
         weights = getattr(settings.distill, name)
         used = [weight for place, weight in enumerate(weights) if settings.distill.memory or place != answered]

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from flawsmith.detector.distill import Batch, FeatureBank, LocatorLesson, OnStep, Origins, TripletBatches, distill
+from flawsmith.detector.distill import Batch, FeatureBank, LocatorLessons, OnStep, Origins, TripletBatches, distill
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
@@ -328,7 +328,7 @@ def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teac
     def marked(seen: Tensor, mask: Tensor) -> Tensor:
         return mask.sum()
 
-    lesson = LocatorLesson(batches, first_channels, torch.nn.Identity(), marked)
+    lesson = LocatorLessons(batches, first_channels, torch.nn.Identity(), marked)
     wanted = torch.cat([first_channels(data) for data in batches.in_order(FIT, True)])
     assert torch.equal(lesson.normal, wanted)
     assert 0 not in {float(lesson.training_loss(step)) for step in range(4)}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, assess, rank_errors, spread
+from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, LIMITING, assess, rank_errors, spread
 from flawsmith.evaluation.memory import assess_synthetic, contrast_scorer, main, synthetic_item
 from flawsmith.randomness import numpy_generator
 from flawsmith.surfaces import GOOD
@@ -141,6 +141,25 @@ def test_gallery_holds_the_errors_first_then_the_closest_calls(result):
     assert len(result.gallery) == OPTIONS["gallery"]
     for example in result.gallery:
         np.testing.assert_allclose(contrast_scorer(example.image[None])[0][0], example.anomaly_map, atol=1e-6)
+
+
+def test_the_normals_that_set_the_threshold_are_shown_highest_first(result, calibration):
+    scores = result.detector.calibration.scores
+    highest = np.argsort(-scores)[:LIMITING]
+    assert [example.name for example in result.limiting] == [calibration[index].name for index in highest]
+    assert [example.score for example in result.limiting] == scores[highest].tolist()
+    above = len(scores) - result.detector.threshold.rank
+    assert 0 < above < LIMITING
+    assert [example.is_wrong for example in result.limiting] == [True] * above + [False] * (LIMITING - above)
+    for example in result.limiting:
+        np.testing.assert_allclose(contrast_scorer(example.image[None])[0][0], example.anomaly_map, atol=1e-6)
+
+
+def test_few_normals_are_all_shown(items, calibration):
+    few = assess(
+        contrast_scorer, contrast_scorer, items, calibration[: LIMITING - 1], numpy_generator(0, "test"), **OPTIONS
+    )
+    assert {example.name for example in few.limiting} == {item.name for item in calibration[: LIMITING - 1]}
 
 
 def test_failures_are_the_worst_of_each_class_whatever_the_gallery_shows(result, items, calibration):

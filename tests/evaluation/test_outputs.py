@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.assess import KEYS, LIMITING
 from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, sheet, verdict_text
 from flawsmith.evaluation.intervals import share_interval
 from flawsmith.evaluation.memory import assess_synthetic
@@ -80,7 +80,7 @@ def test_every_output_says_when_nothing_was_labelled(folders, result):
     for name in ("roc.csv", "pr.csv", "curves/pixel_roc.csv", "curves/pixel_pr.csv", "curves/pro.csv"):
         assert all("synthetic" in row["scored_on"] for row in rows(folder / name))
         assert not any("synthetic" in row["scored_on"] for row in rows(folders[True] / name))
-    for name in ("figures/scores.png", "figures/curves.png", "figures/pixel_curves.png", "gallery/worst.png"):
+    for name in ("figures/scores.png", "figures/curves.png", "gallery/worst.png", "gallery/limiting.png"):
         assert (folder / name).read_bytes() != (folders[True] / name).read_bytes()  # the titles differ
 
 
@@ -136,7 +136,8 @@ def test_report_is_one_file_without_outside_help(folders):
     text = (folders[True] / "report.html").read_text()
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)""", text)
     assert "http" not in re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", text)
-    assert text.count("<article") == 16 + 3  # whole gallery, and a typical image of each kind
+    # whole gallery, a typical image of each kind, and the normals that set the threshold
+    assert text.count("<article") == 16 + 3 + LIMITING
     assert text.index("missed</span>") < text.index("found</span>")
 
 

@@ -251,7 +251,20 @@ class TripletBatches:
         return self.in_order(FIT, True, evenly(self._counts[FIT]))
 
 
-class LocatorLesson:
+@dataclass(frozen=True)
+class Lesson:
+    """What the locator reads of some images, and what it should answer.
+
+    Attributes:
+        distances: (N, D, h, w), as `Detector.distances`.
+        mask: (N, 1, h, w), as of `Batch`.
+    """
+
+    distances: Tensor
+    mask: Tensor
+
+
+class LocatorLessons:
     """What the locator reads of each triplet, found once: a few numbers a place, so a step costs next to nothing.
 
     Args:
@@ -270,11 +283,10 @@ class LocatorLesson:
     ) -> None:
         self._batches, self._locator, self._loss = batches, locator, loss
 
-        def found(role: str, clean: bool) -> tuple[Tensor, Tensor]:
+        def found(role: str, clean: bool) -> Lesson:
             # batch by batch: the features behind it take a hundred times the room
             parts = [(distances(data), data.mask) for data in batches.in_order(role, clean)]
-            seen, masks = map(torch.cat, zip(*parts, strict=True))
-            return seen, masks
+            return Lesson(*map(torch.cat, zip(*parts, strict=True)))
 
         self._fit = {clean: found(FIT, clean) for clean in (False, True)}
         self._validation = found(VALIDATION, False)
@@ -282,22 +294,22 @@ class LocatorLesson:
     @property
     def normal(self) -> Tensor:
         """Distances (N, D, h, w) of the normal images behind the training triplets."""
-        return self._fit[True][0]
+        return self._fit[True].distances
 
     def training_loss(self, step: int) -> Tensor:
         """The loss on what the step draws."""
         drawn = self._batches.draw(LOCATOR, step)
         # a mirrored map of distances is one that might have been, whether or not the part may be mirrored
         sides = [side for side in (-2, -1) if drawn.generator.random() < 0.5]
-        rows = [(bool(clean), int(index)) for clean, index in zip(drawn.clean, drawn.indices, strict=True)]
-        seen, mask = (
-            torch.stack([self._fit[clean][which][index] for clean, index in rows]).flip(sides) for which in (0, 1)
-        )
-        return self._loss(self._locator(seen), mask)
+        rows = [(self._fit[bool(clean)], int(index)) for clean, index in zip(drawn.clean, drawn.indices, strict=True)]
+        seen = torch.stack([lesson.distances[index] for lesson, index in rows])
+        mask = torch.stack([lesson.mask[index] for lesson, index in rows])
+        return self._loss(self._locator(seen.flip(sides)), mask.flip(sides))
 
     def validation_loss(self) -> float:
         """Mean loss over the validation triplets."""
-        batches = zip(*(part.split(BLOCK) for part in self._validation), strict=True)
+        whole = self._validation
+        batches = zip(whole.distances.split(BLOCK), whole.mask.split(BLOCK), strict=True)
         return float(np.mean([float(self._loss(self._locator(seen), mask)) for seen, mask in batches]))
 
 
@@ -388,15 +400,15 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
     detector.fit_exponents((products(data), data.seen) for data in batches.some_normals())
     yield on_batches(HEAD, detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
 
-    lesson = LocatorLesson(batches, distances, detector.locator, marking_loss)
-    detector.locator.normalise(lesson.normal)
+    lessons = LocatorLessons(batches, distances, detector.locator, marking_loss)
+    detector.locator.normalise(lessons.normal)
     yield Phase(
         LOCATOR,
         detector.locator,
         settings.locator_steps,
         settings.locator_learning_rate,
-        lesson.training_loss,
-        lesson.validation_loss,
+        lessons.training_loss,
+        lessons.validation_loss,
     )
 
 

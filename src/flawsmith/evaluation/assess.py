@@ -28,6 +28,7 @@ from flawsmith.surfaces import GOOD
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
 DEFECT_KEYS = ("image_auroc", "pixel_auroc", "aupro")
 FAILURES = 8  # of each class, shown whatever the gallery's size
+LIMITING = 6  # calibration normals shown
 SAMPLED_PIXELS = 2**20  # of each class, to choose the bins from
 RESAMPLES_AT_ONCE = 50  # bounds the bootstrap's memory: 3 x 50 x 4096 counts of 8 bytes are 5 MB
 
@@ -76,7 +77,7 @@ class Performance:
 
 @dataclass(frozen=True)
 class Example:
-    """A scored test image with everything needed to show it; `error` > 0 (or a miss at 0) is a wrong verdict."""
+    """A scored image with everything needed to show it; `error` > 0 (or a miss at 0) is a wrong verdict."""
 
     name: str
     defect: str
@@ -102,6 +103,8 @@ class Assessment:
         misses, alarms: defective and good images apart, the FAILURES worst of each; where fewer verdicts are wrong, the
             closest calls follow.
         typical: the median-scored image of each defect type and of the good ones.
+        limiting: the LIMITING calibration normals of the highest scores, highest first. The threshold lies among them
+            or below, so one that is defective, or of a rare look, hides defects.
     """
 
     items: tuple[Item, ...]
@@ -113,6 +116,7 @@ class Assessment:
     misses: tuple[Example, ...]
     alarms: tuple[Example, ...]
     typical: tuple[Example, ...]
+    limiting: tuple[Example, ...]
 
     @property
     def defects(self) -> tuple[str, ...]:
@@ -159,9 +163,17 @@ def assess(
         alarms = [index for index in ranked if groups[index] == GOOD][:FAILURES]
         typical = [_median_index(first.scores.scores, groups, name) for name in (*first.by_defect, GOOD)]
         shown = {
-            index: _example(items[index], index, first, cast(NDArray[np.float32], detector_maps.read(index)))
+            index: _example(items[index], first.scores.scores[index], first, _map(detector_maps, index))
             for index in {*worst, *misses, *alarms, *typical}
         }
+    limiting = np.argsort(-first.calibration.scores, kind="stable")[:LIMITING]
+    with open_spools(1) as (maps,):
+        # of all calibration maps these few alone are ever shown: cheaper to make again than to keep
+        score_items([detector], [calibration[index] for index in limiting], batch, [maps], title="normals to show")
+        limits = [
+            _example(calibration[index], first.calibration.scores[index], first, _map(maps, place))
+            for place, index in enumerate(limiting)
+        ]
     return Assessment(
         items=tuple(items),
         calibration_items=tuple(calibration),
@@ -172,6 +184,7 @@ def assess(
         misses=tuple(shown[index] for index in misses),
         alarms=tuple(shown[index] for index in alarms),
         typical=tuple(shown[index] for index in typical),
+        limiting=tuple(limits),
     )
 
 
@@ -362,7 +375,11 @@ def _sample_pixels(maps: Spool, masks: Spool) -> tuple[NDArray[np.float32], NDAr
 
 
 def _pair(maps: Spool, masks: Spool, index: int) -> tuple[NDArray[np.float32], Mask]:
-    return cast(NDArray[np.float32], maps.read(index)), cast(Mask, masks.read(index))
+    return _map(maps, index), cast(Mask, masks.read(index))
+
+
+def _map(maps: Spool, index: int) -> NDArray[np.float32]:
+    return cast(NDArray[np.float32], maps.read(index))
 
 
 def _share(flags: NDArray[np.bool_]) -> Estimate:
@@ -374,10 +391,9 @@ def _median_index(scores: NDArray[np.float32], groups: Sequence[str], name: str)
     return sorted(members, key=lambda index: (float(scores[index]), index))[len(members) // 2]
 
 
-def _example(item: Item, index: int, performance: Performance, anomaly_map: NDArray[np.float32]) -> Example:
+def _example(item: Item, score: np.float32, performance: Performance, anomaly_map: NDArray[np.float32]) -> Example:
     image, mask = item.load()
-    score = performance.scores.scores[index]
-    error = _errors(score[None], np.asarray([item.is_defective]), performance.threshold.value)[0]
+    error = _errors(np.asarray([score]), np.asarray([item.is_defective]), performance.threshold.value)[0]
     return Example(
         name=item.name,
         defect=item.defect,

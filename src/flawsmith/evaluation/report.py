@@ -60,7 +60,7 @@ class Subject:
 
 def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: Fidelity | None = None) -> None:
     """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,failures}.png and
-    gallery/{worst,typical}.png."""
+    gallery/{worst,typical,limiting}.png."""
     title = figure_title(result, subject)
     drawings: dict[str, Callable[[Theme], bytes]] = {
         "scores": lambda theme: histogram_png(result, title, theme),
@@ -75,6 +75,7 @@ def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: F
     for name, examples, words in (
         ("worst", result.gallery[:SHEET_EXAMPLES], "worst first"),
         ("typical", result.typical, "the median-scored image of each kind"),
+        ("limiting", result.limiting, "the calibration normals of the highest scores"),
     ):
         write_png(folder / "gallery" / f"{name}.png", sheet(examples, scale, f"{title}; {words}"))
     write_png(folder / "figures" / "failures.png", failures_sheet(result, f"{title}; worst misses and false alarms"))
@@ -126,6 +127,7 @@ def render_report(
         window=WINDOW,
         gallery=[_card(example, scale) for example in result.gallery],
         typical=[_card(example, scale) for example in result.typical],
+        limiting=[_card(example, scale) for example in result.limiting],
         wrong=sum(example.is_wrong for example in result.gallery),
         kinds=Counter(verdict_text(example) for example in result.gallery),
         saturated=any(estimate.low == estimate.high for estimate in detector.values.values()),
