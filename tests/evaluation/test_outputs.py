@@ -80,7 +80,8 @@ def test_every_output_says_when_nothing_was_labelled(folders, result):
     for name in ("roc.csv", "pr.csv", "curves/pixel_roc.csv", "curves/pixel_pr.csv", "curves/pro.csv"):
         assert all("synthetic" in row["scored_on"] for row in rows(folder / name))
         assert not any("synthetic" in row["scored_on"] for row in rows(folders[True] / name))
-    for name in ("figures/scores.png", "figures/curves.png", "gallery/worst.png", "gallery/limiting.png"):
+    pictures = ("figures/scores.png", "figures/curves.png", "figures/pixel_curves.png")
+    for name in (*pictures, "gallery/worst.png", "gallery/limiting.png"):
         assert (folder / name).read_bytes() != (folders[True] / name).read_bytes()  # the titles differ
 
 
