@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -259,9 +260,19 @@ def test_it_ends_after_its_time_with_results_inside_the_watched_folder(model: Pa
 def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) -> None:
     for index in range(200):
         (line / f"{index}.txt").touch()
-    began = time.process_time()
-    watch_folder(Predictor(model), line, tmp_path / "out", poll=0.2, seconds=4)
-    assert time.process_time() - began < 1.2
+    # In a process of its own: the time of threads that other tests left behind is none of the watch's cost.
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from flawsmith.inference.predictor import Predictor; from flawsmith.inference.watch import watch_folder\n"
+        "predictor, line, out = Predictor(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])\n"
+        "began = time.process_time(); watch_folder(predictor, line, out, poll=0.2, seconds=4)\n"
+        "print(time.process_time() - began)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, model, line, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.6  # 0.1 on the machine this was written on
 
 
 def test_two_watches_never_share_their_results(model: Path, line: Path, tmp_path: Path) -> None:
