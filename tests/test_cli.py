@@ -15,6 +15,7 @@ import pytest
 from flawsmith import __version__, cli, doctor
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
 from flawsmith.settings import SECTIONS, load_settings
+from flawsmith.study.plan import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -243,6 +244,12 @@ def test_params_prints_every_key_with_value_and_meaning(run: Run, params_path: P
     code, _, err = run("params", "distil", "--params", params_path)
     assert code == 2
     assert "no section" in one_line(err)
+
+
+def test_the_study_names_all_its_methods(run: Run) -> None:
+    # help may not import the plan, which imports numpy, so it lists them by hand
+    _, out, _ = run("study", "--help")
+    assert f"Of {', '.join(METHODS)}." in " ".join(out.replace("│", " ").split())
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once() -> None:

@@ -132,6 +132,12 @@ class SynthesizeSettings:
     shade_share: float = setting("share of images that carry a shade instead: a large soft change of light", 0.0, 1.0)
     shade_area: tuple[float, float] = setting("range of a shade's visible share of the image", 0.0, 1.0)
     shade_change: tuple[float, float] = setting("range of a shade's largest change of brightness (of 1)", 0.0, 1.0)
+    patch_share: float = setting(
+        "share of the other images that carry a CutPaste patch instead: a part of the same image elsewhere, "
+        "of the paper's sizes",
+        0.0,
+        1.0,
+    )
     rule: str = setting("how the disturbance enters the variance", choices=("constant", "realnet"))
     strength: tuple[float, float] = setting(
         "range of s, the disturbance's standard deviation per T/20; 0 is the plain DDPM", 0.0, 10.0

@@ -10,7 +10,16 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from flawsmith.detector.distill import Batch, FeatureBank, LocatorLessons, OnStep, Origins, TripletBatches, distill
+from flawsmith.detector.distill import (
+    Batch,
+    FeatureBank,
+    LocatorLessons,
+    OnStep,
+    Origins,
+    Provenance,
+    TripletBatches,
+    distill,
+)
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
@@ -305,7 +314,7 @@ def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teac
     origins = {FIT: Origins(np.arange(6), np.arange(6))}
     cpu = torch.device("cpu")
     parts = {FIT: fit, VALIDATION: validation}
-    batches = TripletBatches(detector, parts, SETTINGS, cpu, owners, origins)
+    batches = TripletBatches(detector, parts, SETTINGS, cpu, Provenance(owners, origins))
     indices, clean = np.array([4, 1, 2]), np.array([False, True, False])
     mixed = batches.of(FIT, indices, clean)
     normal, defect = (batches.of(FIT, indices, np.full(3, kind)) for kind in (True, False))
@@ -343,7 +352,7 @@ def test_the_head_alone_is_spared_the_shades(teacher: Teacher) -> None:
         role: Origins(np.full(len(part.ids), -1), np.setdiff1d(np.arange(len(part.ids)), shaded[role]))
         for role, part in parts.items()
     }
-    batches = TripletBatches(detector, parts, SETTINGS, torch.device("cpu"), origins=origins)
+    batches = TripletBatches(detector, parts, SETTINGS, torch.device("cpu"), Provenance(origins=origins))
     plain = TripletBatches(detector, parts, SETTINGS, torch.device("cpu"))
 
     def seen(source: TripletBatches, phase: str) -> set[int]:
@@ -366,7 +375,8 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
     def run(folder: str, on_step: OnStep = lambda step, metrics: None) -> tuple[Detector, list[list[Any]]]:
         detector, owners = fresh_detector(teacher, normals)
         point = ResumePoint(tmp_path / folder, "a")
-        rows = distill(detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, owners, origins)
+        known = Provenance(owners, origins)
+        rows = distill(detector, fit, validation, SETTINGS, point, torch.device("cpu"), on_step, known)
         return detector, rows
 
     whole, rows = run("whole")

@@ -37,7 +37,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 DEFAULTS: SynthesizeSettings = replace(
     load_settings(PARAMS).synthesize, windows=(64, 96, 128), feather=2.0, area=(0.0003, 0.08), defects=(1, 1),
-    shade_share=0.0, visibility=0.0314, min_changed=0.4, opacity=(0.5, 1.0), perlin_periods=(8, 16, 32, 64),
+    shade_share=0.0, patch_share=0.0, visibility=0.0314, min_changed=0.4, opacity=(0.5, 1.0),
+    perlin_periods=(8, 16, 32, 64),
 )  # fmt: skip
 CONTROLS = {"own": "perlin", "cutpaste": "rectangle"}
 

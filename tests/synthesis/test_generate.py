@@ -30,7 +30,7 @@ PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 DDPM = dataclasses.replace(PARAMS.ddpm_train, crop=16, patch=2, channels=(8, 16), fine_channels=8)
 SETTINGS = dataclasses.replace(
     PARAMS.synthesize, triplets=12, steps=3, windows=(32, 48), batch=3, area=(0.004, 0.08), visibility=0.02,
-    perlin_periods=(8, 16), shade_share=0.0,
+    perlin_periods=(8, 16), shade_share=0.0, patch_share=0.0,
 )  # fmt: skip
 SIZE = 64
 

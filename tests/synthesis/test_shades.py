@@ -22,7 +22,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 DEFAULTS: SynthesizeSettings = replace(
     load_settings(Path(__file__).parents[2] / "params.yaml").synthesize, texture="own", mask="perlin", batch=4,
     windows=(64, 96), area=(0.002, 0.08), visibility=0.0314, min_changed=0.4, shade_area=(0.02, 0.2),
-    shade_change=(0.05, 0.3), defects=(1, 1), shade_share=0.0,
+    shade_change=(0.05, 0.3), defects=(1, 1), shade_share=0.0, patch_share=0.0,
 )  # fmt: skip
 SIZE = 128
 LIMIT = DEFAULTS.visibility * 255
@@ -104,23 +104,24 @@ def test_both_signs_occur_on_a_gray_surface() -> None:
     assert 8 < signs.count(1.0) < 32
 
 
-def test_shades_take_their_share_and_leave_the_other_candidates_as_they_were() -> None:
-    plain, mixed = workshop(), workshop(shade_share=0.5)
+@pytest.mark.parametrize(("share", "texture"), [("shade_share", "shade"), ("patch_share", "cutpaste")])
+def test_what_some_carry_instead_leaves_the_other_candidates_as_they_were(share: str, texture: str) -> None:
+    plain, mixed = workshop(), workshop(**{share: 0.5})
     kinds = []
     for number in range(40):
         before, after = plain.candidate(FIT, number), mixed.candidate(FIT, number)
         kinds.append(after.defects[0].texture)
         assert before.source == after.source
-        if kinds[-1] != "shade":
+        if kinds[-1] != texture:
             assert np.array_equal(before.outline.mask, after.outline.mask)
             assert replace(before.defects[0], outline=after.outline) == after.defects[0]
-    assert 10 < kinds.count("shade") < 30
+    assert 10 < kinds.count(texture) < 30
 
 
-def test_shades_and_several_defects_are_made_again_bit_for_bit() -> None:
-    made_by = workshop(shade_share=0.4, defects=(1, 3))
+def test_shades_patches_and_several_defects_are_made_again_bit_for_bit() -> None:
+    made_by = workshop(shade_share=0.3, patch_share=0.3, defects=(1, 3))
     rows = []
-    for triplet in generate(made_by, FIT, 14):
+    for triplet in generate(made_by, FIT, 24):
         again = remake(made_by, FIT, triplet.candidate.number)
         assert again is not None
         assert np.array_equal(again.defect, triplet.defect)
@@ -130,7 +131,8 @@ def test_shades_and_several_defects_are_made_again_bit_for_bit() -> None:
         assert rows[-1]["defects"] == 1 + len(rows[-1]["further"])
         assert (rows[-1]["shade_change"] is not None) == (rows[-1]["mask_kind"] == "shade")
     assert {row["defects"] for row in rows} == {1, 2, 3}
-    assert {row["texture"] for row in rows} == {"own", "shade"}
+    assert {row["texture"] for row in rows} == {"own", "shade", "cutpaste"}
+    assert {row["mask_kind"] for row in rows if row["texture"] == "cutpaste"} == {"rectangle", "scar"}
 
 
 def test_several_defects_share_the_area_and_all_are_marked() -> None:

@@ -45,12 +45,12 @@ def layout(root: Path, **changes: object) -> Layout:
 def test_a_control_runs_without_a_diffusion_model_and_is_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = layout(tmp_path, texture="own", shade_share=0.3, defects=[1, 2])
+    made = layout(tmp_path, texture="own", shade_share=0.3, patch_share=0.3, defects=[1, 2])
     synthesize.run(made)
     rows = read_manifest(made.stage("synthesize") / "manifest.parquet").to_pylist()
     folder = TripletFolder(made.stage("synthesize"))
     assert sorted(row["triplet_id"] for row in rows) == sorted((*folder.ids("fit"), *folder.ids("val")))
-    assert {row["texture"] for row in rows} == {"own", "shade"}
+    assert {row["texture"] for row in rows} == {"own", "shade", "cutpaste"}
     assert {row["defects"] for row in rows} == {1, 2}
     for row in rows:
         normal, _, mask = folder.read(row["triplet_id"])
@@ -60,7 +60,8 @@ def test_a_control_runs_without_a_diffusion_model_and_is_explained(
         assert normal.shape == (3, 96, 96)
     twice = next(row["triplet_id"] for row in rows if row["defects"] == 2)
     soft = next(row["triplet_id"] for row in rows if row["texture"] == "shade")
-    for triplet_id in (twice, soft):
+    pasted = next(row["triplet_id"] for row in rows if row["texture"] == "cutpaste")
+    for triplet_id in (twice, soft, pasted):
         assert explain(made, triplet_id, tmp_path / "explained.png")
     assert "mask_kind       shade" in capsys.readouterr().out
 

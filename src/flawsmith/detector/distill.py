@@ -121,6 +121,19 @@ class Origins:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Which normals stand behind what the memory holds and behind the triplets, so that none may recognise itself.
+
+    Attributes:
+        owners: (M,) the normal behind each key of the detector's memory, which is filled already; None without memory.
+        origins: role → what is known of its triplets; `Origins.unknown` of a role that is not named.
+    """
+
+    owners: Tensor | None = None
+    origins: Mapping[str, Origins] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
 class Draw:
     """Which triplets a training step sees: their `indices` (B,), of which the normal image (`clean`, B), and the step's
     generator for whatever else is drawn."""
@@ -181,8 +194,7 @@ class TripletBatches:
 
     Args:
         parts: role → triplets.
-        owners: as of `distill`.
-        origins: as of `distill`.
+        provenance: as of `distill`.
     """
 
     def __init__(
@@ -191,9 +203,9 @@ class TripletBatches:
         parts: Mapping[str, TripletArrays],
         settings: DistillSettings,
         device: torch.device,
-        owners: Tensor | None = None,
-        origins: Mapping[str, Origins] = MappingProxyType({}),
+        provenance: Provenance = Provenance(),
     ) -> None:
+        owners, origins = provenance.owners, provenance.origins
         self._counts = {role: len(part.ids) for role, part in parts.items()}
         self._origins = {role: origins.get(role, Origins.unknown(count)) for role, count in self._counts.items()}
         self._settings, self._device = settings, device
@@ -333,8 +345,7 @@ def distill(
     resume: ResumePoint,
     device: torch.device,
     on_step: OnStep = lambda step, metrics: None,
-    owners: Tensor | None = None,
-    origins: Mapping[str, Origins] = MappingProxyType({}),
+    provenance: Provenance = Provenance(),
 ) -> Rows:
     """Train student, head and locator of the detector, one after the other and in place; return one row of LOSS_COLUMNS
     a step.
@@ -343,14 +354,13 @@ def distill(
     triplet shares, and stops early after `patience` looks without improvement.
 
     Args:
-        owners: (M,) the normal behind each key of the detector's memory, which is filled already; None without memory.
-        origins: role → what is known of its triplets; `Origins.unknown` if not given.
+        provenance: whose the memory's keys are and what the triplets were made from; without it no key is left out.
 
     Raises:
         FlawsmithError: the loss became NaN.
     """
     detector.to(device)
-    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, device, owners, origins)
+    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, device, provenance)
     rows: list[list[Any]] = []
     for phase in _phases(detector, batches, settings):
         point, offset = ResumePoint(resume.folder / phase.name, resume.identity), len(rows)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawsmith.detector.distill import LOSS_COLUMNS, Origins, as_batch, distill
+from flawsmith.detector.distill import LOSS_COLUMNS, Origins, Provenance, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
 from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenly, symmetry_distances, turned
@@ -83,8 +83,7 @@ def run(layout: Layout) -> None:
             resume,
             device,
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
-            owners,
-            origins,
+            Provenance(owners, origins),
         )
         detector.eval().calibrate(_batches(_pixels(plan_tiles(split.calibration, data), data), device))
         with atomic_folder(layout.stage(STAGE)) as out:

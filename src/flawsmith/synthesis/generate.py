@@ -38,6 +38,7 @@ MIN_PIXELS = 4  # a visible defect has at least so many changed pixels
 MIN_SEEN = 0.5  # share of a mark whose pixels have themselves changed, as the quality gate demands of most
 OUTLINES = {"perlin": sample_mask, "noise": noise_mask, "rectangle": rectangle_mask}  # of `synthesize.mask`
 SHADE = "shade"  # in the place of a texture
+PATCH = "patch"  # the stream that decides who carries one
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,12 @@ class Workshop:
         source = int(generator.choice(sources))
         allowed = self._allowed(source)
         # what is new has streams of its own, so that it moves no draw of a candidate without it
-        if numpy_generator(settings.seed, "shade", role, number).random() < settings.shade_share:
-            return Candidate(role, number, source, (self._shade(generator, source, allowed, (role, number)),))
+        for name, share, draw in (
+            (SHADE, settings.shade_share, self._shade),
+            (PATCH, settings.patch_share, self._patch),
+        ):
+            if numpy_generator(settings.seed, name, role, number).random() < share:
+                return Candidate(role, number, source, (draw(generator, source, allowed, (role, number)),))
         count = int(numpy_generator(settings.seed, "defects", role, number).integers(*settings.defects, endpoint=True))
         if count > 1:  # the defects of one image share the area that a single one may have
             low, high = settings.area
@@ -165,6 +170,12 @@ class Workshop:
     ) -> Defect:
         outline, shade = sample_shade(generator, self.normals[source], self.settings, allowed)
         return Defect(SHADE, source, 0.0, 0.0, 1.0, outline, stream, shade)
+
+    def _patch(
+        self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: tuple[str | int, ...]
+    ) -> Defect:
+        outline = rectangle_mask(generator, self.normals.shape[2], self.settings, allowed)
+        return Defect("cutpaste", source, 0.0, 0.0, 1.0, outline, stream)
 
     def _allowed(self, index: int) -> Mask | None:
         """Where a normal image may have a defect; None is everywhere."""
