@@ -6,7 +6,6 @@ floats where they fit: a step then costs the student alone.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -130,7 +129,7 @@ class Provenance:
     """
 
     owners: Tensor | None = None
-    origins: Mapping[str, Origins] = MappingProxyType({})
+    origins: Mapping[str, Origins] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
