@@ -5,7 +5,7 @@ size, and those whose change nobody can see are dropped. The batch a candidate b
 so that any triplet can be made again bit for bit (kernels round differently for other batch sizes).
 
 Whatever fills the masks (`synthesize.texture`) and outlines them (`synthesize.mask`), candidates share source images,
-windows, blending and the rule of what can be seen.
+windows, blending and the rule of what can be seen. Some carry a shade or a pasted patch instead.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
