@@ -7,8 +7,8 @@
 - Mask `rectangle`: CutPaste's patches and scars, of the paper's sizes.
 
 CutPaste's patches are no control alone: `synthesize.patch_share` puts them beside whatever fills the other masks, for
-what is merely in the wrong place is a defect that a DDPM, which denoises in place, never makes. Where defects have plain
-edges that helps, where they are faint it harms (docs/experiments.md, round 15).
+what is merely in the wrong place is a defect that a DDPM, which denoises in place, never makes. Where defects have
+plain edges that helps, where they are faint it harms (docs/experiments.md, round 15).
 
 Textures are float32 (3, side, side) in [0, 255].
 """
