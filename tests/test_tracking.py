@@ -171,16 +171,16 @@ def test_a_promised_output_that_is_missing_fails_the_run(layout: Layout) -> None
 
 def test_hundreds_of_steps_are_sent_in_a_handful_of_batches(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     # Requests are counted, not seconds: what else runs in this process cannot change them.
-    import mlflow
+    from mlflow.tracking import MlflowClient
 
     batches: list[int] = []
-    send = mlflow.MlflowClient.log_batch
+    send = MlflowClient.log_batch
 
     def counted(self: Any, run_id: str, metrics: Any = (), **others: Any) -> None:
         batches.append(len(metrics))
         send(self, run_id, metrics=metrics, **others)
 
-    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counted)
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
     with stage_run(layout, "ddpm-train", {}, {}) as run:
         batches.clear()  # those of the params
         began = time.monotonic()

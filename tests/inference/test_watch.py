@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from line_samples import BRIGHT, DARK, call, json_lines, plate, start, wait_until
+from line_samples import BRIGHT, DARK, call, environment, json_lines, plate, start, wait_until
 from PIL import Image
 
 import flawsmith.inference.watch as watch_module
@@ -268,9 +268,8 @@ def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) 
         "began = time.process_time(); watch_folder(predictor, line, out, poll=0.2, seconds=4)\n"
         "print(time.process_time() - began)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, model, line, tmp_path / "out"], capture_output=True, text=True, check=False
-    )
+    arguments = [sys.executable, "-c", code, model, line, tmp_path / "out"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.6  # 0.1 on the machine this was written on
 
