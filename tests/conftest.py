@@ -19,6 +19,8 @@ hypothesis_settings.load_profile("flawsmith")
 for _name in [name for name in os.environ if name.startswith(("MLFLOW_", "PREFECT_"))]:
     del os.environ[_name]
 os.environ.pop("FLAWSMITH_DEBUG", None)
+# The same results on every machine; tests/pipeline/test_precision.py runs the whole pipeline in bfloat16.
+os.environ["FLAWSMITH_DEVICE"], os.environ["FLAWSMITH_PRECISION"] = "cpu", "float32"
 os.environ["DVC_NO_ANALYTICS"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["GX_ANALYTICS_ENABLED"] = "false"

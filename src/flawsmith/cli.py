@@ -21,6 +21,7 @@ import typer
 
 from flawsmith import __version__
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.processes import world_size
 
 if TYPE_CHECKING:
     from flawsmith.inference.folder import FolderReport
@@ -151,6 +152,8 @@ def _add_stage(name: str, meaning: str) -> None:
         category: CategoryOption = None, params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None
     ) -> None:
         layouts = _layouts(params, category, overrides)
+        if world_size() > 1 and name != "ddpm-train":
+            raise UserError(f"Several processes can share ddpm-train alone; run `flawsmith {name}` without a launcher.")
         run = import_module(f"flawsmith.stages.{name.replace('-', '_')}").run
         for layout in layouts:
             run(layout)

@@ -223,13 +223,16 @@ def _look_at_device() -> Check:
     try:
         import torch
 
-        from flawsmith.devices import best_device, has_fast_bf16
+        from flawsmith.devices import BFLOAT16, Compute, has_fast_bf16
 
-        device = best_device()
+        compute = Compute.choose()
+        device = compute.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-        precision = (
-            "bf16" if has_fast_bf16(device) else "float32 (no bf16 in hardware: training takes 2-4 times longer)"
-        )
+        precision = compute.precision
+        if has_fast_bf16(device) != (precision == BFLOAT16):
+            precision += " (forced)" if has_fast_bf16(device) else " (emulated: slower than float32)"
+        elif precision != BFLOAT16:
+            precision += " (no bfloat16 in hardware: training takes 2-4 times longer)"
     except Exception as error:
         return Check("device", "fail", " ".join(str(error).split())[:150], "reinstall torch")
     return Check("device", "ok", f"{name}, {precision}")

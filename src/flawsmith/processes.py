@@ -11,10 +11,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Finished", "stream"]
+__all__ = ["Finished", "is_main_process", "stream", "world_size"]
 
 GRACE_SECONDS = 10.0  # between asking a group of processes to end and ending it
 KEPT_LINES = 200  # of a program's last words; what failed stands at the end
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # set by torchrun and by kinds of MPI
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its training that writes files and records the run."""
+    return _number(RANKS, 0) == 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a launcher."""
+    return _number(SIZES, 1)
+
+
+def _number(names: Sequence[str], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), otherwise)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from flawsmith.files import digest_json
 
 MIN_SCALE = 0.01  # of data.scale but 0
 TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # of `data`; without a scale they decide nothing
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "float32", "bfloat16")
 FEATHER_REACH = 2  # pixels beyond synthesize.feather that a blended defect may still change
 
 
@@ -61,6 +63,15 @@ class DataSettings:
     @property
     def max_pixels(self) -> int:
         return int(self.max_megapixels * 1e6)
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """`compute`: where training, sampling and scoring with torch run. The environment variables FLAWSMITH_DEVICE and
+    FLAWSMITH_PRECISION count more."""
+
+    device: str = setting("`auto`: a CUDA GPU where there is one", choices=DEVICES)
+    precision: str = setting("`auto`: bfloat16 where the hardware has it", choices=PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -311,6 +322,7 @@ class TrackingSettings:
 
 SECTIONS: dict[str, type] = {
     "data": DataSettings,
+    "compute": ComputeSettings,
     "demo-data": DemoDataSettings,
     "teacher": TeacherSettings,
     "ddpm-train": DdpmTrainSettings,
@@ -331,6 +343,7 @@ class Settings:
 
     categories: tuple[str, ...]
     data: DataSettings
+    compute: ComputeSettings
     demo_data: DemoDataSettings
     teacher: TeacherSettings
     ddpm_train: DdpmTrainSettings

@@ -32,6 +32,7 @@ from flawsmith.errors import UserError
 from flawsmith.files import digest_json, digest_path
 from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Artefact, Lineage, RunRecord, render_lineage, walk
+from flawsmith.processes import is_main_process
 from flawsmith.settings import Settings
 
 __all__ = [
@@ -103,7 +104,7 @@ def stage_run(layout: Layout, stage: str, inputs: Mapping[str, Path], params: Ma
     Raises:
         UserError: the store cannot be reached, or an input does not exist.
     """
-    if layout.settings.tracking.mode == "off":
+    if layout.settings.tracking.mode == "off" or not is_main_process():
         yield StageRun()
         return
     read = [_artefact(layout.root, name, path) for name, path in inputs.items()]

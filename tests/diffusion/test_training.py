@@ -1,12 +1,13 @@
 """Training of the denoiser: it learns, resumes on the same curve, and is judged honestly."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from flawsmith.devices import BFLOAT16, CPU, FLOAT32
 from flawsmith.diffusion.readiness import colour_noise, energy_distance, judge_readiness
 from flawsmith.diffusion.train import random_crops, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, load_denoiser, save_denoiser
@@ -14,7 +15,7 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import load_settings
 
-SETTINGS = dataclasses.replace(
+SETTINGS = replace(
     load_settings(Path(__file__).parents[2] / "params.yaml").ddpm_train,
     crop=16, patch=2, channels=(8, 16), fine_channels=8, steps=12, batch=4, checkpoint_every=5, warmup=2,
 )  # fmt: skip
@@ -27,14 +28,16 @@ def images() -> np.ndarray:
 
 
 def test_the_loss_falls(images: np.ndarray, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, steps=150, learning_rate=4e-3)
-    _, rows = train_denoiser(images, settings, ResumePoint(tmp_path, "a"))
+    settings = replace(SETTINGS, steps=150, learning_rate=4e-3)
+    _, rows = train_denoiser(images, settings, ResumePoint(tmp_path, "a"), CPU)
     losses = [row[1] for row in rows]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
 
-def test_a_killed_run_continues_on_the_same_curve(images: np.ndarray, tmp_path: Path) -> None:
-    whole, rows = train_denoiser(images, SETTINGS, ResumePoint(tmp_path / "whole", "a"))
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+def test_a_killed_run_continues_on_the_same_curve(images: np.ndarray, tmp_path: Path, precision: str) -> None:
+    compute = replace(CPU, precision=precision)  # both in one process, in either order
+    whole, rows = train_denoiser(images, SETTINGS, ResumePoint(tmp_path / "whole", "a"), compute)
 
     def die_at_8(step: int, metrics: object) -> None:
         if step == 8:
@@ -42,9 +45,9 @@ def test_a_killed_run_continues_on_the_same_curve(images: np.ndarray, tmp_path: 
 
     point = ResumePoint(tmp_path / "killed", "a")
     with pytest.raises(KeyboardInterrupt):
-        train_denoiser(images, SETTINGS, point, die_at_8)
+        train_denoiser(images, SETTINGS, point, compute, die_at_8)
     started_at: list[int] = []
-    resumed, again = train_denoiser(images, SETTINGS, point, lambda step, metrics: started_at.append(step))
+    resumed, again = train_denoiser(images, SETTINGS, point, compute, lambda step, metrics: started_at.append(step))
     assert started_at[0] == 5  # the last checkpoint before the kill
     assert again == rows
     for left, right in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -52,15 +55,15 @@ def test_a_killed_run_continues_on_the_same_curve(images: np.ndarray, tmp_path: 
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(images: np.ndarray, tmp_path: Path) -> None:
-    train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "a"))
+    train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "a"), CPU)
     started_at: list[int] = []
-    train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "b"), lambda step, metrics: started_at.append(step))
+    train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "b"), CPU, lambda step, metrics: started_at.append(step))
     assert started_at[0] == 0
 
 
 def test_a_damaged_checkpoint_is_not_resumed(images: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    _, rows = train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "a"))
+    _, rows = train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "a"), CPU)
     assert len(rows) == SETTINGS.steps
 
 
@@ -70,17 +73,17 @@ def test_a_diverging_loss_is_one_clear_error(
     forward = Denoiser.forward
     monkeypatch.setattr(Denoiser, "forward", lambda *inputs: forward(*inputs) * float("nan"))
     with pytest.raises(FlawsmithError, match=r"ddpm-train\.learning_rate"):
-        train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "a"))
+        train_denoiser(images, SETTINGS, ResumePoint(tmp_path, "a"), CPU)
 
 
 def test_crops_larger_than_images_are_refused(images: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ddpm-train\.crop"):
-        train_denoiser(images, dataclasses.replace(SETTINGS, crop=64), ResumePoint(tmp_path, "a"))
+        train_denoiser(images, replace(SETTINGS, crop=64), ResumePoint(tmp_path, "a"), CPU)
 
 
 def test_the_denoiser_takes_any_size_and_survives_saving(tmp_path: Path) -> None:
     denoiser = Denoiser(SETTINGS).eval()
-    save_denoiser(denoiser, SETTINGS, tmp_path)
+    save_denoiser(denoiser, SETTINGS, FLOAT32, tmp_path)
     loaded, settings = load_denoiser(tmp_path)
     assert settings == SETTINGS
     for side in (16, 24, 40):
@@ -92,10 +95,10 @@ def test_the_denoiser_takes_any_size_and_survives_saving(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
 def test_a_wrong_checkpoint_names_the_file(tmp_path: Path, content: bytes | None) -> None:
-    save_denoiser(Denoiser(SETTINGS), SETTINGS, tmp_path)
+    save_denoiser(Denoiser(SETTINGS), SETTINGS, FLOAT32, tmp_path)
     if content is None:
-        other = dataclasses.replace(SETTINGS, channels=(16, 16))
-        save_denoiser(Denoiser(other), other, tmp_path / "other")
+        other = replace(SETTINGS, channels=(16, 16))
+        save_denoiser(Denoiser(other), other, FLOAT32, tmp_path / "other")
         content = (tmp_path / "other" / "unet.safetensors").read_bytes()
     (tmp_path / "unet.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"unet\.safetensors"):

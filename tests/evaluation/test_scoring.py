@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from flawsmith.errors import FlawsmithError, UserError
@@ -63,7 +64,7 @@ def test_each_image_is_loaded_once_for_all_scorers():
 def test_torch_module_is_scored_in_eval_mode():
     module = ToyDetector().train()
     images = np.stack([item.load()[0] for item in ITEMS[:2]])
-    maps, scores = torch_scorer(module, "cpu")(images)
+    maps, scores = torch_scorer(module, torch.device("cpu"))(images)
     assert maps.shape == (2, 32, 32)
     assert maps.dtype == scores.dtype == np.float32
     gray = images.mean(axis=1)

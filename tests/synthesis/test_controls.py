@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -61,7 +60,6 @@ def workshop(count: int = 8, **changes: Any) -> Workshop:
         names=[f"{index:03d}.png" for index in range(count)],
         foreground=Foreground(False, (0.0, 0.0, 0.0), 0.0),
         settings=replace(DEFAULTS, windows=(64, 96), batch=4, **changes),
-        device=torch.device("cpu"),
     )
 
 

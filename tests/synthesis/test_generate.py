@@ -46,7 +46,6 @@ def workshop() -> Workshop:
         names=[f"{i:03d}.png" for i in range(10)],
         foreground=Foreground.estimate(normals.astype(np.float32) / 255),
         settings=SETTINGS,
-        device=torch.device("cpu"),
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -41,7 +40,6 @@ def workshop(**changes: Any) -> Workshop:
         names=[f"{index:03d}.png" for index in range(6)],
         foreground=Foreground(False, (0.0, 0.0, 0.0), 0.0),
         settings=replace(DEFAULTS, **changes),
-        device=torch.device("cpu"),
     )
 
 

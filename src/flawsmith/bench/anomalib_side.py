@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from flawsmith.bench import anomalib_runner
 from flawsmith.bench.measure import bench_settings, describe, finish, first_category, guarded, machine
 from flawsmith.detector.teacher import build_teacher
-from flawsmith.devices import best_device
+from flawsmith.devices import Compute
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.assess import KEYS, Performance, measure, paired_difference
 from flawsmith.evaluation.scoring import Item, Scorer, labelled_items, normal_items, open_spools, torch_scorer
@@ -139,7 +139,8 @@ def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 
         exchange(layout, items, folder, request, limit)
         answer = run_other_side(python, folder)
         start = time.perf_counter()
-        knn = Timed(torch_scorer(fit_baseline(layout, list(split.fit[:limit] if limit else split.fit))))
+        baseline = fit_baseline(layout, list(split.fit[:limit] if limit else split.fit))
+        knn = Timed(torch_scorer(baseline, Compute.choose(layout.settings.compute).device))
         fit_seconds = time.perf_counter() - start
         judged = [name for name in request["models"] if (folder / f"{name}.scores.npz").exists()]
         with open_spools(len(judged) + 2) as (masks, *maps):
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     category = chosen.category or first_category(chosen.data, named)
     settings = bench_settings(chosen.params, category, chosen.data, replaced)
     layout = Layout(settings, category, chosen.params.parent)
-    found = machine(best_device())
+    found = machine(Compute.choose().device)
     request = {
         "models": models,
         "seed": chosen.seed,

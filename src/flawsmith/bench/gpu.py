@@ -29,7 +29,7 @@ from flawsmith.bench.measure import (
     prepare,
     seconds_of,
 )
-from flawsmith.devices import best_device
+from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overlay = read_overlay(chosen.overlay)
     category = chosen.category or first_category(chosen.data, DEMO_SURFACE)
     bench_settings(chosen.params, category, chosen.data, overlay)  # a wrong preset is said on any machine
-    device = best_device()
+    device = Compute.choose().device
     if device.type != "cuda":
         raise UserError(
             "torch sees no GPU here, and on a CPU this preset takes days; run it on a machine with one "

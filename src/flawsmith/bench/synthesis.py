@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from flawsmith.bench.measure import (
@@ -34,7 +33,7 @@ from flawsmith.bench.measure import (
     seconds_of,
     synchronise,
 )
-from flawsmith.devices import best_device, fast_math
+from flawsmith.devices import Compute
 from flawsmith.diffusion.train import train_denoiser
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
@@ -65,7 +64,7 @@ OVERRIDES: Mapping[str, Any] = {
 
 
 def training_speed(
-    images: NDArray[np.uint8], settings: DdpmTrainSettings, device: torch.device, scratch: Path, steps: int
+    images: NDArray[np.uint8], settings: DdpmTrainSettings, compute: Compute, scratch: Path, steps: int
 ) -> dict[str, float]:
     """Achieved FLOP/s of the real training loop over the FLOP/s of matrix products taken in turns with its steps.
 
@@ -77,18 +76,18 @@ def training_speed(
     """
     alone = replace(settings, checkpoint_every=steps + WARM_UP + 1)
     resume = ResumePoint(scratch / "resume", "bench")
-    flops = count_flops(lambda: train_denoiser(images, replace(alone, steps=1), resume))
-    matmul = MatmulSpeed(device)
+    flops = count_flops(lambda: train_denoiser(images, replace(alone, steps=1), resume, compute))
+    matmul = MatmulSpeed(compute.device)
     taken: list[float] = []
     started = [time.perf_counter()]
 
     def between(_step: int, _metrics: Mapping[str, float]) -> None:
-        synchronise(device)
+        synchronise(compute.device)
         taken.append(time.perf_counter() - started[0])
         matmul.measure()
         started[0] = time.perf_counter()
 
-    train_denoiser(images, replace(alone, steps=steps + WARM_UP), resume, between)
+    train_denoiser(images, replace(alone, steps=steps + WARM_UP), resume, compute, between)
     taken = taken[WARM_UP:]
     best, median = min(taken), float(np.median(taken))
     return {
@@ -156,7 +155,7 @@ def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
     places = ((np.arange(compared) + 0.5) * len(drawn) / compared).astype(int)
     chosen = [drawn[place] for place in places]
     local_seconds, whole_seconds = (
-        sum(seconds_of(partial(workshop.make, [item]), workshop.device) for item in items)
+        sum(seconds_of(partial(workshop.make, [item]), workshop.compute.device) for item in items)
         for items in (chosen, [in_whole_image(item) for item in chosen])
     )
     return {
@@ -184,7 +183,7 @@ def extrapolate(parts: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def run_seconds(
-    layout: Layout, ddpm: Mapping[str, float], rate: float, device: torch.device, brief: int
+    layout: Layout, ddpm: Mapping[str, float], rate: float, compute: Compute, brief: int
 ) -> dict[str, float]:
     """Estimated seconds of every stage of one run with the shipped settings; the stages' own functions are timed.
 
@@ -192,7 +191,7 @@ def run_seconds(
     `brief` steps, to which the missing ones are added; validate on the triplets that are there; distill twice for a few
     steps.
     """
-    settings = layout.settings
+    settings, device = layout.settings, compute.device
 
     def timed(run: Any, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> float:
         sections = {key: replace(getattr(settings, key), **values) for key, values in (overrides or {}).items()}
@@ -202,7 +201,7 @@ def run_seconds(
     found = {"ddpm-train": timed(ddpm_train.run, {"ddpm_train": {"steps": brief}}) + missing * ddpm["step_seconds"]}
     few = min(settings.synthesize.triplets, 32)
     timed(synthesize.run, {"synthesize": {"triplets": few}})
-    loading = seconds_of(lambda: synthesize.build_workshop(layout), device)
+    loading = seconds_of(lambda: synthesize.build_workshop(layout, compute), device)
     found["synthesize"] = loading + settings.synthesize.triplets / rate
     found["validate"] = timed(validate.run) * settings.synthesize.triplets / few
     short = [{key: max(1, round(part * getattr(settings.distill, key))) for key in DISTILL_STEPS} for part in PARTS]
@@ -249,24 +248,24 @@ def report(found: Mapping[str, Any], targets: Sequence[Target]) -> str:
 
 def bench(layout: Layout, trained: Path, *, steps: int, chunks: int, compared: int, whole_run: bool) -> dict[str, Any]:
     """Measure everything; the layout's root is scratch space."""
-    device = best_device()
+    compute = Compute.choose(layout.settings.compute)
     found: dict[str, Any] = {
         "benchmark": "synthesis",
         "category": layout.category,
         "image_size": layout.settings.data.image_size,
-        "machine": machine(device),
+        "machine": machine(compute.device),
     }
-    with fast_math(device):
+    with compute.fast_math():
         found["denoiser"] = provide_denoiser(layout, trained, steps)
         data = layout.settings.data
         images = load_tiles(plan_tiles(layout.split().fit, data), data)
-        found["ddpm"] = training_speed(images, layout.settings.ddpm_train, device, layout.root, steps)
-        workshop = synthesize.build_workshop(layout)
+        found["ddpm"] = training_speed(images, layout.settings.ddpm_train, compute, layout.root, steps)
+        workshop = synthesize.build_workshop(layout, compute)
         found |= synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chunks)
         found["local_against_whole"] = local_against_whole(workshop, compared)
     found["run_seconds"] = {}
     if whole_run:
-        found["run_seconds"] = run_seconds(layout, found["ddpm"], found["triplets_per_second"], device, steps)
+        found["run_seconds"] = run_seconds(layout, found["ddpm"], found["triplets_per_second"], compute, steps)
         found["synthesis_share"] = found["run_seconds"]["synthesize"] / sum(found["run_seconds"].values())
     return found
 

@@ -20,7 +20,7 @@ from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.model import Detector, feature_products
 from flawsmith.detector.symmetry import evenly
 from flawsmith.detector.teacher import Features, Teacher
-from flawsmith.devices import autocast
+from flawsmith.devices import Compute
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint, Rows, check_finite
 from flawsmith.schedule import learning_rate
@@ -41,8 +41,8 @@ class FeatureBank:
     images fit, else itself alone, for a block whose members are not kept would be computed in vain.
     """
 
-    def __init__(self, teacher: Teacher, images: NDArray[np.uint8], device: torch.device, limit_bytes: int) -> None:
-        self.teacher, self.images, self.device = teacher, images, device
+    def __init__(self, teacher: Teacher, images: NDArray[np.uint8], compute: Compute, limit_bytes: int) -> None:
+        self.teacher, self.images, self.compute = teacher, images, compute
         self._kept: dict[int, Features] = {}
         size = sum(level.numel() * level.element_size() for level in self._compute(0, 1)[0])
         self._places = limit_bytes // size  # how many images fit
@@ -54,7 +54,8 @@ class FeatureBank:
 
     def together(self, chosen: Sequence[Features]) -> Features:
         """What `one` gave for several images, of this bank or another, as one batch of float32 on the device."""
-        return tuple(torch.stack(level).to(self.device).float() for level in zip(*chosen, strict=True))
+        with self.compute.exactly():  # autocast knows no half floats
+            return tuple(torch.stack(level).to(self.compute.device).float() for level in zip(*chosen, strict=True))
 
     def one(self, index: int) -> Features:
         """Features (C_k, h_k, w_k) float16 of one image, where they are kept."""
@@ -68,8 +69,8 @@ class FeatureBank:
 
     def _compute(self, first: int, end: int) -> list[Features]:
         with torch.inference_mode():
-            batch = as_batch(self.images[first:end], self.device)
-            with autocast(self.device):
+            batch = as_batch(self.images[first:end], self.compute.device)
+            with self.compute.autocast():
                 levels = [level.half().cpu() for level in self.teacher(batch)]
         # cloned outside inference mode, so that autograd may use them
         return [tuple(level[row].clone() for level in levels) for row in range(len(batch))]
@@ -87,13 +88,14 @@ class DistanceBank:
     """
 
     def __init__(self, memory: NormalMemory, bank: FeatureBank, owners: Tensor, sources: NDArray[np.int64]) -> None:
-        self.memory, self.bank, self.owners, self.sources = memory, bank, owners.to(bank.device), sources
+        self.memory, self.bank, self.owners, self.sources = memory, bank, owners.to(bank.compute.device), sources
         self._kept: dict[int, Tensor] = {}
 
     def one(self, index: int) -> Tensor:
         """Distances (1, 1, h, w) of one image, on the device."""
         if index not in self._kept:
-            with torch.no_grad():
+            # what is kept must not depend on who asks first: a training step (under autocast) or a resumed run's lesson
+            with torch.no_grad(), self.bank.compute.exactly():
                 places = as_places(self.bank.together([self.bank.one(index)])[-1])
                 self._kept[index] = self.memory(places, self.owners == int(self.sources[index]))
         return self._kept[index]
@@ -201,16 +203,16 @@ class TripletBatches:
         detector: Detector,
         parts: Mapping[str, TripletArrays],
         settings: DistillSettings,
-        device: torch.device,
+        compute: Compute,
         provenance: Provenance = Provenance(),
     ) -> None:
         owners, origins = provenance.owners, provenance.origins
         self._counts = {role: len(part.ids) for role, part in parts.items()}
         self._origins = {role: origins.get(role, Origins.unknown(count)) for role, count in self._counts.items()}
-        self._settings, self._device = settings, device
+        self._settings, self._device = settings, compute.device
         room = int(settings.cache_gigabytes * 2**30) // len(parts)
         self._banks = {
-            role: tuple(FeatureBank(detector.teacher, images, device, room) for images in (part.normal, part.defect))
+            role: tuple(FeatureBank(detector.teacher, images, compute, room) for images in (part.normal, part.defect))
             for role, part in parts.items()
         }
         self._distances: dict[str, tuple[DistanceBank, ...]] = {}
@@ -219,7 +221,7 @@ class TripletBatches:
                 sources = self._origins[role].sources
                 self._distances[role] = tuple(DistanceBank(detector.memory, bank, owners, sources) for bank in banks)
         self._masks = {
-            role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(device)
+            role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(compute.device)
             for role, part in parts.items()
         }
 
@@ -342,7 +344,7 @@ def distill(
     validation: TripletArrays,
     settings: DistillSettings,
     resume: ResumePoint,
-    device: torch.device,
+    compute: Compute,
     on_step: OnStep = lambda step, metrics: None,
     provenance: Provenance = Provenance(),
 ) -> Rows:
@@ -358,8 +360,8 @@ def distill(
     Raises:
         FlawsmithError: the loss became NaN.
     """
-    detector.to(device)
-    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, device, provenance)
+    detector.to(compute.device)
+    batches = TripletBatches(detector, {FIT: fit, VALIDATION: validation}, settings, compute, provenance)
     rows: list[list[Any]] = []
     for phase in _phases(detector, batches, settings):
         point, offset = ResumePoint(resume.folder / phase.name, resume.identity), len(rows)
@@ -367,7 +369,7 @@ def distill(
         def report(step: int, metrics: Mapping[str, float], name: str = phase.name, offset: int = offset) -> None:
             on_step(offset + step, {f"{name}_{key}": value for key, value in metrics.items()})
 
-        found = _fit(phase, settings, point, device, report)
+        found = _fit(phase, settings, point, compute, report)
         rows += [[phase.name, offset + int(step), value, checked] for step, value, checked in found]
     return rows
 
@@ -421,7 +423,7 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
     )
 
 
-def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, device: torch.device, on_step: OnStep) -> Rows:
+def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, compute: Compute, on_step: OnStep) -> Rows:
     """Optimise the phase's module, look at validation now and then, leave the best weights in it."""
     module, steps = phase.module, phase.steps
     optimizer = torch.optim.AdamW(module.parameters(), lr=phase.peak, weight_decay=1e-4)
@@ -435,7 +437,7 @@ def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, device: t
         module.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, min(20, steps // 10), phase.peak)
-        with autocast(device):
+        with compute.autocast():
             loss = phase.training_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -446,7 +448,7 @@ def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, device: t
         metrics, checked = {"loss": value}, float("nan")
         if (step + 1) % settings.validate_every == 0 or step + 1 == steps:
             module.eval()
-            with torch.inference_mode(), autocast(device):
+            with torch.inference_mode(), compute.autocast():
                 checked = phase.validation_loss()
             check_finite(checked, step, "distill")
             metrics["validation"] = checked

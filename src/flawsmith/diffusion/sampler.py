@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawsmith.devices import autocast
+from flawsmith.devices import CPU, Compute
 from flawsmith.diffusion.unet import Denoiser
 
 SPACING = 1.5  # exponent of the time grid
@@ -48,7 +48,7 @@ def sample_disturbed(
     steps: int,
     disturbance: Disturbance,
     generators: Sequence[torch.Generator],
-    device: torch.device | None = None,
+    compute: Compute = CPU,
 ) -> Tensor:
     """Noise `clean` windows to their starting times and bring them back, disturbed.
 
@@ -57,11 +57,12 @@ def sample_disturbed(
         start: B starting times as shares of T; 1 forgets `clean` altogether.
         strength: B strengths s >= 0.
         generators: B CPU generators, one a sample, so that a sample's noise does not depend on its batch.
+        compute: where the denoiser lies, and its precision.
 
     Returns:
         (B, 3, H, W) in [-1, 1], on the CPU.
     """
-    device = device or torch.device("cpu")
+    device = compute.device
     total = scheduler.config.num_train_timesteps
     cumulative = scheduler.alphas_cumprod.to(torch.float64)
     times = _time_grid(start, steps, total)  # (steps + 1, B), last row 0 = clean
@@ -73,7 +74,7 @@ def sample_disturbed(
     x = x.to(device).contiguous(memory_format=torch.channels_last)
     for k in range(steps):
         now, then = alpha_bar[k], alpha_bar[k + 1]
-        with autocast(device):
+        with compute.autocast():
             prediction = denoiser(x, (times[k] - 1).clamp_min(0).to(device)).float()
         x0 = _predict_clean(x, prediction, now.to(device), scheduler.config.prediction_type).clamp(-1, 1)
         ratio = now / then  # alpha_{t|s}

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flawsmith.devices import has_fast_bf16
+from flawsmith.devices import Compute
 from flawsmith.diffusion.unet import Denoiser, build_scheduler
-from flawsmith.errors import UserError
+from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.resume import ResumePoint, Rows, check_finite
 from flawsmith.schedule import learning_rate
@@ -29,22 +29,28 @@ def train_denoiser(
     images: NDArray[np.uint8],
     settings: DdpmTrainSettings,
     resume: ResumePoint,
+    compute: Compute,
     on_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> tuple[Denoiser, Rows]:
     """Train on `images` (N, 3, H, W) uint8 and return the EMA model on the CPU with one row of LOSS_COLUMNS a step.
 
     Simple loss of Ho et al. 2020, eq. 14 (or its v form, Salimans & Ho 2022). Under `accelerate launch` every process
-    takes its share of each step's crops, which are the same crops whatever the number of processes.
+    takes its share of each step's crops, which are the same crops whatever the number of processes; all return the
+    same, the main one alone writes checkpoints.
 
     Raises:
-        UserError: an image is smaller than a crop.
-        FlawsmithError: the loss became NaN.
+        UserError: an image is smaller than a crop, or the processes cannot share a batch evenly.
+        FlawsmithError: the loss became NaN, or the processes do not see the same checkpoint.
     """
     if min(images.shape[2:]) < settings.crop:
         raise UserError(f"ddpm-train.crop is {settings.crop} px but images have {images.shape[2:]}; lower it.")
-    accelerator = Accelerator(mixed_precision="no")
-    if has_fast_bf16(accelerator.device):
-        accelerator = Accelerator(mixed_precision="bf16")
+    # `no`: the precision is `compute`'s, and Accelerator cannot change its mind within a process
+    accelerator = Accelerator(mixed_precision="no", cpu=compute.device.type == "cpu")
+    if settings.batch % accelerator.num_processes:
+        raise UserError(
+            f"ddpm-train.batch is {settings.batch}, which {accelerator.num_processes} processes cannot share evenly; "
+            f"make it a multiple of {accelerator.num_processes}."
+        )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
         denoiser = Denoiser(settings).to(memory_format=torch.channels_last)
@@ -54,8 +60,19 @@ def train_denoiser(
     scheduler = build_scheduler(settings)
     parts = {"model": accelerator.unwrap_model(model), "average": average, "optimizer": optimizer}
     first, rows = resume.load(parts)
+    if len(set(accelerator.gather(torch.tensor([first], device=accelerator.device)).tolist())) > 1:
+        raise FlawsmithError(
+            f"The processes of this training do not see the same checkpoint in {resume.folder}; put the project on a "
+            "file system that all hosts share."
+        )
 
-    progress = tqdm(range(first, settings.steps), "ddpm-train", initial=first, total=settings.steps, disable=None)
+    progress = tqdm(
+        range(first, settings.steps),
+        "ddpm-train",
+        initial=first,
+        total=settings.steps,
+        disable=None if accelerator.is_main_process else True,
+    )
     for step in progress:
         clean, noise, timestep = _batch(images, settings, step)
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -64,7 +81,9 @@ def train_denoiser(
         target = noise if settings.prediction == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.warmup, settings.learning_rate)
-        loss = F.mse_loss(model(noisy, timestep).float(), target)
+        with compute.autocast():
+            predicted = model(noisy, timestep)
+        loss = F.mse_loss(predicted.float(), target)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -78,6 +97,8 @@ def train_denoiser(
         progress.set_postfix(loss=f"{value:.4f}", refresh=False)
         if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
             resume.save(parts, step + 1, rows)
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
     return average.cpu().eval(), rows
 
 

@@ -90,11 +90,12 @@ def build_scheduler(settings: DdpmTrainSettings) -> DDPMScheduler:
     )
 
 
-def save_denoiser(denoiser: Denoiser, settings: DdpmTrainSettings, folder: Path) -> None:
-    """Write `unet.safetensors` and `config.json` (the settings it was trained with and their digest)."""
+def save_denoiser(denoiser: Denoiser, settings: DdpmTrainSettings, precision: str, folder: Path) -> None:
+    """Write `unet.safetensors` and `config.json` (the settings and the precision it was trained with, their digest)."""
     with atomic_file(folder / "unet.safetensors") as temporary:
         save_file({key: value.detach().cpu().contiguous() for key, value in denoiser.state_dict().items()}, temporary)
-    write_json(folder / "config.json", {"ddpm-train": section_values(settings), "digest": settings_digest(settings)})
+    config = {"ddpm-train": section_values(settings), "digest": settings_digest(settings), "precision": precision}
+    write_json(folder / "config.json", config)
 
 
 def load_denoiser(folder: Path) -> tuple[Denoiser, DdpmTrainSettings]:

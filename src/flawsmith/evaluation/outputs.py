@@ -105,10 +105,16 @@ def write_performance(folder: Path, performance: Performance, items: Sequence[It
 
 
 def write_data(
-    folder: Path, result: Assessment, labelled: bool, part: str = "all", fidelity: Fidelity | None = None
+    folder: Path,
+    result: Assessment,
+    labelled: bool,
+    part: str = "all",
+    fidelity: Fidelity | None = None,
+    training_precision: str = "",
 ) -> None:
     """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
-    write_json(folder / "metrics.json", metrics_content(result, labelled, part, fidelity))
+    content = metrics_content(result, labelled, part, fidelity)
+    write_json(folder / "metrics.json", content | {"training_precision": training_precision})
     write_draws(folder / "draws.npz", result.detector)
     detector, baseline, words = result.detector, result.baseline, scored_on(labelled, part)
     # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns

@@ -23,6 +23,7 @@ from flawsmith.tiling import Run, Tiling
 from flawsmith.triplets import VALIDATION, TripletFolder
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 Scorer = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -111,13 +112,10 @@ def tiled_scorer(run: Run, tiling: Tiling) -> Scorer:
     return score if tiling.is_tiled else run
 
 
-def torch_scorer(detector: "nn.Module", device: str | None = None) -> Scorer:
-    """A detector module as a `Scorer`, in float32 (as exported) on `device`, by default the GPU where there is one."""
+def torch_scorer(detector: "nn.Module", place: "torch.device") -> Scorer:
+    """A detector module as a `Scorer`, in float32 (as exported) on a device."""
     import torch
 
-    from flawsmith.devices import best_device
-
-    place = torch.device(device) if device else best_device()
     module = detector.to(place).eval()
 
     def score(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

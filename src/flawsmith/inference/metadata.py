@@ -34,6 +34,7 @@ class ModelMetadata:
     flawsmith_version: str
     scale: float = 0.0  # of the working resolution, 0 for whole images; files from before tiles do not say
     tile_overlap: int = 0  # least overlap of neighbouring tiles in pixels; without tiles it has no meaning
+    training_precision: str = ""  # what student and heads were trained in; files from before do not say
     precision: str = "fp32"  # what most of it computes in: fp32, or a variant's fp16 or int8
 
     @property

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from flawsmith.detector.teacher import Teacher, build_teacher, pooled_features
-from flawsmith.devices import best_device, fast_math
+from flawsmith.devices import Compute
 from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, to_unit_range, train_denoiser
@@ -13,6 +13,7 @@ from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
 from flawsmith.files import atomic_folder, digest_json, digest_path, write_csv, write_json
 from flawsmith.images import to_uint8, write_png
 from flawsmith.layout import Layout
+from flawsmith.processes import is_main_process
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
@@ -29,22 +30,31 @@ def run(layout: Layout) -> None:
     """Train, sample, judge, write `unet.safetensors`, `config.json`, `losses.csv`, `samples.png`, `readiness.json`."""
     settings, data = layout.settings.ddpm_train, layout.settings.data
     train_folder = layout.surface().folder / "train"
-    params = {STAGE: section_values(settings), "data": section_values(data)}
-    with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked, fast_math(best_device()):
+    compute = Compute.choose(layout.settings.compute)
+    params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
+    with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked, compute.fast_math():
         split = layout.split()
         fit, heldout = (load_tiles(plan_tiles(part, data), data) for part in (split.fit, split.calibration))
-        identity = digest_json({"settings": settings_digest(settings, data), "data": digest_path(train_folder)})
+        identity = digest_json(
+            {
+                "settings": settings_digest(settings, data),
+                "data": digest_path(train_folder),
+                "precision": compute.precision,
+            }
+        )
         resume = ResumePoint(layout.resume(STAGE), identity)
         denoiser, rows = train_denoiser(
-            fit, settings, resume, lambda step, metrics: tracked.log_metrics(metrics, step=step)
+            fit, settings, resume, compute, lambda step, metrics: tracked.log_metrics(metrics, step=step)
         )
-        samples = plain_samples(denoiser, settings, best_device())
+        if not is_main_process():
+            return
+        samples = plain_samples(denoiser, settings, compute)
         readiness = _judge(samples, fit, heldout, settings, build_teacher(layout.settings.teacher, layout.root))
         with atomic_folder(layout.stage(STAGE)) as out:
-            save_denoiser(denoiser, settings, out)
+            save_denoiser(denoiser, settings, compute.precision, out)
             write_csv(out / "losses.csv", LOSS_COLUMNS, rows)
             write_png(out / "samples.png", _sheet(samples, fit, settings))
-            write_json(out / "readiness.json", readiness.as_json())
+            write_json(out / "readiness.json", {**readiness.as_json(), "precision": compute.precision})
         resume.clear()
         print(f"{layout.category}: {readiness.verdict}")
         tracked.log_metrics(
@@ -55,12 +65,12 @@ def run(layout: Layout) -> None:
         tracked.set_outputs({STAGE: layout.stage(STAGE)})
 
 
-def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch.device) -> NDArray[np.float32]:
+def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, compute: Compute) -> NDArray[np.float32]:
     """(N, 3, crop, crop) in [0, 1]: fixed-seed samples of strength 0 from pure noise."""
     count, rim = settings.readiness_samples, -(-RIM // settings.multiple) * settings.multiple
     side = settings.crop + 2 * rim
     sampled = sample_disturbed(
-        denoiser.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        denoiser.to(compute.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
         build_scheduler(settings),
         torch.zeros(count, 3, side, side),
         [1.0] * count,
@@ -68,7 +78,7 @@ def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, device: torch
         SAMPLE_STEPS,
         Disturbance(),
         [torch_generator(settings.seed, "samples", index) for index in range(count)],
-        device,
+        compute,
     )
     denoiser.cpu()
     return to_unit_range(sampled[:, :, rim : side - rim, rim : side - rim].numpy())

@@ -19,7 +19,7 @@ from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
 from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenly, symmetry_distances, turned
 from flawsmith.detector.teacher import Teacher, build_teacher
-from flawsmith.devices import best_device, fast_math
+from flawsmith.devices import Compute
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
 from flawsmith.images import to_uint8
@@ -47,8 +47,9 @@ def run(layout: Layout) -> None:
         raise QualityGateError(f"The triplets of {layout.category} did not pass the quality gate; see {verdict}.")
     inputs = {"synthesize": triplets, "verdict": verdict, "data": layout.surface().folder / "train"}
     params = {STAGE: section_values(settings), "teacher": section_values(teacher), "data": section_values(data)}
-    device = best_device()
-    with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(device):
+    compute = Compute.choose(layout.settings.compute)
+    params["compute"], device = compute.describe(), compute.device
+    with stage_run(layout, STAGE, inputs, params) as tracked, compute.fast_math():
         folder, split = TripletFolder(triplets), layout.split()
         parts = {role: TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION)}
         rows_of = _manifest_rows(folder, split.fit)
@@ -72,7 +73,11 @@ def run(layout: Layout) -> None:
         turns = numpy_generator(settings.seed, "symmetry")
         fit, validation = (_turned_triplets(part, turns.choice(elements, len(part.ids))) for part in parts.values())
         identity = digest_json(
-            {"settings": settings_digest(settings, teacher, data), "triplets": digest_path(triplets)}
+            {
+                "settings": settings_digest(settings, teacher, data),
+                "triplets": digest_path(triplets),
+                "precision": compute.precision,
+            }
         )
         resume = ResumePoint(layout.resume(STAGE), identity)
         rows = distill(
@@ -81,13 +86,14 @@ def run(layout: Layout) -> None:
             validation,
             settings,
             resume,
-            device,
+            compute,
             lambda step, metrics: tracked.log_metrics(metrics, step=step),
             Provenance(owners, origins),
         )
         detector.eval().calibrate(_batches(_pixels(plan_tiles(split.calibration, data), data), device))
         with atomic_folder(layout.stage(STAGE)) as out:
             found = {
+                "precision": compute.precision,
                 "symmetry": symmetry,
                 "symmetry_distances": {name: round(distance, 6) for name, distance in distances.items()},
                 "energy_exponents": [round(exponent, 4) for exponent in detector.energy_exponents],

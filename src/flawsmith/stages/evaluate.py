@@ -19,7 +19,7 @@ from torch import Tensor
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.model import load_detector
 from flawsmith.detector.teacher import build_teacher, pooled_features
-from flawsmith.devices import best_device
+from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import KEYS, Assessment, assess, measure
 from flawsmith.evaluation.crops import gather_crops
@@ -37,7 +37,7 @@ from flawsmith.evaluation.scoring import (
     triplet_items,
 )
 from flawsmith.export.onnx import export_network
-from flawsmith.files import atomic_folder
+from flawsmith.files import atomic_folder, read_json
 from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
@@ -88,11 +88,12 @@ def run(layout: Layout) -> None:
     if _triplet_ids(layout):
         inputs["synthesize"] = layout.stage("synthesize")
     params = _params(layout) | {"export": {"opset": layout.settings.export.opset}}
+    device = Compute.choose(layout.settings.compute).device
     with stage_run(layout, STAGE, inputs, params) as tracked:
         baseline = fit_baseline(layout, judged.foreign_to(split.fit))
         result = assess(
             exported_scorer(layout, weights),
-            tiled_scorer(torch_scorer(baseline), tiling),
+            tiled_scorer(torch_scorer(baseline, device), tiling),
             judged.items,
             normal_items(split.calibration, tiling, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),
@@ -136,10 +137,11 @@ def run_baseline(layout: Layout) -> None:
     """
     settings, data, tiling = layout.settings.evaluate, layout.settings.data, Tiling.of(layout.settings.data)
     split, judged = layout.split(), judged_images(layout)
+    device = Compute.choose(layout.settings.compute).device
     with stage_run(layout, BASELINE, _inputs(layout, judged), _params(layout)) as tracked, open_spools(2) as spools:
         maps, masks = spools
         (result,) = measure(
-            [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split.fit))), tiling)],
+            [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split.fit)), device), tiling)],
             judged.items,
             normal_items(split.calibration, tiling, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),
@@ -190,8 +192,7 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBaseline:
     """The baseline that `evaluate.baseline` names for one category, from its fit images alone."""
     settings, data = layout.settings.evaluate, layout.settings.data
-    device = best_device()
-
+    device = Compute.choose(layout.settings.compute).device
     tiles = plan_tiles(paths, data)
 
     def batches() -> Iterator[Tensor]:
@@ -226,7 +227,7 @@ def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
         return None
     generator = numpy_generator(settings.evaluate.seed, "fidelity")
     crops = gather_crops(defective, triplets, ids, layout.split(), settings.data, generator)
-    teacher = build_teacher(settings.teacher, layout.root).to(best_device())
+    teacher = build_teacher(settings.teacher, layout.root).to(Compute.choose(settings.compute).device)
     features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
     return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)
 
@@ -247,7 +248,8 @@ def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, l
         teacher=settings.teacher.backbone,
         part=judged.part,
     )
-    write_data(folder, result, judged.labelled, judged.part, fidelity)
+    precision = read_json(layout.input("distill", "config.json")).get("precision", "")
+    write_data(folder, result, judged.labelled, judged.part, fidelity, precision)
     write_parity_images(
         folder / "parity", judged.items, settings.evaluate.parity_images, Tiling.of(layout.settings.data)
     )

@@ -1,10 +1,11 @@
 """Not a stage: makes one triplet again from its manifest row, compares it with the stored one, and draws both."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from flawsmith.devices import fast_math
+from flawsmith.devices import Compute
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import to_uint8, write_png
 from flawsmith.layout import Layout
@@ -20,7 +21,7 @@ def explain(layout: Layout, triplet_id: str, out: Path) -> bool:
     Raises:
         UserError: no such triplet, or params.yaml has changed since the triplets were made.
     """
-    rows, digest = read_rows(layout)
+    rows, digest, precision = read_rows(layout)
     row = next((row for row in rows if row["triplet_id"] == triplet_id), None)
     if row is None:
         raise UserError(f"No triplet `{triplet_id}` in {layout.stage(STAGE)}; ids run as {_some(rows)}.")
@@ -29,8 +30,9 @@ def explain(layout: Layout, triplet_id: str, out: Path) -> bool:
             f"The triplets of {layout.category} were made with other settings than params.yaml holds; restore them, "
             "or run `dvc repro` to make the triplets anew."
         )
-    workshop = build_workshop(layout)
-    with fast_math(workshop.device):
+    compute = replace(Compute.choose(layout.settings.compute), precision=precision)
+    workshop = build_workshop(layout, compute)
+    with compute.fast_math():
         again = remake(workshop, row["role"], row["candidate"])
     if again is None:
         raise FlawsmithError(f"{triplet_id} left no visible change when made again; the device or library has changed.")

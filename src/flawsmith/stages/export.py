@@ -82,6 +82,7 @@ def run(layout: Layout) -> None:
             detector_digest=digest_path(weights.parent),
             teacher=detector.config.backbone,
             flawsmith_version=__version__,
+            training_precision=metrics.get("training_precision", ""),
             scale=settings.data.scale,
             tile_overlap=settings.data.tile_overlap if settings.data.scale else 0,
         )

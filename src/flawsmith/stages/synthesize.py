@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from flawsmith.devices import best_device, fast_math
+from flawsmith.devices import Compute
 from flawsmith.diffusion.unet import build_scheduler, load_denoiser
 from flawsmith.files import atomic_file, atomic_folder
 from flawsmith.foreground import Foreground
@@ -25,7 +25,8 @@ from flawsmith.triplets import TripletFolder, read_manifest
 STAGE = "synthesize"
 SHEET_ROWS = 16
 FOREGROUND_SAMPLE = 32  # normals from which object or texture is told
-DIGEST_KEY = b"flawsmith.settings"  # in the manifest's schema metadata: what the triplets were made with
+# in the manifest's schema metadata: with what settings the triplets were made, and in what precision
+DIGEST_KEY, PRECISION_KEY = b"flawsmith.settings", b"flawsmith.precision"
 
 
 def run(layout: Layout) -> None:
@@ -34,9 +35,10 @@ def run(layout: Layout) -> None:
     inputs = {"data": layout.surface().folder / "train"}
     if settings.texture == "diffusion":
         inputs["ddpm-train"] = layout.stage("ddpm-train")
-    params = {STAGE: section_values(settings), "data": section_values(data)}
-    with stage_run(layout, STAGE, inputs, params) as tracked, fast_math(best_device()):
-        workshop = build_workshop(layout)
+    compute = Compute.choose(layout.settings.compute)
+    params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
+    with stage_run(layout, STAGE, inputs, params) as tracked, compute.fast_math():
+        workshop = build_workshop(layout, compute)
         rows: list[dict[str, Any]] = []
         strips = []
         with atomic_folder(layout.stage(STAGE)) as out:
@@ -48,7 +50,7 @@ def run(layout: Layout) -> None:
                     rows.append(manifest_row(workshop, triplet_id, triplet))
                     if role == "fit" and index < SHEET_ROWS:
                         strips.append(triplet_row(triplet.normal, triplet.defect, triplet.mask))
-            write_manifest(rows, made_with(layout), out)
+            write_manifest(rows, made_with(layout), compute.precision, out)
             write_png(out / "sheet.png", contact_sheet(strips))
         areas = [row["mask_area"] for row in rows]
         print(f"{layout.category}: {len(rows)} triplets, median defect {np.median(areas):.2%} of the image")
@@ -57,14 +59,14 @@ def run(layout: Layout) -> None:
         tracked.set_outputs({STAGE: layout.stage(STAGE)})
 
 
-def build_workshop(layout: Layout) -> Workshop:
+def build_workshop(layout: Layout, compute: Compute) -> Workshop:
     """The fit normals, and the denoiser if the texture needs it, ready to make any triplet of this category."""
-    data, device = layout.settings.data, best_device()
+    data = layout.settings.data
     denoiser, scheduler = None, None
     if layout.settings.synthesize.texture == "diffusion":
         layout.input("ddpm-train", "unet.safetensors")
         loaded, ddpm = load_denoiser(layout.stage("ddpm-train"))
-        denoiser = loaded.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        denoiser = loaded.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         scheduler = build_scheduler(ddpm)
     tiles = plan_tiles(layout.split().fit, data)
     normals = load_tiles(tiles, data)
@@ -79,7 +81,7 @@ def build_workshop(layout: Layout) -> Workshop:
         places=[tile.place for tile in tiles],
         foreground=foreground,
         settings=layout.settings.synthesize,
-        device=device,
+        compute=compute,
     )
 
 
@@ -90,14 +92,16 @@ def made_with(layout: Layout) -> str:
     return settings_digest(settings.data, settings.synthesize, *model)
 
 
-def write_manifest(rows: list[dict[str, Any]], digest: str, folder: Any) -> None:
-    """One row a triplet, with the digest of the settings in the schema's metadata."""
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({DIGEST_KEY: json.dumps(digest)})
+def write_manifest(rows: list[dict[str, Any]], digest: str, precision: str, folder: Any) -> None:
+    """One row a triplet, with the digest of the settings and the precision in the schema's metadata."""
+    made = {DIGEST_KEY: json.dumps(digest), PRECISION_KEY: precision}
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(made)
     with atomic_file(folder / "manifest.parquet") as temporary:
         pq.write_table(table, temporary)
 
 
-def read_rows(layout: Layout) -> tuple[list[dict[str, Any]], str]:
-    """The manifest's rows and the digest of the settings they were made with."""
+def read_rows(layout: Layout) -> tuple[list[dict[str, Any]], str, str]:
+    """The manifest's rows, the digest of the settings they were made with, and the precision."""
     table = read_manifest(layout.input(STAGE, "manifest.parquet"))
-    return table.to_pylist(), json.loads((table.schema.metadata or {}).get(DIGEST_KEY, b'""'))
+    made = table.schema.metadata or {}
+    return table.to_pylist(), json.loads(made.get(DIGEST_KEY, b'""')), made.get(PRECISION_KEY, b"float32").decode()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm.auto import tqdm
 
+from flawsmith.devices import CPU, Compute
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.unet import Denoiser
 from flawsmith.errors import UserError
@@ -97,6 +98,7 @@ class Workshop:
         denoiser, scheduler: needed for the texture `diffusion` alone.
         normals: (N, 3, S, S) uint8, the fit part at the model's size: images, or tiles of them.
         names: N file names, the manifest's name of each normal; tiles of one image share it.
+        compute: where the denoiser lies, and its precision.
         places: of each normal the tile's top and left in pixels at working resolution; None for whole images.
     """
 
@@ -106,7 +108,7 @@ class Workshop:
     names: Sequence[str]
     foreground: Foreground
     settings: SynthesizeSettings
-    device: torch.device
+    compute: Compute = CPU
     places: Sequence[tuple[int, int] | None] = ()
 
     def sources(self, role: str) -> NDArray[np.int64]:
@@ -222,7 +224,7 @@ class Workshop:
                     settings.steps,
                     Disturbance(settings.rule, settings.disturb_until, settings.octaves),
                     [torch_generator(settings.seed, "texture", *defect.stream) for _, defect in some],
-                    self.device,
+                    self.compute,
                 )
                 pixels = ((sampled.numpy() + np.float32(1)) * np.float32(127.5)).astype(np.float32)
                 textures.update({defect.stream: pixel for (_, defect), pixel in zip(some, pixels, strict=True)})
