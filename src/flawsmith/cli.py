@@ -205,7 +205,7 @@ def predict(
     ] = None,
     overlays: Annotated[bool, typer.Option(help="Draw heat maps over the images.")] = True,
     masks: Annotated[
-        bool, typer.Option("--masks", help="PNG masks (0, 255) of what lies above the pixel threshold.")
+        bool, typer.Option("--masks", help="PNG masks (0, 255) of the regions of defective images.")
     ] = False,
     every: Annotated[int, typer.Option(metavar="K", help="Of a video, score each K-th frame.", min=1)] = 1,
     batch: Annotated[int, typer.Option(metavar="N", help="Images scored together.", min=1)] = 8,

@@ -1,6 +1,7 @@
 """The whole evaluation against scikit-learn, its invariants, and its memory."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, LIMITING, assess, rank_errors, spread
+from flawsmith.evaluation import threshold as threshold_module
+from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, LIMITING, assess, measure, rank_errors, spread
 from flawsmith.evaluation.memory import assess_synthetic, contrast_scorer, main, synthetic_item
+from flawsmith.evaluation.scoring import open_spools
 from flawsmith.randomness import numpy_generator
 from flawsmith.surfaces import GOOD
 
@@ -93,6 +96,28 @@ def test_result_depends_on_the_generator_alone(result, items, calibration):
     assert again.detector.values == result.detector.values
     assert again.detector.by_defect == result.detector.by_defect
     assert [example.name for example in again.gallery] == [example.name for example in result.gallery]
+
+
+def test_rates_are_judged_in_double_precision_as_the_product_judges(monkeypatch):
+    """Float32 scores a rounding apart, and a threshold between them that float32 would round up to the higher one."""
+    low = np.float32(1.3)
+    middle, high = np.nextafter(low, np.float32(2)), np.nextafter(np.nextafter(low, np.float32(2)), np.float32(2))
+    names = ["calibration", "calibration", "good", "bad"]
+    scores = iter(np.float32([low, middle, middle, high]))
+    items = [replace(synthetic_item(index, 16), name=name) for index, name in zip((4, 8, 4, 5), names, strict=True)]
+    assert [item.is_defective for item in items] == [False, False, False, True]
+
+    def scorer(images):
+        return np.zeros(images.shape[:1] + images.shape[2:], np.float32), np.asarray([next(scores)])
+
+    monkeypatch.setattr(threshold_module, "MARGIN", 0.9)
+    with open_spools(2) as (maps, masks):
+        (found,) = measure([scorer], items[2:], items[:2], numpy_generator(0, "test"), [maps], masks,
+                           false_alarm_rate=0.4, bootstrap=10, aupro_limit=0.3, batch=1)  # fmt: skip
+    assert float(middle) < found.threshold.value < float(high)
+    assert np.float32(found.threshold.value) == high
+    assert (found.test_detections.value, found.test_false_alarms.value) == (1, 0)
+    assert found.is_flagged(float(high))
 
 
 def test_oracle_has_perfect_values_and_finds_everything(items, calibration):

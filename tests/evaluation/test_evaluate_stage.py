@@ -112,6 +112,7 @@ def test_labelled_surface_leaves_its_files(layout):
     assert content["labelled"] is True
     assert content["image_auroc"] == content["image_auroc_ci"][0] == 1  # the toy's defects are plain
     assert content["n_good"] == content["n_defective"] == 5
+    assert content["typical_score"] == pd.read_csv(out / "calibration_scores.csv")["score"].median()
     assert {path.name for path in out.iterdir()} == {
         *("metrics.json", "draws.npz", "roc.csv", "pr.csv", "curves", "scores.csv", "calibration_scores.csv"),
         *("figures", "gallery", "parity", "report.html", "summary"),

@@ -191,7 +191,7 @@ def test_panels_show_the_truth_and_leave_a_good_image_alone(result):
 
 def test_flat_map_still_draws():
     flat = np.zeros((8, 8), np.float32)
-    panel = heat_panel(np.full((3, 8, 8), 0.5, np.float32), flat, HeatScale(0, 0, 0))
+    panel = heat_panel(np.full((3, 8, 8), 0.5, np.float32), flat, HeatScale(0, 0, 0), flagged=True)
     assert panel.shape == (8, 8, 3)
 
 

@@ -42,6 +42,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         detector_digest="0" * 64,
         teacher="toy",
         flawsmith_version="0.1.0",
+        typical_score=float(scores[2]),
     )
     path = folder / "model.onnx"
     export_onnx(detector, metadata, 18, path)

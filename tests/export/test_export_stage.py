@@ -29,7 +29,7 @@ def layout(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     weights = layout.stage("distill") / "detector.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
-    kept = ("threshold", "pixel_threshold", "false_alarm_rate")
+    kept = ("threshold", "pixel_threshold", "typical_score", "false_alarm_rate")
     write_json(layout.stage("evaluate") / "metrics.json", {key: getattr(exported.metadata, key) for key in kept})
     parity = layout.stage("evaluate") / "parity"
     parity.mkdir()

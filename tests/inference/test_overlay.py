@@ -14,7 +14,7 @@ RANGE = (0.0, 1.0)
 def test_an_overlay_has_the_size_of_its_image_however_small(height: int, width: int, alarm: bool) -> None:
     image = np.random.default_rng(0).random((3, height, width), np.float32)
     anomaly_map = np.random.default_rng(1).random((16, 16), np.float32)
-    drawn = draw_overlay(image, anomaly_map, RANGE, 0.5, "DEFECT  1.23 > 0.5", alarm)
+    drawn = draw_overlay(image, anomaly_map, RANGE, 0.5, ["DEFECT  1.23 > 0.5", "and more"], alarm)
     assert drawn.shape == (height, width, 3)
     assert drawn.dtype == np.uint8
 
@@ -50,7 +50,7 @@ def test_the_caption_avoids_the_corner_that_is_hot(hot: tuple[int, int], written
     image = np.full((3, 256, 256), 0.5, np.float32)
     anomaly_map = np.zeros((64, 64), np.float32)
     anomaly_map[hot[0] : hot[1], :8] = 1
-    plain, captioned = (draw_overlay(image, anomaly_map, RANGE, 2.0, text) for text in ("", "good  0.1 <= 0.5"))
+    plain, captioned = (draw_overlay(image, anomaly_map, RANGE, 2.0, text) for text in ((), ("good  0.1 <= 0.5",)))
     changed = (plain != captioned).any(axis=(1, 2))
     top, bottom = changed[:20], changed[-20:]
     assert (top.any(), bottom.any()) == (written == 0, free == 0)
@@ -58,7 +58,7 @@ def test_the_caption_avoids_the_corner_that_is_hot(hot: tuple[int, int], written
 
 def test_the_caption_has_the_colour_of_the_verdict() -> None:
     image, anomaly_map = np.zeros((3, 128, 256), np.float32), np.zeros((8, 8), np.float32)
-    quiet, alarm = (draw_overlay(image, anomaly_map, RANGE, 2.0, "text", flag) for flag in (False, True))
+    quiet, alarm = (draw_overlay(image, anomaly_map, RANGE, 2.0, ["text"], flag) for flag in (False, True))
     assert quiet[..., 1].max() > quiet[..., 0].max()
     assert alarm[..., 0].max() > alarm[..., 1].max()
 
@@ -89,3 +89,12 @@ def test_a_map_need_not_be_square() -> None:
     changed = (drawn != 128).any(axis=2)
     assert changed[:, 64:].all()
     assert not changed[:, :50].any()
+
+
+def test_what_does_not_fit_is_left_out_of_the_caption_from_its_end() -> None:
+    anomaly_map = np.zeros((8, 8), np.float32)
+    for width, parts in ((400, 2), (100, 1), (12, 0)):
+        image, words = np.zeros((3, 64, width), np.float32), ["good 0.9 <= 1", "score 1 <= 2"]
+        whole, expected = (draw_overlay(image, anomaly_map, RANGE, 2.0, part) for part in (words, words[:parts]))
+        np.testing.assert_array_equal(whole, expected)
+        assert whole.any() == (parts > 0)

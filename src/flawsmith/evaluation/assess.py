@@ -23,6 +23,7 @@ from flawsmith.evaluation.intervals import (
 from flawsmith.evaluation.scoring import Item, Scorer, Scores, Spool, open_spools, score_items
 from flawsmith.evaluation.threshold import Threshold, conformal_threshold
 from flawsmith.images import FloatImage, Mask
+from flawsmith.inference.predictor import flags, is_defective
 from flawsmith.surfaces import GOOD
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
@@ -72,7 +73,7 @@ class Performance:
 
     def is_flagged(self, score: float) -> bool:
         """The verdict on a score."""
-        return bool(score > self.threshold.value)
+        return is_defective(score, self.threshold.value)
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _perform(
     defective = names != GOOD
     types = sorted(set(groups) - {GOOD})
     threshold = conformal_threshold(calibration.scores, false_alarm_rate)
-    flagged = scores.scores > threshold.value
+    flagged = flags(scores.scores, threshold.value)
 
     with open_spools(1) as (counts,):
         edges = metrics.bin_edges(*_sample_pixels(maps, masks))
@@ -305,7 +306,7 @@ def _perform(
         calibration=calibration,
         threshold=threshold,
         pixel_threshold=conformal_threshold(calibration.peaks, false_alarm_rate),
-        calibration_false_alarms=_share(calibration.scores > threshold.value),
+        calibration_false_alarms=_share(flags(calibration.scores, threshold.value)),
         test_false_alarms=_share(flagged[~defective]),
         test_detections=_share(flagged[defective]),
         detections={name: _share(flagged[names == name]) for name in types},

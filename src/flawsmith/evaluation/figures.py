@@ -18,6 +18,7 @@ from scipy import ndimage
 from flawsmith.evaluation.assess import Assessment, Example, Performance
 from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS, Curve
 from flawsmith.images import FloatImage, Mask, resize_image, to_uint8
+from flawsmith.inference.predictor import region_threshold
 from flawsmith.pages import LIGHT, Theme, dress, figure_png
 from flawsmith.surfaces import GOOD
 
@@ -65,7 +66,7 @@ def panels(example: Example, scale: HeatScale) -> tuple[Pixels, Pixels, Pixels]:
         tinted = 0.75 * truth[example.mask] + 0.25 * np.asarray(TRUTH)
         truth[example.mask] = tinted.astype(np.uint8)
         truth[_outline(example.mask)] = TRUTH
-    return plain, truth, heat_panel(example.image, example.anomaly_map, scale)
+    return plain, truth, heat_panel(example.image, example.anomaly_map, scale, example.is_flagged)
 
 
 def _shrunk(example: Example) -> Example:
@@ -87,14 +88,14 @@ def _shrunk(example: Example) -> Example:
     )
 
 
-def heat_panel(image: FloatImage, anomaly_map: NDArray[np.float32], scale: HeatScale) -> Pixels:
-    """The heat map over the grayed image: faint where all is normal, opaque where it is hot."""
+def heat_panel(image: FloatImage, anomaly_map: NDArray[np.float32], scale: HeatScale, flagged: bool) -> Pixels:
+    """The heat map over the grayed image: faint where all is normal, opaque where it is hot; regions where flagged."""
     heat = scale(anomaly_map)
     colours = np.asarray(colormaps["inferno"](heat))[..., :3]
     gray = np.repeat(image.mean(axis=0)[..., None], 3, axis=2)
     opacity = (0.3 + 0.6 * heat)[..., None]
     mixed = np.rint(255 * np.clip((1 - opacity) * gray + opacity * colours, 0, 1)).astype(np.uint8)
-    mixed[_outline(anomaly_map > scale.threshold)] = REGION
+    mixed[_outline(anomaly_map > region_threshold(flagged, scale.threshold))] = REGION
     return mixed
 
 
@@ -196,7 +197,7 @@ def failures_sheet(result: Assessment, title: str, side: int = 160) -> Pixels:
     missed, alarms = (sum(example.is_wrong for example in part) for part in (result.misses, result.alarms))
     note = (
         f"threshold on the score {detector.threshold.value:.4g}; heat: dark {scale.floor:.3g}, middle "
-        f"{scale.threshold:.3g} (the map's threshold, outlined white), bright {scale.ceiling:.3g}"
+        f"{scale.threshold:.3g} (the map's threshold, outlined white where flagged), bright {scale.ceiling:.3g}"
     )
     headings = (f"defective: {missed} missed", f"good: {alarms} false alarms")  # no wider than a pane
     return _two_columns((result.misses, result.alarms), headings, scale, title, note, side)

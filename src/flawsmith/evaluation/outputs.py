@@ -186,6 +186,7 @@ def _performance_content(performance: Performance) -> dict[str, Any]:
         **_flat(rates),
         "threshold": performance.threshold.value,
         "pixel_threshold": performance.pixel_threshold.value,
+        "typical_score": float(np.median(performance.calibration.scores)),
     }
 
 
@@ -208,4 +209,4 @@ def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64
 
 
 def _exact(value: np.float32) -> str:
-    return f"{value:.9g}"  # 9 digits bring a float32 back bit for bit, so a reader's verdicts are ours
+    return repr(float(value))  # every digit in double precision too, so a reader's verdicts are ours

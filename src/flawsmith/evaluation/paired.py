@@ -15,7 +15,7 @@ from flawsmith.evaluation.assess import Performance, measure, paired_difference
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.evaluation.scoring import Item, Scorer, open_spools
 from flawsmith.inference.overlay import resize_map
-from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.predictor import Predictor, flags
 from flawsmith.surfaces import GOOD
 from flawsmith.tiling import Tiling
 
@@ -125,8 +125,7 @@ def predictor_scorer(predictor: Predictor, tiling: Tiling | None = None) -> Scor
 
 
 def _standing(performance: Performance, threshold: float) -> Standing:
-    # in double precision, as the predictor judges: beside a float32 array numpy would round the threshold to float32
-    flagged = performance.calibration.scores.astype(np.float64) > threshold
+    flagged = flags(performance.calibration.scores, threshold)
     return Standing(
         values={key: performance.values[key] for key in COMPARED},
         by_defect={name: values["image_auroc"] for name, values in performance.by_defect.items()},

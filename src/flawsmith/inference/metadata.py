@@ -36,6 +36,13 @@ class ModelMetadata:
     tile_overlap: int = 0  # least overlap of neighbouring tiles in pixels; without tiles it has no meaning
     training_precision: str = ""  # what student and heads were trained in; files from before do not say
     precision: str = "fp32"  # what most of it computes in: fp32, or a variant's fp16 or int8
+    typical_score: float = 0.0  # median score of the calibration normals; older files do not say, and 0 is near it
+
+    @property
+    def score_unit(self) -> float:
+        """What a relative score counts in: the way from a typical normal part to the threshold; 1 if there is none."""
+        way = self.threshold - self.typical_score
+        return way if way > 1e-6 else 1.0
 
     @property
     def tiling(self) -> Tiling:

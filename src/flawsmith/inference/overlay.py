@@ -1,5 +1,8 @@
 """Draws an anomaly map over its image: heat colours, the outline of what lies above the threshold, and the verdict."""
 
+from collections.abc import Sequence
+from itertools import product
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -40,14 +43,14 @@ def draw_overlay(
     anomaly_map: NDArray[np.float32],
     map_range: tuple[float, float],
     pixel_threshold: float,
-    caption: str = "",
+    caption: Sequence[str] = (),
     alarm: bool = False,
 ) -> NDArray[np.uint8]:
     """Draw a map `(h, w)` over an image `(3, H, W)`; returns `(H, W, 3)` uint8, of the image's own size.
 
     Colours run over `map_range` and their opacity rises from 0 to `MAX_OPACITY` with them, so that normal surface is
     seen as it is. The outline lies just outside the region above `pixel_threshold`, for a thin defect must not vanish
-    under it.
+    under it. Of the parts of the `caption` as many are written as fit into one line.
     """
     height, width = image.shape[1:]
     low, high = map_range
@@ -72,21 +75,22 @@ def _outline(pixels: NDArray[np.uint8], region: NDArray[np.bool_]) -> None:
 
 
 def _caption(
-    pixels: NDArray[np.uint8], text: str, colour: tuple[int, int, int], heat: NDArray[np.float32]
+    pixels: NDArray[np.uint8], parts: Sequence[str], colour: tuple[int, int, int], heat: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
     """Write one line on a dark plate in the upper or lower left corner, the cooler one, so that it hides no defect.
 
-    It is as large as suits the image and left out where it cannot fit.
+    It is as large as suits the image; its last parts are left out where they cannot fit, and so may be all of it.
     """
     height, width = pixels.shape[:2]
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture, "RGBA")
-    for size in range(max(10, min(height, width) // 20), 7, -1):
-        font = ImageFont.load_default(size)
+    sizes = range(max(10, min(height, width) // 20), 7, -1)
+    for count, size in product(range(len(parts), 0, -1), sizes):
+        text, font = ", ".join(parts[:count]), ImageFont.load_default(size)
         left, top, right, bottom = (round(edge) for edge in draw.textbbox((0, 0), text, font=font))
         margin = size // 3
         across, down = right - left + 2 * margin, bottom - top + 2 * margin
-        if text and across <= width and down <= height / 4:
+        if across <= width and down <= height / 4:
             lower = heat[:down, :across].max() > heat[-down:, :across].max()
             edge = height - down if lower else 0
             draw.rectangle((0, edge, across - 1, edge + down - 1), fill=(0, 0, 0, 170))

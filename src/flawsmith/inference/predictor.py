@@ -4,6 +4,7 @@ predictor = Predictor(Path("model.onnx"))
 prediction, = predictor.predict([read_image(Path("part.png"))])
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,20 @@ class Predictor:
             _check_image(image, index)
         return self._judge(images)
 
+    def relative_score(self, score: float, decimals: int = 4) -> float:
+        """A score on the scale where 1 is the threshold in force, and 0 a typical normal part of the threshold that the
+        file carries: 1 + (score - threshold) / `metadata.score_unit`.
+
+        Rounded away from 1, so that it lies above 1 if and only if the score lies above the threshold.
+        """
+        steps = (score - self.threshold) / self.metadata.score_unit * 10**decimals
+        whole = math.ceil(steps) if is_defective(score, self.threshold) else math.floor(steps)
+        return round(1 + whole / 10**decimals, decimals)
+
+    def regions_above(self, prediction: Prediction) -> float:
+        """`region_threshold` of one image."""
+        return region_threshold(prediction.is_defective, self.pixel_threshold)
+
     def _judge(self, prepared: Sequence[FloatImage]) -> list[Prediction]:
         return [
             Prediction(score, is_defective(score, self.threshold), anomaly_map)
@@ -95,6 +110,25 @@ class Predictor:
 def is_defective(score: float, threshold: float) -> bool:
     """The verdict: a part is flagged if its score lies strictly above the threshold."""
     return score > threshold
+
+
+def flags(scores: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
+    """The verdicts on scores `(N,)`: in double precision, as `is_defective` judges each, for beside a float32 array
+    numpy would round the threshold to float32."""
+    return np.asarray(scores, np.float64) > threshold
+
+
+def region_threshold(flagged: bool, pixel_threshold: float) -> float:
+    """The map value above which a pixel is shown as part of a region, in every output.
+
+    Regions belong to a defective image, so that no output contradicts the verdict: in a good one nothing lies above
+    infinity. Else it is the pixel threshold, as the float32 that parts the maps' float32 values exactly as it does.
+    """
+    if not flagged:
+        return math.inf
+    with np.errstate(over="ignore"):
+        nearest = np.float32(pixel_threshold)
+    return float(nearest if float(nearest) <= pixel_threshold else np.nextafter(nearest, np.float32(-np.inf)))
 
 
 def _check_image(image: FloatImage, index: int) -> None:

@@ -2,10 +2,10 @@
 pictures.
 
 out/results.csv     one row a file, in the order of the inputs, unreadable ones too
-out/results.json    the same with the regions above the pixel threshold
+out/results.json    the same with the regions above the pixel threshold, which a defective image alone has
 out/results.jsonl   the images of results.json, one line each
 out/overlays/...    one PNG an image, in the folders of the input
-out/masks/...       the same: {0, 255}, white where the map lies above the pixel threshold, of the original's size
+out/masks/...       the same: {0, 255}, white in the regions, of the original's size
 """
 
 import csv
@@ -34,6 +34,7 @@ COLUMNS = (
     "verdict",
     "score",
     "threshold",
+    "relative_score",
     "peak_x",
     "peak_y",
     "peak_value",
@@ -137,7 +138,7 @@ class Pictures:
             pixels = (
                 draw(image, prediction, self._predictor)
                 if kind == OVERLAYS
-                else region_mask(prediction.anomaly_map, self._predictor.pixel_threshold, height, width)
+                else region_mask(prediction.anomaly_map, self._predictor.regions_above(prediction), height, width)
             )
             write_png(self._folder / path, pixels)
             written[kind.removesuffix("s")] = str(path)

@@ -17,7 +17,7 @@ from scipy.stats import betabinom
 
 from flawsmith.errors import UserError
 from flawsmith.evaluation.intervals import Estimate, share_interval
-from flawsmith.inference.predictor import is_defective
+from flawsmith.inference.predictor import flags
 from flawsmith.monitoring.reference import LOOKS, Measurement
 from flawsmith.monitoring.statistics import Comparison, compare_ks, compare_mmd, compare_psi, holm
 from flawsmith.settings import MonitorSettings
@@ -135,16 +135,16 @@ def judge(
             `settings.min_images`, or all reference images are flagged, which no calibrated threshold does.
     """
     _check(reference, current, threshold, settings)
-    good = np.flatnonzero(~_flags(current.scores, threshold))
+    good = np.flatnonzero(~flags(current.scores, threshold))
     before = _draw(_below_rank(reference.scores, threshold), settings.max_images, generator)
     after = _draw(good, settings.max_images, generator)
     found: dict[str, tuple[Comparison, float, float]] = {}  # name: what was found, effect, limit
 
-    passed = int(np.sum(~_flags(reference.scores, threshold)))
+    passed = int(np.sum(~flags(reference.scores, threshold)))
     flagged_images = len(current) - len(good)
     flagged = share_interval(flagged_images, len(current))
-    flags = compare_flagged(flagged_images, len(current), passed, len(reference))
-    found[FLAGGED] = (flags, flagged.low, settings.max_flagged_share)
+    alarms = compare_flagged(flagged_images, len(current), passed, len(reference))
+    found[FLAGGED] = (alarms, flagged.low, settings.max_flagged_share)
     notes = []
     if min(len(before), len(after)) >= MIN_COMPARED:
         old, new, rounds = reference.scores[before], current.scores[after], settings.permutations
@@ -170,7 +170,7 @@ def judge(
     report = DriftReport(
         statistics=statistics,
         flagged=flagged,
-        expected_flagged=flags.expected,
+        expected_flagged=alarms.expected,
         flagged_images=flagged_images,
         reference_images=len(reference),
         reference_compared=len(before),
@@ -222,14 +222,10 @@ def _check(reference: Measurement, current: Measurement, threshold: float, setti
             f"Only {len(current)} new images can be read, too few to tell drift from chance; collect "
             f"{settings.min_images} (monitor.min_images) or more."
         )
-    if _flags(reference.scores, threshold).all():
+    if flags(reference.scores, threshold).all():
         raise UserError(
             "The model flags every image of its drift reference, so the two do not belong together; register it again."
         )
-
-
-def _flags(scores: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
-    return np.asarray([is_defective(float(score), threshold) for score in scores], np.bool_)
 
 
 def _below_rank(scores: NDArray[np.float32], threshold: float) -> NDArray[np.intp]:
@@ -238,7 +234,7 @@ def _below_rank(scores: NDArray[np.float32], threshold: float) -> NDArray[np.int
     Given that score, the ones below it are a plain sample of scores up to there, as the new ones judged good are;
     with it the reference would hold its own maximum by construction, and the comparison would not be exact.
     """
-    good = np.flatnonzero(~_flags(scores, threshold))
+    good = np.flatnonzero(~flags(scores, threshold))
     return np.delete(good, int(scores[good].argmax()))
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from flawsmith.files import atomic_file, write_csv, write_json
 from flawsmith.images import FloatImage
-from flawsmith.inference.overlay import draw_overlay
-from flawsmith.inference.predictor import Predictor, is_defective
+from flawsmith.inference.answers import draw
+from flawsmith.inference.predictor import Predictor, flags, is_defective
 from flawsmith.inference.sources import Unreadable
 from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport
 from flawsmith.monitoring.reference import LOOKS, Measurement
@@ -66,10 +66,7 @@ class Picture:
     def of(cls, predictor: Predictor, name: str, image: FloatImage) -> "Picture":
         """Score the image once more and draw it."""
         (prediction,) = predictor.predict([image])
-        metadata = predictor.metadata
-        drawn = draw_overlay(
-            image, prediction.anomaly_map, (metadata.map_low, metadata.map_high), predictor.pixel_threshold
-        )
+        drawn = draw(image, prediction, predictor)
         return cls(name, prediction.score, prediction.is_defective, jpeg_uri(drawn, PICTURE_SIDE))
 
 
@@ -161,12 +158,12 @@ def looks_png(watched: Watched, theme: Theme) -> bytes:
 def map_png(watched: Watched, theme: Theme) -> bytes:
     """The teacher's features in the plane in which all images together differ most, a dot an image."""
     before, after = plane(watched.reference.features, watched.current.features)
-    flags = np.asarray([is_defective(float(score), watched.threshold) for score in watched.current.scores])
+    flagged = flags(watched.current.scores, watched.threshold)
     figure = _figure(theme)
     axes = figure.subplots()
     for points, colour, marker, label in (
-        (after[~flags], theme.detector, "o", "new, judged good"),
-        (after[flags], theme.bad, "x", "new, flagged"),
+        (after[~flagged], theme.detector, "o", "new, judged good"),
+        (after[flagged], theme.bad, "x", "new, flagged"),
         (before, theme.ink, "+", "calibration normals"),
     ):
         if len(points):

@@ -98,7 +98,7 @@ def signature() -> ModelSignature:
     region.append(Property("polygon", Array(Array(DataType.double))))
     outputs = [
         ColSpec(DataType.string, "verdict"),
-        *(ColSpec(DataType.double, name) for name in ("score", "threshold", "peak_value")),
+        *(ColSpec(DataType.double, name) for name in ("score", "threshold", "relative_score", "peak_value")),
         *(ColSpec(DataType.long, name) for name in ("peak_x", "peak_y", "width", "height", "region_count")),
         ColSpec(Array(Object(region)), "regions"),
         ColSpec(AnyType(), "anomaly_map", required=False),

@@ -101,11 +101,13 @@ class Picture(BaseModel):
 
 
 class Answer(BaseModel):
-    """The verdict on one image."""
+    """The verdict on one image: defective if `score` lies above `threshold`, which is `relative_score` above 1. Regions
+    are those of a defective image alone."""
 
     verdict: Literal["good", "defective"]
     score: float
     threshold: float
+    relative_score: float
     peak_x: int
     peak_y: int
     peak_value: float

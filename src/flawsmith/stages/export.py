@@ -62,7 +62,7 @@ def run(layout: Layout) -> None:
     with stage_run(layout, "export", inputs, section_values(settings.export)) as tracked:
         detector = load_detector(weights.parent)
         metrics = read_json(metrics_path)
-        for key in ("threshold", "pixel_threshold", "false_alarm_rate"):
+        for key in ("threshold", "pixel_threshold", "typical_score", "false_alarm_rate"):
             if key not in metrics:
                 raise UserError(
                     f"{metrics_path} has no `{key}`; run `flawsmith evaluate --category {layout.category}` again."
@@ -75,6 +75,7 @@ def run(layout: Layout) -> None:
             category=layout.category,
             threshold=metrics["threshold"],
             pixel_threshold=metrics["pixel_threshold"],
+            typical_score=metrics["typical_score"],
             false_alarm_rate=metrics["false_alarm_rate"],
             input_size=size,
             map_low=low,
