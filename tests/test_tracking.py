@@ -99,6 +99,7 @@ def test_a_run_holds_params_metrics_figures_and_digests(layout: Layout) -> None:
     with stage_run(layout, "distill", {"data": layout.root / "data" / "tile"}, {"a": {"b": 0.5}, "c": [1, 2]}) as run:
         for step in range(3):
             run.log_metrics({"loss": 1 / (step + 1), "recall@95%": 1.0}, step)
+        run.set_tag("provider", "cpu")
         run.log_artifact(write(layout.root / "figure.png", "png"))
         folder = write(layout.root / "docs" / "index.html", "html").parent
         run.log_artifact(folder)
@@ -111,6 +112,7 @@ def test_a_run_holds_params_metrics_figures_and_digests(layout: Layout) -> None:
     history = client(layout).get_metric_history(run_info.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
     assert {item.path for item in client(layout).list_artifacts(run_info.info.run_id)} == {"figure.png", "docs"}
+    assert run_info.data.tags["flawsmith.provider"] == "cpu"
     assert digest_path(output) in run_info.data.tags["flawsmith.outputs"]
     assert digest_path(layout.root / "data" / "tile") in run_info.data.tags["flawsmith.inputs"]
     assert str(layout.root) not in run_info.data.tags["flawsmith.inputs"]

@@ -82,6 +82,14 @@ OneCategoryOption = Annotated[
     str | None,
     typer.Option("--category", "-c", metavar="NAME", help="Folder under data.root. Default: the only one in params."),
 ]
+ProviderOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where the model computes: auto, cpu, cuda, tensorrt or openvino. Default: FLAWSMITH_PROVIDER, else the "
+        "first of cuda, openvino and cpu that loads.",
+    ),
+]
 DEFAULT_PARAMS = Path("params.yaml")
 
 
@@ -215,6 +223,7 @@ def predict(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads. Default: one a physical core.", min=1)
     ] = None,
+    provider: ProviderOption = None,
     max_megapixels: Annotated[float, typer.Option(metavar="X", help="Larger images are refused.", min=0.01)] = 100.0,
     poll: Annotated[float, typer.Option(metavar="S", help="Seconds between looks of --watch.", min=0.01)] = 0.5,
     watch_for: Annotated[
@@ -254,7 +263,7 @@ def predict(
     from flawsmith.inference.writers import open_lines
 
     report: FolderReport | WatchReport
-    predictor = Predictor(model, threads=threads, threshold=threshold)
+    predictor = Predictor(model, threads=threads, threshold=threshold, provider=provider)
     max_pixels = int(max_megapixels * 1e6)
     with open_lines(jsonl) as lines:
         if watch is not None and out is not None:
@@ -278,8 +287,8 @@ def predict(
                 print(f"skipped: {item.reason}", file=sys.stderr)
             unreadable = len(report.unreadable)
     print(
-        f"{report.total} files: {report.good} good, {report.defective} defective, {unreadable} unreadable."
-        + ("" if report.out is None else f" Results: {report.out}"),
+        f"{report.total} files: {report.good} good, {report.defective} defective, {unreadable} unreadable. "
+        f"Computed on {predictor.provider}." + ("" if report.out is None else f" Results: {report.out}"),
         file=sys.stderr if jsonl == Path("-") else sys.stdout,
     )
     raise typer.Exit(report.exit_code(fail_on_defect))
@@ -312,6 +321,7 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads of one run. Default: one a physical core.", min=1)
     ] = None,
+    provider: ProviderOption = None,
     max_megabytes: Annotated[float, typer.Option(metavar="X", help="Larger requests get 413.", min=0.001)] = 32.0,
     max_megapixels: Annotated[float, typer.Option(metavar="X", help="Larger images get 422.", min=0.01)] = 25.0,
     timeout: Annotated[float, typer.Option(metavar="S", help="Seconds a request may take.", min=0.1)] = 10.0,
@@ -333,10 +343,10 @@ def serve(
 
     source: Source
     if model is not None:
-        source = FileSource(model, threads)
+        source = FileSource(model, threads, provider)
     else:
         layout = _one_layout(params, category, overrides)
-        source = RegistrySource(layout.root, layout.category, threads)
+        source = RegistrySource(layout.root, layout.category, threads, provider)
     limits = Limits(workers, queue, int(max_megabytes * 1e6), int(max_megapixels * 1e6), timeout)
     act(source, limits, Address(host, port), poll, drain)
 

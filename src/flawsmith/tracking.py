@@ -79,6 +79,9 @@ class StageRun:
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record values, of a step where there is one. Cheap: values are sent in batches."""
 
+    def set_tag(self, name: str, value: str) -> None:
+        """Say in a word what is true of this run on this machine, and no part of what decides its result."""
+
     def log_artifact(self, path: Path) -> None:
         """Copy a figure, report or folder into the run."""
 
@@ -246,6 +249,10 @@ class _MlflowRun(StageRun):
             if not sent:
                 return
             del self._pending[: len(batch)]
+
+    def set_tag(self, name: str, value: str) -> None:
+        with self._best_effort(name):
+            self._client.set_tag(self.run_id, f"flawsmith.{name}", value[:MAX_TAG])
 
     def log_artifact(self, path: Path) -> None:
         if not path.exists():

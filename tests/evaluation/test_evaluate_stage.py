@@ -23,6 +23,7 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import evaluate
+from flawsmith.tracking import StageRun
 from flawsmith.triplets import TripletFolder
 
 
@@ -263,13 +264,18 @@ def test_unlabelled_surface_without_triplets_names_the_stage_to_run(layout):
 
 
 def test_the_detector_is_scored_by_the_exported_network_and_gives_the_scores_the_product_gives(
-    layout, tmp_path, monkeypatch
+    layout, tmp_path, monkeypatch, caplog
 ):
     """The stage's scores and threshold, against the same detector exported with that threshold and `Predictor`."""
     made, _ = layout
     add_test_set(made.root)
     monkeypatch.setattr(evaluate, "export_network", export_network)
-    evaluate.run(made)
+    tags = {}
+    monkeypatch.setattr(StageRun, "set_tag", lambda run, name, value: tags.update({name: value}))
+    with caplog.at_level("INFO"):
+        evaluate.run(made)
+    assert tags == {"provider": "cpu"}
+    assert "(computed on cpu)" in caplog.text
     out = made.stage("evaluate")
     content = json.loads((out / "metrics.json").read_text())
     metadata = ModelMetadata(

@@ -37,7 +37,7 @@ def test_the_exit_status_tells_what_happened(model: Path, parts: Path, tmp_path:
     done = call(model, parts, "--out", out)
     assert done.returncode == UNREADABLE
     assert done.stderr.startswith("skipped: c.png cannot be read as an image")
-    assert done.stdout == f"3 files: 1 good, 1 defective, 1 unreadable. Results: {out}\n"
+    assert done.stdout == f"3 files: 1 good, 1 defective, 1 unreadable. Computed on cpu. Results: {out}\n"
     assert call(model, parts, "--out", out, "--fail-on-defect").returncode == DEFECT
 
 

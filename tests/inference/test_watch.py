@@ -308,6 +308,17 @@ def test_results_of_something_else_are_left_alone(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plate(line / "a.png")
+    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    known = json.loads((out / "model.json").read_text())
+    (out / "model.json").write_text(json.dumps(known | {"provider": "cuda"}))
+    report = watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    assert report.total == 0
+    assert json.loads((out / "model.json").read_text()) == known
+
+
 def test_a_damaged_journal_is_named_and_not_touched(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")

@@ -50,7 +50,9 @@ def test_the_answer_is_that_of_the_predictor(server: Server, model: Path, tmp_pa
         reply = server.ask(body=content)
         assert reply.status == 200
         answer = reply.json
-        assert answer.pop("model") == {"category": METADATA.category, "version": "", "digest": digest_file(model)}
+        assert answer.pop("model") == {
+            "category": METADATA.category, "version": "", "digest": digest_file(model), "provider": "cpu",
+        }  # fmt: skip
         assert answer == describe(prediction, predictor, *image.shape[1:])
         assert answer["verdict"] == verdict
 

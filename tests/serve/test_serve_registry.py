@@ -69,7 +69,8 @@ def test_promotion_under_load_fails_no_request(store: Store) -> None:
     store.promote(first[0])
     content = encoded(plate())
     with serving("--params", store.folder / "params.yaml", "--poll", "0.2", folder=store.folder) as server:
-        assert server.ask(body=content).json["model"] == {"category": "plate", "version": first[0], "digest": first[1]}
+        told = {"category": "plate", "version": first[0], "digest": first[1], "provider": "cpu"}
+        assert server.ask(body=content).json["model"] == told
         with asking(server, content, clients=3) as replies:
             store.promote(second[0])
             server.wait_for('flawsmith_model_changes_total{outcome="done"}', 2)
@@ -77,7 +78,7 @@ def test_promotion_under_load_fails_no_request(store: Store) -> None:
             server.wait_for('flawsmith_model_changes_total{outcome="done"}', 3)
         assert {reply.status for reply in replies} == {200}
         assert {reply.json["model"]["version"] for reply in replies} == {first[0], second[0]}
-        labels = f'{{category="plate",digest="{first[1]}",version="{first[0]}"}}'
+        labels = f'{{category="plate",digest="{first[1]}",provider="cpu",version="{first[0]}"}}'
         assert server.metric(f"flawsmith_model{labels}") == 1
 
 

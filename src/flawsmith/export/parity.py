@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from flawsmith.errors import FlawsmithError
 from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Prediction, Predictor, is_defective
+from flawsmith.inference.providers import package_version
 
 BATCHES = (1, 8)
 _WARM_UP = 2  # untimed runs: the first ones allocate
@@ -130,7 +130,7 @@ def certificate(
         "model_digest": digest_file(model_path),
         "threshold": threshold,
         "tolerance": tolerance,
-        "versions": {name: version(name) for name in ("flawsmith", "onnx", "onnxruntime", "torch")},
+        "versions": {name: package_version(name) for name in ("flawsmith", "onnx", "onnxruntime", "torch")},
     }
 
 

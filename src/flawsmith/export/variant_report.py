@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from flawsmith.export.variants import MAKERS
 from flawsmith.files import digest_file
 from flawsmith.images import FloatImage
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.providers import package_version
 
 Images = Sequence[Callable[[], FloatImage]]
 """Loaders of images or tiles (3, S, S) in [0, 1] of the model's size: only one is in memory at a time."""
@@ -91,7 +91,7 @@ def build_variant(precision: str, model: Path, samples: Samples, limits: Limits,
         "max_flip_share": limits.flip_share,
         "reference_digest": digest_file(model),
         "reference_bytes": model.stat().st_size,
-        "versions": {name: version(name) for name in ("flawsmith", "onnx", "onnxruntime")},
+        "versions": {name: package_version(name) for name in ("flawsmith", "onnx", "onnxruntime")},
     }
     reference = Predictor(model)
     try:

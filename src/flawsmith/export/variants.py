@@ -229,6 +229,8 @@ def _largest(model: onnx.ModelProto, names: list[str], images: Iterable[NDArray[
     """The largest absolute value of the named tensors over all images; infinite if one is NaN."""
     import onnxruntime
 
+    from flawsmith.inference.providers import CPU, open_session
+
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     peaks = []
@@ -239,7 +241,8 @@ def _largest(model: onnx.ModelProto, names: list[str], images: Iterable[NDArray[
             probe.graph.output.append(onnx.helper.make_tensor_value_info(peaks[-1], onnx.TensorProto.FLOAT, []))
     if not peaks:
         return 0.0
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    # on the CPU: whether a variant is made must not depend on the machine
+    session, _ = open_session(probe.SerializeToString(), onnxruntime.SessionOptions(), CPU)
     found = [np.abs(session.run(peaks, {INPUT_NAME: image[None]})) for image in images]
     return float(np.nan_to_num(found, nan=np.inf).max(initial=0.0))
 

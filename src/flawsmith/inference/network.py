@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.inference import providers
 from flawsmith.inference.metadata import INPUT_NAME, OUTPUT_NAMES
 
 _SILENT = 4  # onnxruntime's severity "fatal": errors reach the caller as exceptions, not as log lines
@@ -23,15 +24,20 @@ class Network:
     Args:
         path: a file that `export.onnx` wrote, with or without metadata.
         threads: CPU threads of one run; None leaves the choice to onnxruntime (one a physical core).
+        provider: where to compute, one of `providers.CHOICES`; None leaves it to the environment and the machine.
+
+    Attributes:
+        provider: where it really computes.
 
     Raises:
-        UserError: the file is missing, no ONNX model, or has another interface than flawsmith's.
+        UserError: the file is missing, no ONNX model, or has another interface than flawsmith's; or the provider
+            demanded is not there.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, provider: str | None = None) -> None:
         if threads is not None and threads < 1:
             raise UserError(f"threads is {threads}; it must be 1 or more.")
-        self._session = _open(path, threads)
+        self._session, self.provider = _open(path, threads, provider)
         self.properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.input_size = _input_size(self._session, path)  # side of the square input in pixels
 
@@ -48,7 +54,7 @@ class Network:
         return maps[:, 0], scores
 
 
-def _open(path: Path, threads: int | None) -> Any:
+def _open(path: Path, threads: int | None, provider: str | None) -> tuple[Any, str]:
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; pass the model.onnx of the export stage.")
     options = onnxruntime.SessionOptions()
@@ -56,7 +62,9 @@ def _open(path: Path, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return providers.open_session(str(path), options, provider)
+    except UserError:
+        raise
     except Exception as error:  # onnxruntime raises a class of its own for each status, all derived from Exception
         reason = " ".join(str(error).replace(str(path), "the file").split())
         raise UserError(f"{path} cannot be loaded as an ONNX model ({reason}); export the model again.") from error

@@ -38,9 +38,11 @@ class Predictor:
         model_path: the `model.onnx` of the export stage.
         threads: CPU threads of one run; None leaves the choice to onnxruntime (one a physical core).
         threshold, pixel_threshold: replace the ones calibrated at training time, which the file carries.
+        provider: as `Network`'s.
 
     Raises:
-        UserError: the file is missing, no ONNX model, not exported by flawsmith, or an argument is out of range.
+        UserError: the file is missing, no ONNX model, not exported by flawsmith, or an argument is out of range; or
+            the provider demanded is not there.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Predictor:
         threads: int | None = None,
         threshold: float | None = None,
         pixel_threshold: float | None = None,
+        provider: str | None = None,
     ) -> None:
-        self._network = Network(model_path, threads)
+        self._network = Network(model_path, threads, provider)
         self.metadata = ModelMetadata.from_properties(self._network.properties, str(model_path))
         if self._network.input_size != self.metadata.input_size:
             size = self.metadata.input_size
@@ -58,6 +61,7 @@ class Predictor:
                 f"{model_path} takes images of side {self._network.input_size}, not (batch, 3, {size}, {size}) as its "
                 "metadata says; export the model again."
             )
+        self.provider = self._network.provider  # where it really computes
         self.tiling = self.metadata.tiling
         self.threshold = _chosen("threshold", threshold, self.metadata.threshold)
         self.pixel_threshold = _chosen("pixel_threshold", pixel_threshold, self.metadata.pixel_threshold)

@@ -385,11 +385,9 @@ def _open_journal(folder: Path, out: Path, predictor: Predictor) -> Iterator[Jou
                 if _is_leftover(path):
                     path.unlink()
         model = json.loads(json.dumps(describe_model(predictor)))
-        if (out / MODEL).exists():
-            if read_json(out / MODEL) != model:
-                raise UserError(f"{out} holds results of another model or threshold; name a new folder for --out.")
-        else:
-            write_json(out / MODEL, model)
+        if (out / MODEL).exists() and read_json(out / MODEL) | {"provider": predictor.provider} != model:
+            raise UserError(f"{out} holds results of another model or threshold; name a new folder for --out.")
+        write_json(out / MODEL, model)
         journal = Journal(out / LINES)
         _sync_folder(out)
         try:

@@ -159,11 +159,12 @@ def picture_name(name: str) -> str:
 
 
 def describe_model(predictor: Predictor) -> dict[str, Any]:
-    """The model's metadata with the thresholds in force."""
+    """The model's metadata with the thresholds in force, and where it computes."""
     return {
         **asdict(predictor.metadata),
         "threshold": predictor.threshold,
         "pixel_threshold": predictor.pixel_threshold,
+        "provider": predictor.provider,
     }
 
 

@@ -118,7 +118,8 @@ def monitor_folder(
                 continue
             yield printable(file.name), image
 
-    log.info("%s: looking at %d of %d images.", predictor.metadata.category, len(files), len(found))
+    log.info("%s: looking at %d of %d images (on %s).",
+             predictor.metadata.category, len(files), len(found), predictor.provider)  # fmt: skip
     try:
         current = measure(predictor, teacher, readable(), BATCH)
     except UserError as error:

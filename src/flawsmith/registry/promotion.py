@@ -307,6 +307,7 @@ def _evidence(
                 "somebody changed the artifact store: register the model again."
             )
     predictors = [Predictor(path) for path in paths]
+    log.info("Models are compared on %s.", predictors[0].provider)
     comparison, labelled = compare(predictors[0], predictors[1] if len(predictors) > 1 else None)
     latencies = package.measure_latency(predictors, _an_image(new, predictors[0].metadata.scale), latency_runs)
     facts = [

@@ -11,7 +11,6 @@ process that serves imports no torch. Importing this module costs the seconds th
 import io
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from flawsmith.images import MAX_PIXELS, FloatImage, decode_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.providers import package_version
 
 with warnings.catch_warnings():  # MLflow's own classes warn of their type hints when they are first imported
     warnings.filterwarnings("ignore", message=r".*AnyType", category=UserWarning)
@@ -112,7 +112,7 @@ def signature() -> ModelSignature:
 
 def pip_requirements() -> list[str]:
     """What an environment that serves must hold beside this package, in the versions installed here."""
-    return [f"{name}=={version(name)}" for name in REQUIREMENTS]
+    return [f"{name}=={package_version(name)}" for name in REQUIREMENTS]
 
 
 def log_serving_model(

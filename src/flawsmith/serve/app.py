@@ -90,6 +90,7 @@ class Model(BaseModel):
     category: str
     version: str
     digest: str
+    provider: str
 
 
 class Picture(BaseModel):
@@ -215,6 +216,7 @@ class Service:
             answer = describe(prediction, predictor, image.shape[1], image.shape[2])
             answer["model"] = {
                 "category": predictor.metadata.category, "version": loaded.version, "digest": loaded.digest,
+                "provider": predictor.provider,
             }  # fmt: skip
             if with_map:
                 answer["anomaly_map"] = encode_map(prediction.anomaly_map)

@@ -55,8 +55,8 @@ class Source(Protocol):
 class FileSource:
     """A `model.onnx` of the export stage; putting another in its place exchanges the model."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: Path, threads: int | None = None, provider: str | None = None) -> None:
+        self._path, self._threads, self._provider = path, threads, provider
 
     def newest(self) -> str:
         try:
@@ -66,16 +66,16 @@ class FileSource:
         return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
 
     def load(self, mark: str) -> Loaded:
-        return Loaded(Predictor(self._path, self._threads), "", digest_file(self._path))
+        return Loaded(Predictor(self._path, self._threads, provider=self._provider), "", digest_file(self._path))
 
 
 class RegistrySource:
     """The champion of a category in MLflow's registry; promoting or rolling back exchanges the model."""
 
-    def __init__(self, root: Path, category: str, threads: int | None = None) -> None:
+    def __init__(self, root: Path, category: str, threads: int | None = None, provider: str | None = None) -> None:
         from flawsmith.registry.store import Registry
 
-        self._registry, self._threads = Registry(root, category), threads
+        self._registry, self._threads, self._provider = Registry(root, category), threads, provider
 
     def newest(self) -> str:
         version = self._registry.champion()
@@ -93,7 +93,7 @@ class RegistrySource:
                     f"model.onnx of version {mark} of {self._registry.model} is not the file that was registered "
                     "(its digest differs); register the model again."
                 )
-            return Loaded(Predictor(path, self._threads), mark, digest)
+            return Loaded(Predictor(path, self._threads, provider=self._provider), mark, digest)
 
 
 class ModelSlot:

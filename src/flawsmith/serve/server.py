@@ -46,10 +46,15 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
+        loaded = self.config.app.state.service.slot.current  # type: ignore[union-attr]
         for server in getattr(self, "servers", []):
             for place in server.sockets:
                 host, port = place.getsockname()[:2]
-                print(f"flawsmith serves on http://{host}:{port}/ (API: /docs); stop it with Ctrl-C.", flush=True)
+                print(
+                    f"flawsmith serves on http://{host}:{port}/ (API: /docs), computing on "
+                    f"{loaded.predictor.provider}; stop it with Ctrl-C.",
+                    flush=True,
+                )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Telemetry:
         )  # fmt: skip
         self.admitted = Gauge("flawsmith_admitted", "Requests being read, waiting or judged.", registry=self._registry)
         self._model = Gauge(
-            "flawsmith_model", "1 for the model that answers.", ["category", "version", "digest"],
+            "flawsmith_model", "1 for the model that answers.", ["category", "version", "digest", "provider"],
             registry=self._registry,
         )  # fmt: skip
         self._changes = Counter(
@@ -43,7 +43,8 @@ class Telemetry:
         self._changes.labels("failed" if loaded is None else "done").inc()
         if loaded is not None:
             self._model.clear()
-            self._model.labels(loaded.predictor.metadata.category, loaded.version, loaded.digest).set(1)
+            model = loaded.predictor
+            self._model.labels(model.metadata.category, loaded.version, loaded.digest, model.provider).set(1)
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""

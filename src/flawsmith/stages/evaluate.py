@@ -28,7 +28,6 @@ from flawsmith.evaluation.outputs import write_data, write_parity_images, write_
 from flawsmith.evaluation.report import Subject, summary, write_report
 from flawsmith.evaluation.scoring import (
     Item,
-    Scorer,
     labelled_items,
     normal_items,
     open_spools,
@@ -91,8 +90,10 @@ def run(layout: Layout) -> None:
     device = Compute.choose(layout.settings.compute).device
     with stage_run(layout, STAGE, inputs, params) as tracked:
         baseline = fit_baseline(layout, judged.foreign_to(split.fit))
+        network = exported_network(layout, weights)
+        tracked.set_tag("provider", network.provider)
         result = assess(
-            exported_scorer(layout, weights),
+            tiled_scorer(network.run, tiling),
             tiled_scorer(torch_scorer(baseline, device), tiling),
             judged.items,
             normal_items(split.calibration, tiling, data.max_pixels),
@@ -110,10 +111,10 @@ def run(layout: Layout) -> None:
         for name in ("report.html", "metrics.json", "figures", "gallery"):
             tracked.log_artifact(out / name)
         tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv", "parity": out / "parity"})
-    log.info("%s: %s", layout.category, summary(result))
+    log.info("%s: %s (computed on %s)", layout.category, summary(result), network.provider)
 
 
-def exported_scorer(layout: Layout, weights: Path) -> Scorer:
+def exported_network(layout: Layout, weights: Path) -> Network:
     """The trained detector as every later user runs it: exported, in onnxruntime, so that the threshold is chosen, and
     the figures are measured, on the answers that the product gives.
 
@@ -124,7 +125,7 @@ def exported_scorer(layout: Layout, weights: Path) -> Scorer:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"  # it has no threshold yet, so it is no model
         export_network(load_detector(weights), layout.settings.data.image_size, layout.settings.export.opset, path)
-        return tiled_scorer(Network(path).run, Tiling.of(layout.settings.data))
+        return Network(path)
 
 
 def run_baseline(layout: Layout) -> None:

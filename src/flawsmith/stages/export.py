@@ -91,6 +91,7 @@ def run(layout: Layout) -> None:
             model = folder / MODEL
             export_onnx(detector, metadata, settings.export.opset, model)
             predictor = Predictor(model)
+            tracked.set_tag("provider", predictor.provider)
             proof = certificate(
                 detector, metadata.threshold, predictor, model, images, sources, settings.export.tolerance
             )
@@ -101,7 +102,7 @@ def run(layout: Layout) -> None:
             latency = measure_latency(predictor, images, settings.export.latency_runs)
             for batch, figures in proof["batches"].items():
                 tracked.log_metrics({f"batch_{batch}_{name}": float(value) for name, value in figures.items()})
-            _say_latency(layout, tracked, "", latency)
+            _say_latency(layout, tracked, "", latency, predictor.provider)
             tracked.log_metrics({"multiply_adds": float(cost.multiply_adds)})
             _write_variants(layout, tracked, folder, images)
         tracked.log_artifact(layout.stage("export"))
@@ -132,7 +133,9 @@ def _write_variants(layout: Layout, tracked: StageRun, folder: Path, parity: NDA
             "%s: %s: %.1f MB instead of %.1f, image AUROC %+.4f, %.1f %% of the images judged otherwise",
             layout.category, precision, report["model_bytes"] / 1e6, report["reference_bytes"] / 1e6, -loss, 100 * share
         )  # fmt: skip
-        _say_latency(layout, tracked, precision, measure_latency(Predictor(path), parity, settings.latency_runs))
+        made = Predictor(path)
+        latency = measure_latency(made, parity, settings.latency_runs)
+        _say_latency(layout, tracked, precision, latency, made.provider)
     write_json(folder / VARIANTS / "summary.json", summary)
 
 
@@ -162,10 +165,12 @@ def _spaced(items: Sequence[Any], count: int) -> list[Any]:
     return [items[place] for place in sorted({int(place) for place in np.linspace(0, len(items) - 1, count)})]
 
 
-def _say_latency(layout: Layout, tracked: StageRun, precision: str, latency: dict[str, dict[str, float]]) -> None:
+def _say_latency(
+    layout: Layout, tracked: StageRun, precision: str, latency: dict[str, dict[str, float]], provider: str
+) -> None:
     for batch, figures in latency.items():
         name = f"{precision}_batch_{batch}" if precision else f"batch_{batch}"
         tracked.log_metrics({f"{name}_{key}": value for key, value in figures.items()})
-        log.info("%s: %sbatch %s: p50 %.1f ms, p95 %.1f ms, %.1f images/s on this machine", layout.category,
+        log.info("%s: %sbatch %s: p50 %.1f ms, p95 %.1f ms, %.1f images/s on this machine (%s)", layout.category,
                  f"{precision}, " if precision else "", batch,
-                 *(figures[key] for key in ("p50_ms", "p95_ms", "images_per_second")))  # fmt: skip
+                 *(figures[key] for key in ("p50_ms", "p95_ms", "images_per_second")), provider)  # fmt: skip
