@@ -62,9 +62,9 @@ def near_path(path: Path, size: int, reach: float) -> tuple[Field, Field, Field]
     share = nearest / (len(path) - 1)
     shape = (size, size)
     return (
-        distance.reshape(shape).astype(np.float32),
-        signed.reshape(shape).astype(np.float32),
-        share.reshape(shape).astype(np.float32),
+        distance.reshape(shape).astype(np.float64),
+        signed.reshape(shape).astype(np.float64),
+        share.reshape(shape).astype(np.float64),
     )
 
 
@@ -92,19 +92,19 @@ def draw_blob(generator: Generator, size: int, radius: float, roughness: float, 
         weight = roughness * generator.standard_normal() / order
         rim = rim + weight * np.cos(order * angle + generator.uniform(0, 2 * np.pi))
     rim, away = radius * np.maximum(rim, 0.3), np.hypot(long, short)
-    return Blob(np.asarray(rim - away, np.float32), np.asarray(away / rim, np.float32), centre, radius)
+    return Blob(np.asarray(rim - away, np.float64), np.asarray(away / rim, np.float64), centre, radius)
 
 
 def smooth_step(value: NDArray[np.floating]) -> Field:
     """0 below 0, 1 above 1, smooth in between."""
     clipped = np.clip(value, 0, 1)
-    return np.asarray(clipped * clipped * (3 - 2 * clipped), np.float32)
+    return np.asarray(clipped * clipped * (3 - 2 * clipped), np.float64)
 
 
 def wobble(generator: Generator, share: Field, knots: int, low: float, high: float) -> Field:
     """Random values along a path, between `low` and `high`."""
     values = generator.uniform(low, high, knots)
-    return np.interp(share, np.linspace(0, 1, knots), values).astype(np.float32)
+    return np.interp(share, np.linspace(0, 1, knots), values).astype(np.float64)
 
 
 # --- on both surfaces -------------------------------------------------------------------------------------------------
@@ -134,9 +134,9 @@ def _lay(
     fallen = near_path(path - lift * np.array(piece.lamp), piece.size, 8)[0]
     shadow = dark * np.exp(-((np.maximum(fallen - half * 0.5, 0) / 1.3) ** 2))
     overlay = Overlay(
-        opacity=cover.astype(np.float32),
-        colour=np.asarray(colour * lit[..., None], np.float32),
-        shadow=shadow.astype(np.float32),
+        opacity=cover.astype(np.float64),
+        colour=np.asarray(colour * lit[..., None], np.float64),
+        shadow=shadow.astype(np.float64),
     )
     return replace(piece, overlay=overlay), (cover > 0) | (shadow > 0.01)
 
@@ -148,7 +148,7 @@ def _film(generator: Generator, blob: Blob, density: float, hue: NDArray[np.floa
     film = smooth_step(blob.inside / 2) * generator.uniform(0.4, 0.8)
     inner = np.exp(-(((blob.inside - blob.radius * generator.uniform(0.35, 0.6)) / (1.5 * ring)) ** 2))
     amount = density * (film + rim + generator.uniform(0, 0.35) * inner)
-    return np.asarray(np.exp(-amount[..., None] * hue), np.float32)
+    return np.asarray(np.exp(-amount[..., None] * hue), np.float64)
 
 
 # --- on metal ---------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """Corrosion ate a few small holes, sometimes with a rusty halo."""
     centre, spread = somewhere(generator, piece.size), generator.uniform(3, 11)
     rows, columns = pixel_grid(piece.size)
-    height, bare = piece.height, np.zeros((piece.size, piece.size), np.float32)
+    height, bare = piece.height, np.zeros((piece.size, piece.size), np.float64)
     rust = np.zeros_like(bare)
     for _ in range(int(generator.integers(2, 7))):
         place = centre + spread * generator.standard_normal(2)
@@ -206,7 +206,7 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
         rust = np.maximum(rust, np.exp(-((distance / 2.6) ** 2)))
     rust = rust * generator.uniform(0, 0.25) * (generator.random() < 0.6)
     tint = piece.tint * (1 - bare[..., None]) * np.exp(-rust[..., None] * np.array([0.5, 1.0, 1.6]))
-    return replace(piece, height=height, tint=np.asarray(tint, np.float32)), (bare > 0.01) | (rust > 0.005)
+    return replace(piece, height=height, tint=np.asarray(tint, np.float64)), (bare > 0.01) | (rust > 0.005)
 
 
 # --- on cloth ---------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def fabric_missing_thread(piece: Fabric, generator: Generator) -> tuple[Fabric, 
     which, samples, _, segment = _yarn_segment(piece, generator, (20, 90), int(generator.integers(1, 3)))
     least = 0.0 if generator.random() < 0.75 else generator.uniform(0.25, 0.5)
     thickness = [*piece.thickness]
-    thickness[which] = np.where(samples, 1 - (1 - np.float32(least)) * segment, np.float32(1))
+    thickness[which] = np.where(samples, 1 - (1 - least) * segment, 1)
     return replace(piece, thickness=(thickness[0], thickness[1])), _pixels(samples & (segment > 0))
 
 
@@ -259,11 +259,11 @@ def fabric_slub(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     away = place - centre
     bump = np.exp(-((away / (1.3 * pitch)) ** 2)) * segment
     moved = [*piece.place]
-    moved[which] = np.asarray(centre + away * (1 - swell * bump), np.float32)
+    moved[which] = np.asarray(centre + away * (1 - swell * bump), np.float64)
     swollen = replace(piece, place=(moved[0], moved[1]))
     same = swollen.crossing()[which][0] == np.median(piece.crossing()[which][0][samples])
     thickness = [*piece.thickness]
-    thickness[which] = np.where(same, 1 + np.float32(1.2 * swell) * segment, np.float32(1))
+    thickness[which] = np.where(same, 1 + (1.2 * swell) * segment, 1)
     return replace(swollen, thickness=(thickness[0], thickness[1])), _pixels(bump > 0.01)
 
 
@@ -272,7 +272,7 @@ def fabric_hole(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     blob = draw_blob(generator, piece.size, generator.uniform(3.5, 10), 0.25, OVERSAMPLING)
     thickness: list[Field | None] = []
     for index, _ in piece.crossing():
-        reach = generator.normal(0, 1.3, int(index.max()) + 1).astype(np.float32)
+        reach = generator.normal(0, 1.3, int(index.max()) + 1).astype(np.float64)
         thickness.append(smooth_step((1.0 - blob.inside - reach[index]) / 2.5))
     around = generator.uniform(0, 2 * np.pi, round(2.5 * blob.radius) + 2)[:, None]
     roots = blob.centre[::-1] + blob.radius * np.concatenate([np.cos(around), np.sin(around)], axis=1)
@@ -285,9 +285,9 @@ def fabric_stain(piece: Fabric, generator: Generator) -> tuple[Fabric, Mask]:
     blob = draw_blob(generator, piece.size, generator.uniform(9, 32), generator.uniform(0.1, 0.3))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.3, 0.05, 0.5])
     density = np.exp(generator.uniform(np.log(0.27), np.log(0.75)))
-    wick = np.zeros((piece.size, piece.size), np.float32)
+    wick = np.zeros((piece.size, piece.size), np.float64)
     for index, _ in piece.crossing():
-        reach = generator.normal(0, 1.0, int(index.max()) + 1).astype(np.float32)
+        reach = generator.normal(0, 1.0, int(index.max()) + 1).astype(np.float64)
         wick += reach[index][::OVERSAMPLING, ::OVERSAMPLING]
     soaked = replace(blob, inside=blob.inside + wick)
     return replace(piece, tint=_film(generator, soaked, density, hue)), blob.inside > -9

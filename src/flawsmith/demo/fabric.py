@@ -70,13 +70,13 @@ class Fabric:
         warp = _height(a, along_warp, self.thickness[0])
         weft = _height(b, along_weft, self.thickness[1])
         top = warp > weft
-        height = np.maximum(np.maximum(warp, weft), np.float32(GROUND))
+        height = np.maximum(np.maximum(warp, weft), GROUND)
         bare = np.maximum(warp, weft) <= GROUND
 
         colour = self._colour(top, i, a, j, b)
-        colour[bare] = np.float32(0.03)
+        colour[bare] = 0.03
 
-        radius = np.float32(OVERSAMPLING * PITCH[0] / 2)
+        radius = OVERSAMPLING * PITCH[0] / 2
         down = (height[2:, 1:-1] - height[:-2, 1:-1]) * (radius / 2)
         right = (height[1:-1, 2:] - height[1:-1, :-2]) * (radius / 2)
         tilt = np.clip(-(down * self.lamp[0] + right * self.lamp[1]), -1.5, 1.5)
@@ -84,28 +84,28 @@ class Fabric:
         # crevices see less of the room: how far a sample lies below its surroundings
         depth = ndimage.uniform_filter(height, 2 * OVERSAMPLING * 4 + 1, mode="nearest") - height
         shading = shading * np.exp(-0.55 * np.clip(depth, -0.4, 2.5))
-        light = colour * shading[..., None].astype(np.float32)
-        light = light + self.hairs[..., None] * (np.float32(0.55) - light)
+        light = colour * shading[..., None].astype(np.float64)
+        light = light + self.hairs[..., None] * (0.55 - light)
         light = _halve(light)
         if self.tint is not None:
             light = light * self.tint
         if self.overlay is not None:
-            light = self.overlay.over(light, np.ones(light.shape[:2], np.float32))
-        return np.asarray(light, np.float32)
+            light = self.overlay.over(light, np.ones(light.shape[:2], np.float64))
+        return np.asarray(light, np.float64)
 
     def _colour(self, top: NDArray[np.bool_], warp: Index, a: Field, weft: Index, b: Field) -> Field:
         """Reflectance `(S, S, 3)` of the yarn on top: dye, unevenness, and fibres at the angle of its twist."""
         first, second = self.yarns
         yarn = np.where(top, warp, weft + len(first.tone))
         along = np.where(top, self.place[1], self.place[0])
-        sideways = np.where(top, a * np.float32(PITCH[0] / 2), b * np.float32(PITCH[1] / 2))
-        turn = np.float32(0.42)  # radians, the twist's angle
-        thread = ((sideways * np.cos(turn) + along * np.sin(turn)) * np.float32(3)).astype(np.int32)
-        length = ((along * np.cos(turn) - sideways * np.sin(turn)) * np.float32(2)).astype(np.int32)
+        sideways = np.where(top, a * (PITCH[0] / 2), b * (PITCH[1] / 2))
+        turn = 0.42  # radians, the twist's angle
+        thread = ((sideways * np.cos(turn) + along * np.sin(turn)) * 3).astype(np.int32)
+        length = ((along * np.cos(turn) - sideways * np.sin(turn)) * 2).astype(np.int32)
         offset = np.concatenate([first.offset, second.offset])
         entry = ((thread + offset[:, 0][yarn]) & (_TABLE - 1)) * _TABLE + ((length + offset[:, 1][yarn]) & (_TABLE - 1))
         tone = np.concatenate([first.tone, second.tone])
-        step = np.clip((along * np.float32(1 / 4)).astype(np.int32), 0, tone.shape[1] - 1)
+        step = np.clip((along * (1 / 4)).astype(np.int32), 0, tone.shape[1] - 1)
         factor = tone.ravel()[yarn * tone.shape[1] + step] * self.fibres.ravel()[entry]
         return np.where(top[..., None], first.colour, second.colour) * factor[..., None]
 
@@ -113,7 +113,7 @@ class Fabric:
 def draw_fabric(generator: np.random.Generator, size: int) -> Fabric:
     """A new piece: the loom's timing, the yarns, the dye, the cloth's lie and the lamp vary a little."""
     samples = size * OVERSAMPLING
-    line = (np.arange(samples, dtype=np.float32) + np.float32(0.5)) / OVERSAMPLING
+    line = (np.arange(samples) + 0.5) / OVERSAMPLING
     turn = float(np.deg2rad(generator.normal(0, 0.8)))
     skew = float(np.deg2rad(generator.normal(0, 0.4)))
     lie = [0.9 * smooth_field(generator, samples, max(2, size // 80)) for _ in range(2)]
@@ -125,17 +125,17 @@ def draw_fabric(generator: np.random.Generator, size: int) -> Fabric:
     dye = np.array([0.135, 0.19, 0.285]) * np.exp(0.06 * generator.standard_normal())
     raw = np.array([0.47, 0.455, 0.415]) * np.exp(0.03 * generator.standard_normal())
     fibres = ndimage.gaussian_filter(
-        generator.standard_normal((_TABLE, _TABLE), dtype=np.float32), (0.7, 7.0), mode="wrap"
+        generator.standard_normal((_TABLE, _TABLE), dtype=np.float32).astype(np.float64), (0.7, 7.0), mode="wrap"
     )
     direction = float(np.deg2rad(generator.normal(225, 8)))
     return Fabric(
-        place=(np.asarray(across_warp, np.float32), np.asarray(across_weft, np.float32)),
+        place=(np.asarray(across_warp, np.float64), np.asarray(across_weft, np.float64)),
         yarns=(
             _draw_yarns(generator, reach, PITCH[0], dye, 0.06),
             _draw_yarns(generator, reach, PITCH[1], raw, 0.04),
         ),
         phase=int(generator.integers(3)),
-        fibres=np.asarray(np.exp(0.16 * fibres / fibres.std()), np.float32),
+        fibres=np.asarray(np.exp(0.16 * fibres / fibres.std()), np.float64),
         thickness=(None, None),
         hairs=draw_hairs(generator, size, generator.uniform(0, size, (round(220 * (size / 256) ** 2), 2)), (30, 110)),
         lamp=(float(np.sin(direction)), float(np.cos(direction))),
@@ -159,10 +159,10 @@ def _draw_yarns(
     tone = unevenness * (0.8 * generator.standard_normal((count, 1)) + 0.7 * along / along.std())
     return Yarns(
         index=index.astype(np.int32),
-        across=np.asarray(np.clip((entries - middle[index]) / half[index], -1, 1), np.float32),
-        tone=np.asarray(np.exp(tone), np.float32),
+        across=np.asarray(np.clip((entries - middle[index]) / half[index], -1, 1), np.float64),
+        tone=np.asarray(np.exp(tone), np.float64),
         offset=generator.integers(0, _TABLE, (count, 2), dtype=np.int32),
-        colour=np.asarray(colour, np.float32),
+        colour=np.asarray(colour, np.float64),
     )
 
 
@@ -179,33 +179,33 @@ def draw_hairs(
     path = roots[:, None] * OVERSAMPLING + np.cumsum(steps, axis=1)
     for points, shade in zip(path, generator.integers(*strength, count), strict=True):
         pen.line([tuple(point) for point in points], fill=int(shade), width=1)
-    return np.asarray(canvas, np.float32) / np.float32(255)
+    return np.asarray(canvas, np.float64) / 255
 
 
 def _up(warp: Index, weft: Index, phase: int) -> Field:
     """+1 where the warp yarn lies above the weft yarn, -1 where below: two over, one under, shifted by one a row."""
-    table = np.tile(np.array([-1, 1, 1], np.float32), warp.max() + weft.max() + 6)  # a lookup is faster than % 3
+    table = np.tile(np.array([-1, 1, 1], np.float64), warp.max() + weft.max() + 6)  # a lookup is faster than % 3
     return np.asarray(table[warp + weft + (phase + 3)])
 
 
 def _rise(here: Field, there: Field, position: Field) -> Field:
     """Height of a centre line between this crossing (position 0) and the next (position ±2)."""
-    share = np.float32(0.5) * (1 - np.cos(np.float32(np.pi / 2) * np.abs(position)))
-    return np.asarray(here * (1 - share) + there * share, np.float32)
+    share = 0.5 * (1 - np.cos((np.pi / 2) * np.abs(position)))
+    return np.asarray(here * (1 - share) + there * share, np.float64)
 
 
 def _height(across: Field, rise: Field, thickness: Field | None) -> Field:
     """Height of a yarn's surface in yarn radii; far below everything where there is no yarn."""
     if thickness is not None:
-        across = np.asarray(across / np.maximum(thickness, np.float32(0.02)), np.float32)
-    inside = 1 - (across / np.float32(0.98)) ** 2
-    bulge = np.sqrt(np.maximum(inside, np.float32(0)))
+        across = np.asarray(across / np.maximum(thickness, 0.02), np.float64)
+    inside = 1 - (across / 0.98) ** 2
+    bulge = np.sqrt(np.maximum(inside, 0))
     if thickness is not None:
-        bulge = np.asarray(bulge * np.maximum(thickness, np.float32(1)), np.float32)
-    return np.asarray(np.where(inside > 0, CLIMB * rise + bulge, np.float32(2 * GROUND)), np.float32)
+        bulge = np.asarray(bulge * np.maximum(thickness, 1), np.float64)
+    return np.asarray(np.where(inside > 0, CLIMB * rise + bulge, (2 * GROUND)), np.float64)
 
 
 def _halve(light: Field) -> Field:
     """Mean over each pixel's 2 x 2 samples."""
     halves = light[::2] + light[1::2]
-    return np.asarray((halves[:, ::2] + halves[:, 1::2]) / 4, np.float32)
+    return np.asarray((halves[:, ::2] + halves[:, 1::2]) / 4, np.float64)

@@ -63,7 +63,7 @@ class Metal:
         light = (room + 0.42 * sheen)[..., None] * self.tint
         if self.overlay is not None:
             light = self.overlay.over(light, np.ones_like(self.height))
-        return np.asarray(light, np.float32)
+        return np.asarray(light, np.float64)
 
 
 ROUGHNESS = (0.30, 0.55)  # slopes: standard deviation of the lobe along and across the brushing, times sqrt 2
@@ -84,20 +84,20 @@ def draw_metal(generator: np.random.Generator, size: int) -> Metal:
     return Metal(
         height=pressure * _brushing(generator, size, angle),
         angle=angle,
-        half=(np.asarray(half_along, np.float32), np.asarray(half_across, np.float32)),
-        gloss=np.asarray(gloss, np.float32),
-        tint=np.asarray(steel, np.float32),
+        half=(np.asarray(half_along, np.float64), np.asarray(half_across, np.float64)),
+        gloss=np.asarray(gloss, np.float64),
+        tint=np.asarray(steel, np.float64),
         camera=draw_camera(generator, size),
     )
 
 
 def _brushing(generator: np.random.Generator, size: int, angle: float) -> Field:
     """Height of the scratches: a dense fine grain, plus single grooves of exponential depth and finite length."""
-    dense = np.zeros((size, size // 2 + 1), np.complex64)
+    dense = np.zeros((size, size // 2 + 1), np.complex128)
     for length, width, weight in ((40, 0.3, 1.3), (120, 0.5, 1.0), (260, 1.5, 0.6)):
         turned = angle + float(np.deg2rad(generator.normal(0, 0.6)))
         layer = strokes(generator.standard_normal((size, size), dtype=np.float32), turned, length, width)
-        dense += np.complex64(weight * size / np.linalg.norm(layer)) * layer
+        dense += np.complex128(weight * size / np.linalg.norm(layer)) * layer
     height = 0.13 * unit(from_spectrum(dense, size))
     density = float(np.exp(0.2 * generator.standard_normal()))
     grooves = np.zeros_like(dense)
@@ -105,15 +105,15 @@ def _brushing(generator: np.random.Generator, size: int, angle: float) -> Field:
         for _ in range(2):
             turned = angle + float(np.deg2rad(generator.normal(0, 1.5)))
             hit = generator.random((size, size), dtype=np.float32) < rate * density / 2
-            depth = hit * generator.exponential(1.0, (size, size)).astype(np.float32) * np.float32(width * 2.5)
+            depth = hit * generator.exponential(1.0, (size, size)) * (width * 2.5)
             grooves += strokes(depth, turned, length, width, taper=0.06)
-    return np.asarray(height - 0.24 * from_spectrum(grooves, size), np.float32)
+    return np.asarray(height - 0.24 * from_spectrum(grooves, size), np.float64)
 
 
 def _tone(generator: np.random.Generator, size: int, angle: float) -> Field:
     """Broad bands along the brushing where the belt bit harder; unit variance."""
-    spectrum = np.zeros((size, size // 2 + 1), np.complex64)
+    spectrum = np.zeros((size, size // 2 + 1), np.complex128)
     for length, width, weight in ((180, 2.5, 0.8), (300, 9.0, 1.0)):
         layer = strokes(generator.standard_normal((size, size), dtype=np.float32), angle, length, width)
-        spectrum += np.complex64(weight * size / np.linalg.norm(layer)) * layer
+        spectrum += np.complex128(weight * size / np.linalg.norm(layer)) * layer
     return unit(from_spectrum(spectrum, size))
