@@ -94,8 +94,8 @@ def test_the_split_is_deterministic_disjoint_and_complete(
 ) -> None:
     root = tmp_path_factory.mktemp("split")
     folder = category(root, count).folder
-    expected = max(1, round(count * fraction))
-    if count - expected < 2:
+    expected = max(2, round(count * fraction))
+    if count - expected < 8:
         with pytest.raises(UserError, match="too few to learn from"):
             Surface(folder).split(fraction, seed)
         return
@@ -106,7 +106,7 @@ def test_the_split_is_deterministic_disjoint_and_complete(
     assert len(calibration) == expected
 
 
-@given(st.integers(5, 40), st.text("abcdefgh", min_size=1, max_size=8), st.integers(0, 5))
+@given(st.integers(16, 40), st.text("abcdefgh", min_size=1, max_size=8), st.integers(0, 5))
 def test_adding_an_image_moves_at_most_one_other(
     tmp_path_factory: pytest.TempPathFactory, count: int, name: str, seed: int
 ) -> None:

@@ -1,11 +1,15 @@
 """Where the stages of one category read and write: the one place that knows the folder names."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from flawsmith.errors import UserError
+from flawsmith.looks import copies_sentence, find_copies, flat_sentence, look_at
 from flawsmith.settings import Settings
 from flawsmith.surfaces import Split, Surface
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,24 @@ class Layout:
         return Surface(folder, self.settings.data.max_pixels)
 
     def split(self) -> Split:
-        """The fit and calibration parts of the category's normal images."""
-        return self.surface().split(self.settings.data.calibration_fraction, self.settings.data.split_seed)
+        """The fit and calibration parts of the category's normal images; copies among them are named in the log.
+
+        Raises:
+            UserError: images cannot be read or show nothing, or there are too few for both parts.
+        """
+        data, surface = self.settings.data, self.surface()
+        paths = surface.normals()
+        looks = look_at(paths, data.max_pixels, self.kept_looks())
+        if flat := [path for path, look in zip(paths, looks, strict=True) if look.is_flat]:
+            raise UserError(flat_sentence(flat))
+        split = surface.split(data.calibration_fraction, data.split_seed, find_copies(paths, looks))
+        if split.copies:
+            log.warning("%s: %s", self.category, copies_sentence(split.copies))
+        return split
+
+    def kept_looks(self) -> Path:
+        """The file that keeps what was seen of the category's images."""
+        return self.root / "artifacts" / self.category / ".cache" / "looks.npz"
 
     def stage(self, name: str) -> Path:
         """The folder a stage writes; its name is the stage's."""

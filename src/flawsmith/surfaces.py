@@ -12,7 +12,7 @@ rule: a research half to look at as often as one likes, and a report half for fi
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +36,33 @@ from flawsmith.tiling import Place, Tiling
 
 GOOD = "good"
 PARTS = ("all", "research", "report")
-MIN_FIT_IMAGES = 2  # fewer cannot even be told apart from memorised; the README recommends 30
+MIN_FIT_IMAGES = 8  # fewer show no surface, only themselves; the README recommends 30
+MIN_CALIBRATION_IMAGES = 2  # of one there is no deviation
 
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of `train/good`: `fit` trains, `calibration` sets normalisation and threshold."""
+    """The two parts of `train/good`: `fit` trains, `calibration` sets normalisation and threshold.
+
+    Attributes:
+        fit, calibration: of one picture all copies are in `fit`, or one of them is in `calibration`.
+        copies: groups of files that show one picture, each in the order of the split: its first is the one that counts.
+    """
 
     fit: tuple[Path, ...]
     calibration: tuple[Path, ...]
+    copies: tuple[tuple[Path, ...], ...] = ()
+
+    @property
+    def twins(self) -> dict[str, str]:
+        """Name → the first name that shows the same, of the files that are copies."""
+        return {path.name: group[0].name for group in self.copies for path in group}
+
+    def fit_without(self, names: Iterable[str]) -> list[Path]:
+        """The fit images but for those of the names given, and their copies."""
+        twins = self.twins
+        left_out = {twins.get(name, name) for name in names}
+        return [path for path in self.fit if twins.get(path.name, path.name) not in left_out]
 
 
 @dataclass(frozen=True)
@@ -86,20 +104,41 @@ class Surface:
             )
         return paths
 
-    def split(self, calibration_fraction: float, seed: int) -> Split:
+    def split(self, calibration_fraction: float, seed: int, copies: Sequence[Sequence[Path]] = ()) -> Split:
         """Split the normals by a hash of each file name, so that adding an image moves at most one other.
+
+        Args:
+            calibration_fraction: share of the pictures that calibrate.
+            seed: of the hash.
+            copies: groups of paths that show one picture (`looks.find_copies`).
 
         Raises:
             UserError: too few images for both parts.
         """
-        ranked = sorted(self.normals(), key=lambda path: hashlib.sha256(f"{seed}/{path.name}".encode()).digest())
-        count = max(1, round(len(ranked) * calibration_fraction))
-        if len(ranked) - count < MIN_FIT_IMAGES:
+        normals = self.normals()
+        ranked = sorted(normals, key=lambda path: hashlib.sha256(f"{seed}/{path.name}".encode()).digest())
+        rank = {path: place for place, path in enumerate(ranked)}
+        groups = tuple(tuple(sorted(group, key=rank.__getitem__)) for group in copies)
+        repeated = {path for group in groups for path in group[1:]}
+        pictures = [path for path in ranked if path not in repeated]
+        count = max(MIN_CALIBRATION_IMAGES, round(len(pictures) * calibration_fraction))
+        if len(pictures) - count < MIN_FIT_IMAGES:
+            least = MIN_FIT_IMAGES + MIN_CALIBRATION_IMAGES
+            lacking = least - len(pictures)
+            remedy = f"add {lacking} or more" if lacking > 0 else "lower data.calibration_fraction, or add some"
+            shown = f" of {len(pictures)} different pictures" if repeated else ""
             raise UserError(
-                f"{self.folder}/train/{GOOD} holds {len(ranked)} image(s), too few to learn from and to calibrate on; "
-                f"add normal images (30 or more are recommended) or lower data.calibration_fraction."
+                f"{self.folder}/train/{GOOD} holds {len(ranked)} image(s){shown}, too few to learn from "
+                f"({MIN_FIT_IMAGES} at least) and to calibrate on ({MIN_CALIBRATION_IMAGES}); {remedy} "
+                "(30 or more normal images are recommended)."
             )
-        return Split(fit=tuple(sorted(ranked[count:])), calibration=tuple(sorted(ranked[:count])))
+        calibration = set(pictures[:count])
+        kept_out = calibration.union(*(group for group in groups if group[0] in calibration))
+        return Split(
+            fit=tuple(path for path in normals if path not in kept_out),
+            calibration=tuple(path for path in normals if path in calibration),
+            copies=groups,
+        )
 
     def labelled_test(self) -> tuple[LabelledImage, ...]:
         """The labelled test set, or an empty tuple if there is none. For the evaluate stage alone.

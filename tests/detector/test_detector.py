@@ -182,6 +182,11 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
     torch.testing.assert_close(standard.mean(dim=1), scores, atol=1e-4, rtol=1e-4)
 
 
+def test_normals_that_do_not_differ_calibrate_nothing(detector: Detector) -> None:
+    with pytest.raises(UserError, match="do not differ from each other"):
+        detector.calibrate([batch(1, 1).repeat(4, 1, 1, 1)])
+
+
 def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher: Teacher) -> None:
     for channels, stride in (((8,), 16), ((8, 8), 8), ((8, 8, 8), 4)):
         alike = (1.0,) * (len(channels) + 3)

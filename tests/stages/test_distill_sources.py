@@ -9,10 +9,11 @@ import pytest
 
 from flawsmith.errors import UserError
 from flawsmith.stages.distill import _manifest_rows, image_of, remembered_normals, source_indices, textured
-from flawsmith.surfaces import Tile
+from flawsmith.surfaces import Split, Tile
 from flawsmith.triplets import FIT, VALIDATION, TripletFolder
 
 NORMALS = [Path("good") / name for name in ("a.png", "b.png", "c.png", "d.png")]
+SPLIT = Split(fit=tuple(NORMALS), calibration=())
 SOURCES = {"val-0": "b.png", "fit-1": "c.png", "fit-0": "a.png"}  # the manifest's order means nothing
 
 
@@ -26,13 +27,13 @@ def rows(tmp_path: Path, sources: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def test_the_memory_never_holds_the_source_of_a_validation_triplet(tmp_path: Path) -> None:
-    kept = remembered_normals(NORMALS, rows(tmp_path, SOURCES))
+    kept = remembered_normals(SPLIT, rows(tmp_path, SOURCES))
     assert [path.name for path in kept] == ["a.png", "c.png", "d.png"]
 
 
 def test_each_training_triplet_is_traced_to_its_normal_in_the_memory(tmp_path: Path) -> None:
     found = rows(tmp_path, SOURCES)
-    kept = remembered_normals(NORMALS, found)
+    kept = remembered_normals(SPLIT, found)
     assert source_indices(kept, found, ["fit-0", "fit-1"]).tolist() == [0, 1]
     assert source_indices(kept, found, ["val-0"]).tolist() == [-1]
 
@@ -44,12 +45,24 @@ def test_a_source_that_is_no_fit_normal_now_is_one_clear_error(tmp_path: Path) -
 
 def test_every_tile_of_the_image_behind_a_triplet_is_kept_from_it(tmp_path: Path) -> None:
     found = rows(tmp_path, SOURCES)
-    kept = remembered_normals(NORMALS, found)
+    kept = remembered_normals(SPLIT, found)
     tiles = [Tile(path, (0, left)) for path in kept for left in range(0, 96 if path.name == "c.png" else 64, 32)]
     owners = image_of(tiles, kept)
     (source,) = source_indices(kept, found, ["fit-1"])
     assert [tile for tile, owner in zip(tiles, owners, strict=True) if owner == source] == tiles[2:5]
     assert {tile.path.name for tile in tiles[2:5]} == {"c.png"}
+
+
+def test_a_copy_of_an_image_is_kept_from_where_the_image_is(tmp_path: Path) -> None:
+    found = rows(tmp_path, SOURCES)
+    a, b, c, d = NORMALS
+    split = Split(tuple(NORMALS), (), copies=((b, d),))  # b is behind a validation triplet
+    assert remembered_normals(split, found) == [a, c]
+    split = Split(tuple(NORMALS), (), copies=((c, d),))  # c is behind a training triplet
+    kept = remembered_normals(split, found)
+    (source,) = source_indices(kept, found, ["fit-1"], split.twins)
+    owners = image_of([Tile(path) for path in kept], kept, split.twins)
+    assert [path for path, owner in zip(kept, owners, strict=True) if owner == source] == [c, d]
 
 
 def test_shades_are_no_textures_unless_there_is_nothing_else() -> None:

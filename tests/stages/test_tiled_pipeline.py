@@ -50,7 +50,7 @@ def weave(seed: int) -> NDArray[np.uint8]:
 
 
 def write_surface(folder: Path) -> None:
-    for seed in range(10):
+    for seed in range(12):
         write_png(folder / f"train/good/{seed:03d}.png", weave(seed))
     for seed in range(4):
         write_png(folder / f"test/good/{seed:03d}.png", weave(100 + seed))

@@ -51,7 +51,7 @@ class Project:
         return {**os.environ, "OMP_NUM_THREADS": "1", **replaced}
 
 
-def create_project(folder: Path, normals: int = 8, tested: int = 2) -> Project:
+def create_project(folder: Path, normals: int = 12, tested: int = 2) -> Project:
     write_params(folder / "params.yaml", SMALL, STEPS, categories=["tiles"])
     (folder / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     tiles = folder / "data" / "tiles"

@@ -30,7 +30,7 @@ def layout(root: Path, **changes: object) -> Layout:
     folder = root / "data" / "plate" / "train" / "good"
     if not folder.exists():
         folder.mkdir(parents=True)
-        for index in range(8):
+        for index in range(12):
             grain = ndimage.gaussian_filter(np.random.default_rng(index).normal(0, 40, (96, 96)), (4, 0.5))
             write_png(
                 folder / f"{index:03d}.png", np.repeat(np.clip(120 + grain, 0, 255)[..., None], 3, 2).astype(np.uint8)

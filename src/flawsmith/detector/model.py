@@ -20,6 +20,8 @@ from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith.settings import DistillSettings, TeacherSettings, settings_digest
 
+LEAST_DEVIATION = 1e-6  # less is that of nothing: a score in units of it would be a random large number
+
 
 @dataclass(frozen=True)
 class DetectorConfig:
@@ -198,11 +200,17 @@ class Detector(nn.Module):
 
     @torch.inference_mode()
     def normalise(self, raw: Sequence[Tensor]) -> None:
-        """As `calibrate`, from the raw maps (B, K, h, w) of the calibration normals."""
+        """As `calibrate`, from the raw maps (B, K, h, w) of the calibration normals.
+
+        Raises:
+            UserError: the normals do not differ, so nothing can be measured in units of their deviation.
+        """
         mean, deviation = _moments(maps.movedim(1, -1).flatten(0, 2) for maps in raw)
+        _check_deviation(deviation[(self.map_weights.cpu() > 0) | (self.score_weights.cpu() > 0)])
         self.map_mean.copy_(mean)
         self.map_std.copy_(deviation)
         mean, deviation = _moments(self.pooled(self.fuse(maps, self.score_weights)) for maps in raw)
+        _check_deviation(deviation)
         self.score_mean.copy_(mean)
         self.score_std.copy_(deviation)
 
@@ -226,7 +234,15 @@ def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         rows = part.double().cpu()
         sums, squares, count = sums + rows.sum(dim=0), squares + rows.square().sum(dim=0), count + len(rows)
     mean = sums / count
-    return mean, (squares / count - mean.square()).clamp_min(1e-12).sqrt()
+    return mean, (squares / count - mean.square()).clamp_min(LEAST_DEVIATION**2).sqrt()
+
+
+def _check_deviation(deviation: Tensor) -> None:
+    if (deviation <= LEAST_DEVIATION).any():
+        raise UserError(
+            "The calibration normals do not differ from each other, so no threshold can be told from them; add "
+            "different images to train/good, or raise data.calibration_fraction."
+        )
 
 
 def feature_products(teacher: Features, student: Features) -> Features:

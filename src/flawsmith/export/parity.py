@@ -112,7 +112,8 @@ def certificate(
     if found:
         raise FlawsmithError(
             f"The ONNX model does not agree with the trained detector on {len(images)} images: {'; '.join(found)}. "
-            "Nothing was exported; check the versions of torch and onnxruntime with `flawsmith doctor`."
+            "Nothing was exported. If the report of `evaluate` shows sound scores, the fault is ours: tell us, with "
+            "what `flawsmith doctor` prints."
         )
     return {
         "batches": {

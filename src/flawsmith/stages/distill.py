@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
-from flawsmith.surfaces import Tile, iter_tiles, plan_tiles
+from flawsmith.surfaces import Split, Tile, iter_tiles, plan_tiles
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
 
 STAGE = "distill"
 NORMALS_BATCH = 8
+NO_TWINS: Mapping[str, str] = MappingProxyType({})
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def run(layout: Layout) -> None:
         folder, split = TripletFolder(triplets), layout.split()
         parts = {role: TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION)}
         rows_of = _manifest_rows(folder, split.fit)
-        normals = _Normals(remembered_normals(split.fit, rows_of), data)
+        normals = _Normals(remembered_normals(split, rows_of), data, split.twins)
         frozen = build_teacher(teacher, layout.root).to(device)
         symmetry, distances = _find_symmetry(normals, frozen, settings)
         elements = SYMMETRIES[symmetry]
@@ -67,7 +69,7 @@ def run(layout: Layout) -> None:
         detector.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         owners = _fill_memory(detector, normals, elements)
         origins = {
-            role: Origins(source_indices(normals.images, rows_of, part.ids), textured(rows_of, part.ids))
+            role: Origins(source_indices(normals.images, rows_of, part.ids, normals.twins), textured(rows_of, part.ids))
             for role, part in parts.items()
         }
         turns = numpy_generator(settings.seed, "symmetry")
@@ -112,8 +114,8 @@ def run(layout: Layout) -> None:
 class _Normals:
     """What the memory may show: the `tiles` of the `images`, and an even `sample` of them to ask questions of."""
 
-    def __init__(self, images: Sequence[Path], data: DataSettings) -> None:
-        self.images, self.data = images, data
+    def __init__(self, images: Sequence[Path], data: DataSettings, twins: Mapping[str, str]) -> None:
+        self.images, self.data, self.twins = images, data, twins
         self.tiles = plan_tiles(images, data)
         self.sample = _sample(self.tiles)
 
@@ -151,8 +153,8 @@ def _fill_memory(detector: Detector, normals: _Normals, elements: Sequence[int])
     shown = remember(detector, _batches(normals.shown(elements), device), len(normals.tiles) * len(elements))
     if shown is None or detector.memory is None:
         return None
-    owners = image_of(normals.tiles, normals.images)[shown.cpu() // len(elements)]
-    own_keys = ((owners == image).to(device) for image in image_of(normals.sample, normals.images))
+    owners = image_of(normals.tiles, normals.images, normals.twins)[shown.cpu() // len(elements)]
+    own_keys = ((owners == image).to(device) for image in image_of(normals.sample, normals.images, normals.twins))
     detector.memory.fit_exponent(
         (_places(detector.teacher, image[None]), own) for image, own in zip(normals.looked_at, own_keys, strict=True)
     )
@@ -213,26 +215,34 @@ def _manifest_rows(folder: TripletFolder, normals: Sequence[Path]) -> dict[str, 
     return {row["triplet_id"]: row for row in rows}
 
 
-def remembered_normals(normals: Sequence[Path], rows: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    """The fit normals without those behind validation triplets, which must stay new to the whole detector: where there
-    is no labelled test set, `evaluate` scores these very triplets."""
+def remembered_normals(split: Split, rows: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """The fit normals without those behind validation triplets and their copies, which must stay new to the whole
+    detector: where there is no labelled test set, `evaluate` scores these very triplets."""
     held_out = {row["source"] for row in rows.values() if row["role"] == VALIDATION}
-    return [path for path in normals if path.name not in held_out]
+    return split.fit_without(held_out)
 
 
-def image_of(tiles: Sequence[Tile], images: Sequence[Path]) -> Tensor:
-    """Of each tile the place of its image among `images`, (N,): in training a triplet may not recognise any part of the
-    image it was made from."""
-    places = {path: place for place, path in enumerate(images)}
-    return torch.tensor([places[tile.path] for tile in tiles])
+def image_of(tiles: Sequence[Tile], images: Sequence[Path], twins: Mapping[str, str] = NO_TWINS) -> Tensor:
+    """Of each tile the place of its image among `images`, (N,), of copies that of their first: in training a triplet
+    may not recognise any part of the picture it was made from."""
+    places = _picture_places(images, twins)
+    return torch.tensor([places[tile.path.name] for tile in tiles])
 
 
 def source_indices(
-    normals: Sequence[Path], rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]
+    normals: Sequence[Path],
+    rows: Mapping[str, Mapping[str, Any]],
+    ids: Sequence[str],
+    twins: Mapping[str, str] = NO_TWINS,
 ) -> NDArray[np.int64]:
-    """Of each triplet the place of its source among `normals`, -1 if it is none of them."""
-    places = {path.name: place for place, path in enumerate(normals)}
+    """Of each triplet the place of its source among `normals`, as `image_of` says it; -1 if it is none of them."""
+    places = _picture_places(normals, twins)
     return np.array([places.get(rows[one]["source"], -1) for one in ids], np.int64)
+
+
+def _picture_places(images: Sequence[Path], twins: Mapping[str, str]) -> dict[str, int]:
+    first: dict[str, int] = {}
+    return {path.name: first.setdefault(twins.get(path.name, path.name), place) for place, path in enumerate(images)}
 
 
 def textured(rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ report.html. `run_baseline` judges the kNN baseline alone, which needs the data 
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
-from flawsmith.surfaces import iter_tiles, labelled_part, plan_tiles
+from flawsmith.surfaces import Split, iter_tiles, labelled_part, plan_tiles
 from flawsmith.tiling import Tiling
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import VALIDATION, TripletFolder, read_manifest
@@ -66,10 +66,9 @@ class Judged(NamedTuple):
     part: str
     held_out: Mapping[str, str]
 
-    def foreign_to(self, paths: Sequence[Path]) -> list[Path]:
-        """Those of the normals' paths that no held-out triplet was made from, so that a baseline may remember them."""
-        sources = set(self.held_out.values())
-        return [path for path in paths if path.name not in sources]
+    def foreign_to(self, split: Split) -> list[Path]:
+        """The fit normals that no held-out triplet was made from, so that a baseline may remember them."""
+        return split.fit_without(self.held_out.values())
 
 
 def run(layout: Layout) -> None:
@@ -89,7 +88,7 @@ def run(layout: Layout) -> None:
     params = _params(layout) | {"export": {"opset": layout.settings.export.opset}}
     device = Compute.choose(layout.settings.compute).device
     with stage_run(layout, STAGE, inputs, params) as tracked:
-        baseline = fit_baseline(layout, judged.foreign_to(split.fit))
+        baseline = fit_baseline(layout, judged.foreign_to(split))
         network = exported_network(layout, weights)
         tracked.set_tag("provider", network.provider)
         result = assess(
@@ -142,7 +141,7 @@ def run_baseline(layout: Layout) -> None:
     with stage_run(layout, BASELINE, _inputs(layout, judged), _params(layout)) as tracked, open_spools(2) as spools:
         maps, masks = spools
         (result,) = measure(
-            [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split.fit)), device), tiling)],
+            [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split)), device), tiling)],
             judged.items,
             normal_items(split.calibration, tiling, data.max_pixels),
             numpy_generator(settings.seed, "bootstrap"),

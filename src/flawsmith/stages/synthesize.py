@@ -68,7 +68,8 @@ def build_workshop(layout: Layout, compute: Compute) -> Workshop:
         loaded, ddpm = load_denoiser(layout.stage("ddpm-train"))
         denoiser = loaded.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         scheduler = build_scheduler(ddpm)
-    tiles = plan_tiles(layout.split().fit, data)
+    split = layout.split()
+    tiles = plan_tiles(split.fit, data)
     normals = load_tiles(tiles, data)
     generator = numpy_generator(layout.settings.synthesize.seed, "foreground")
     sample = np.sort(generator.permutation(len(normals))[:FOREGROUND_SAMPLE])
@@ -82,6 +83,7 @@ def build_workshop(layout: Layout, compute: Compute) -> Workshop:
         foreground=foreground,
         settings=layout.settings.synthesize,
         compute=compute,
+        twins=split.twins,
     )
 
 

@@ -9,7 +9,7 @@ windows, blending and the rule of what can be seen. Some carry a shade or a past
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ class Workshop:
         names: N file names, the manifest's name of each normal; tiles of one image share it.
         compute: where the denoiser lies, and its precision.
         places: of each normal the tile's top and left in pixels at working resolution; None for whole images.
+        twins: name → the name whose picture it shows too, of the files that are copies.
     """
 
     denoiser: Denoiser | None
@@ -110,16 +111,18 @@ class Workshop:
     settings: SynthesizeSettings
     compute: Compute = CPU
     places: Sequence[tuple[int, int] | None] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     def sources(self, role: str) -> NDArray[np.int64]:
-        """Indices of the normals of one role: validation sources are those of a fixed share of the image files, of
-        which no training triplet uses any part."""
-        files = {name: place for place, name in enumerate(dict.fromkeys(self.names))}
+        """Indices of the normals of one role: validation sources are those of a fixed share of the pictures, of which
+        no training triplet uses any part or copy."""
+        names = [self.twins.get(name, name) for name in self.names]
+        files = {name: place for place, name in enumerate(dict.fromkeys(names))}
         order = numpy_generator(self.settings.seed, "sources").permutation(len(files))
         share = self.settings.validation_fraction
         held = min(max(1, round(share * len(order))), len(order) - 1) if share > 0 else 0
         chosen = order[:held] if role == VALIDATION else order[held:]
-        return np.flatnonzero(np.isin([files[name] for name in self.names], chosen))
+        return np.flatnonzero(np.isin([files[name] for name in names], chosen))
 
     def candidate(self, role: str, number: int) -> Candidate:
         """Draw candidate `number` of a role: the same one whenever it is asked for."""
