@@ -1,18 +1,23 @@
 """Walking back from an artefact to the data it came from, by content: who wrote these bytes, what did that run read?
 
-Pure: the records come from `tracking`, which asks MLflow; here they are only joined and drawn.
+Pure: the records come from dvc.lock (`repro`), which proves what was made of what, and from MLflow (`tracking`), which
+adds when and by which run; here they are only joined and drawn.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePosixPath
 
 SHOWN = 12  # hex digits of a digest or run id that are drawn; enough to be found again
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file or folder by content: `digest` is `digest_path`'s SHA-256, `path` is relative to the project's root."""
+    """A file or folder by content; `path` is relative to the project's root.
+
+    `digest` is DVC's MD5 where dvc.lock names the content, else `digest_path`'s SHA-256.
+    """
 
     name: str
     path: str
@@ -21,18 +26,28 @@ class Artefact:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One finished stage run: what it read and wrote, when (UTC), and from which code and params."""
+    """One finished stage run: what it read and wrote, when (UTC), and from which code and params.
+
+    What only dvc.lock knows has no `run_id`, start and revision; `code` is then the digest of the code it ran.
+    """
 
     run_id: str
     stage: str
     category: str
-    started: datetime
+    started: datetime | None
     revision: str
     dirty: bool
     params_digest: str
     inputs: tuple[Artefact, ...]
     outputs: tuple[Artefact, ...]
     flow_run: str = ""  # the orchestrator's run that started it, if any
+    code: str = ""
+    store: str = ""  # where the run is recorded, if not in the store that is in use
+
+    @property
+    def key(self) -> str:
+        """What tells it from other runs."""
+        return self.run_id or f"{self.stage}@{self.category}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,8 @@ class Lineage:
     """An artefact, the newest run that wrote it, and the lineage of everything that run read.
 
     `writers` counts the runs that wrote this very content. Without a run, `is_source` tells the user's own data, where
-    a chain rightly ends, from a missing link; `note` says in words what is missing.
+    a chain rightly ends, from a missing link; `note` says in words what is missing. `changed`, of the outermost node
+    alone, says of each file or folder behind it that is no longer what dvc.lock proves (path, sentence).
     """
 
     artefact: Artefact
@@ -49,10 +65,13 @@ class Lineage:
     parents: tuple["Lineage", ...] = ()
     is_source: bool = False
     note: str = ""
+    changed: tuple[tuple[str, str], ...] = ()
 
     @property
     def complete(self) -> bool:
-        """Whether every path back ends at a source."""
+        """Whether every path back ends at a source, and nothing on it was changed since."""
+        if self.changed:
+            return False
         if self.run is None:
             return self.is_source
         return all(parent.complete for parent in self.parents)
@@ -75,6 +94,12 @@ class Lineage:
         return tuple(found.values())
 
 
+def is_below(path: str, folder: str, either: bool = False) -> bool:
+    """Whether `path` is `folder` or lies inside it; with `either`, or the other way round."""
+    one, other = PurePosixPath(path), PurePosixPath(folder)
+    return one.is_relative_to(other) or (either and other.is_relative_to(one))
+
+
 def walk(
     artefact: Artefact,
     writers_of: Callable[[Artefact], Sequence[RunRecord]],
@@ -89,18 +114,18 @@ def walk(
         is_source: whether a chain may end here (data that no stage makes).
         explain: why nothing is known of an artefact that is no source, in one sentence.
     """
-    known: dict[str, Sequence[RunRecord]] = {}
+    known: dict[Artefact, Sequence[RunRecord]] = {}
 
     def follow(current: Artefact, path: tuple[str, ...]) -> Lineage:
-        if current.digest not in known:
-            known[current.digest] = writers_of(current)
+        if current not in known:
+            known[current] = writers_of(current)
         # a stage that leaves its input as it was has read what it wrote: it must not become its own ancestor
-        runs = [run for run in known[current.digest] if run.run_id not in path]
+        runs = [run for run in known[current] if run.key not in path]
         if not runs:
             source = is_source(current)
             return Lineage(current, None, 0, is_source=source, note="" if source else explain(current))
         newest = runs[0]
-        parents = tuple(follow(item, (*path, newest.run_id)) for item in newest.inputs)
+        parents = tuple(follow(item, (*path, newest.key)) for item in newest.inputs)
         return Lineage(current, newest, len(runs), parents)
 
     return follow(artefact, ())
@@ -119,17 +144,13 @@ def render_lineage(tree: Lineage) -> str:
             if node.note:
                 lines.append(f"{rest}  {node.note}")
             return
-        again = run.run_id in drawn
+        again = run.key in drawn
         lines.append(f"{first}{label}  <- {run.stage} ({run.category}){'  (drawn above)' if again else ''}")
         if again:
             return
-        drawn.add(run.run_id)
+        drawn.add(run.key)
         stem = "│ " if node.parents else "  "
-        lines.append(
-            f"{rest}{stem}  run {run.run_id[:SHOWN]}  {run.started:%Y-%m-%d %H:%M:%S} UTC  "
-            f"git {run.revision[:SHOWN]}{' + changes' if run.dirty else ''}  params {run.params_digest[:SHOWN]}"
-            f"{f'  Prefect {run.flow_run[:SHOWN]}' if run.flow_run else ''}"
-        )
+        lines.append(f"{rest}{stem}  {_how(run)}")
         if node.writers > 1:
             lines.append(f"{rest}{stem}  newest of {node.writers} runs that wrote this content")
         for index, parent in enumerate(node.parents):
@@ -140,4 +161,16 @@ def render_lineage(tree: Lineage) -> str:
     missing = {artefact.path or artefact.name for artefact in tree.missing()}
     if missing:
         lines.append(f"Incomplete: the origin of {', '.join(sorted(missing))} is not recorded.")
+    lines += [f"Changed since: {sentence}." for _, sentence in tree.changed]
     return "\n".join(lines)
+
+
+def _how(run: RunRecord) -> str:
+    """Which run it was and from what, in one line."""
+    rest = f"params {run.params_digest[:SHOWN]}{f'  Prefect {run.flow_run[:SHOWN]}' if run.flow_run else ''}"
+    if run.started is None:
+        return f"proven by dvc.lock, no run recorded here  code {run.code[:SHOWN]}  {rest}"
+    return (
+        f"run {run.run_id[:SHOWN]}{f' in {run.store}' if run.store else ''}  {run.started:%Y-%m-%d %H:%M:%S} UTC  "
+        f"git {run.revision[:SHOWN]}{' + changes' if run.dirty else ''}  {rest}"
+    )

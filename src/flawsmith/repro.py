@@ -4,6 +4,8 @@ DVC is run as its command, as a person would run it, so that what a flow does ca
 `reproduce` costs DVC's start, under a second.
 """
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -11,13 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
-from flawsmith.files import digest_file, read_json
+from flawsmith.files import digest_file, digest_json, read_json
+from flawsmith.lineage import Artefact, RunRecord, is_below
 from flawsmith.processes import Finished, stream
 from flawsmith.settings import Settings
 
@@ -25,9 +29,12 @@ __all__ = [
     "GateFailed",
     "InfrastructureError",
     "StageOutcome",
+    "changed",
+    "dvc_digest",
     "failure",
     "has_remote",
     "lock_digest",
+    "locked_stages",
     "publish",
     "pull",
     "push",
@@ -230,18 +237,78 @@ def pull(root: Path, category: str, data_root: str, targets: Sequence[str], on_l
             raise failure("`dvc fetch`", finished)
     # DVC's run cache leaves out every stage with an output that git keeps (`cache: false`), so a checkout with the
     # lock of another one would compute those again without this.
-    locked = _locked(root)
+    locked = _lock(root)
     if known := [target for target in targets if target in locked]:
         stream(["dvc", "checkout", "--allow-missing", *known], root, on_line)
 
 
-def _locked(root: Path) -> set[str]:
+def locked_stages(root: Path, data_root: str) -> tuple[RunRecord, ...]:
+    """What dvc.lock proves: of each stage, the data and results it read and wrote, by DVC's MD5, its code and params.
+
+    Raises:
+        UserError: dvc.lock cannot be read.
+    """
+    lock = _lock(root)
+    made = [entry["path"] for stage in lock.values() for entry in stage.get("outs", [])]
+
+    def artefacts(entries: Sequence[Mapping[str, Any]]) -> dict[bool, list[Artefact]]:
+        """By whether it is data or a result; the rest is code."""
+        found: dict[bool, list[Artefact]] = {True: [], False: []}
+        for entry in entries:
+            path = str(entry["path"])
+            is_content = any(is_below(path, place) for place in [data_root, "artifacts", *made])
+            found[is_content].append(Artefact(Path(path).name, path, str(entry.get("md5", ""))))
+        return found
+
+    records = []
+    for target, stage in lock.items():
+        name, _, category = target.partition("@")
+        read = artefacts(stage.get("deps", []))
+        records.append(
+            RunRecord(
+                run_id="", stage=name, category=category, started=None, revision="", dirty=False,
+                params_digest=digest_json({"params": stage.get("params", {})}),
+                inputs=tuple(read[True]), outputs=tuple(artefacts(stage.get("outs", []))[True]),
+                code=digest_json({item.path: item.digest for item in read[False]}),
+            )
+        )  # fmt: skip
+    return tuple(records)
+
+
+def dvc_digest(path: Path) -> str:
+    """A file's digest as dvc.lock has it."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+
+
+def changed(root: Path, targets: Sequence[str]) -> dict[str, str]:
+    """The files and folders that are there and are no longer what dvc.lock says of these stages, with the stage.
+
+    Raises:
+        UserError, FlawsmithError: DVC cannot say.
+    """
+    finished = stream(["dvc", "status", "--json", *targets], root, lambda line: None, keep_stdout=True)
+    if finished.status != 0:
+        raise failure("`dvc status`", finished)
+    found: dict[str, str] = {}
+    for kind in ("changed outs", "changed deps"):  # who made it is named, else who read it
+        for target, entries in json.loads(finished.stdout).items():
+            for entry in entries:
+                states = entry.get(kind, {}) if isinstance(entry, dict) else {}
+                for path, state in states.items():
+                    if state == "modified":
+                        found.setdefault(path, target)
+    return found
+
+
+def _lock(root: Path) -> dict[str, Any]:
+    """The stages of dvc.lock, by their targets."""
     path = root / "dvc.lock"
     if not path.is_file():
-        return set()
+        return {}
     try:
-        return set(yaml.safe_load(path.read_text())["stages"])
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        return dict(yaml.safe_load(path.read_text())["stages"])
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); `git checkout dvc.lock`.") from error
 
 

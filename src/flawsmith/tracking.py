@@ -21,17 +21,18 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from flawsmith import repro
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json, digest_path
 from flawsmith.layout import Layout
-from flawsmith.lineage import SHOWN, Artefact, Lineage, RunRecord, render_lineage, walk
+from flawsmith.lineage import SHOWN, Artefact, Lineage, RunRecord, is_below, render_lineage, walk
 from flawsmith.processes import is_main_process
 from flawsmith.settings import Settings
 
@@ -126,32 +127,126 @@ def stage_run(layout: Layout, stage: str, inputs: Mapping[str, Path], params: Ma
 def read_lineage(root: Path, settings: Settings, target: str | Path) -> Lineage:
     """The lineage of a file, a folder, or a digest (or its first 6 digits or more).
 
+    Where dvc.lock names the target it proves the chain, and the recorded runs add when and by which run; the files that
+    are no longer what it says are named. Of all else the recorded runs alone know.
+
     Raises:
         UserError: the target is neither, the prefix fits several digests or none, or the store cannot be reached.
     """
-    uri = tracking_uri(root)
-    database = _sqlite_file(uri)
-    if database is not None and not database.is_file():
-        raise UserError(
-            f"{database} does not exist, so no runs are recorded; run the pipeline with `tracking.mode: on` first."
-        )
-    store = _Store(root, settings)
-    if Path(target).exists():
-        start = _artefact(root, Path(target).name, Path(target))
-    elif re.fullmatch(rf"[0-9a-fA-F]{{{MIN_PREFIX},64}}", str(target)):
-        start = store.find_digest(str(target).lower())
-    else:
+    if not Path(target).exists() and not re.fullmatch(rf"[0-9a-fA-F]{{{MIN_PREFIX},64}}", str(target)):
         raise UserError(
             f"`{target}` is no existing file or folder and no digest; give an ONNX file, a stage's folder, or at "
             f"least {MIN_PREFIX} hex digits of a digest."
         )
-    data_root = Path(settings.data.root).as_posix().rstrip("/") + "/"
-    return walk(start, store.writers_of, lambda artefact: artefact.path.startswith(data_root), store.explain)
+    stages = repro.locked_stages(root, settings.data.root)
+    locked = _locked_artefact(root, stages, target)
+    if locked is not None:
+        return _proven_lineage(root, settings, stages, *locked)
+    uri = tracking_uri(root)
+    if not _has_store(uri):
+        raise UserError(
+            f"{_sqlite_file(uri)} does not exist, so no runs are recorded, and dvc.lock does not name `{target}`; run "
+            "the pipeline first (`dvc repro`)."
+        )
+    store = _Store(uri, settings)
+    path = Path(target)
+    start = _artefact(root, path.name, path) if path.exists() else store.find_digest(str(target).lower())
+    return walk(start, store.writers_of, lambda item: is_below(item.path, settings.data.root), store.explain)
+
+
+def _locked_artefact(
+    root: Path, stages: Sequence[RunRecord], target: str | Path
+) -> tuple[Artefact, RunRecord | None] | None:
+    """What dvc.lock calls the target, and the stage that made it (None: a source); None if it names no such content."""
+    made = [(item, stage) for stage in stages for item in stage.outputs]
+    path = Path(target)
+    if not path.exists():
+        read: list[tuple[Artefact, RunRecord | None]] = [(item, None) for stage in stages for item in stage.inputs]
+        prefix = str(target).lower()
+        found = {item.digest: (item, stage) for item, stage in [*read, *made] if item.digest.startswith(prefix)}
+        return next(iter(found.values())) if len(found) == 1 else None
+    shown = _shown(root, path)
+    exact = next(((item, stage) for item, stage in made if item.path == shown), None)
+    if exact is not None:
+        return exact
+    makers = {stage.key: stage for item, stage in made if shown and is_below(shown, item.path, either=True)}
+    if len(makers) == 1:  # a stage's folder, or a file inside an output
+        return Artefact(path.name, shown, digest_path(path)), next(iter(makers.values()))
+    if path.is_file():
+        digest = repro.dvc_digest(path)
+        return next(((item, stage) for item, stage in made if item.digest == digest), None)
+    return None
+
+
+def _proven_lineage(
+    root: Path, settings: Settings, stages: Sequence[RunRecord], start: Artefact, maker: RunRecord | None
+) -> Lineage:
+    """The chain by dvc.lock, with what the stores know of its stages."""
+
+    def makers_of(artefact: Artefact) -> list[RunRecord]:
+        if artefact == start:
+            return [maker] if maker else []
+        whole = [stage for stage in stages if any(item.path == artefact.path for item in stage.outputs)]
+        if whole:
+            return [stage for stage in whole if artefact in stage.outputs]
+        return [stage for stage in stages if any(is_below(artefact.path, item.path) for item in stage.outputs)]
+
+    def explain(artefact: Artefact) -> str:
+        owner = next((stage.key for stage in stages if any(item.path == artefact.path for item in stage.outputs)), "")
+        return f"By dvc.lock `{owner}` has left another content since." if owner else "No stage of dvc.lock made it."
+
+    def is_source(artefact: Artefact) -> bool:
+        return is_below(artefact.path, settings.data.root)
+
+    chain = {node.run.key: node.run for node in walk(start, makers_of, is_source, explain).nodes() if node.run}
+    content = {item.path for stage in chain.values() for item in (*stage.inputs, *stage.outputs)}
+    found = repro.changed(root, list(chain)) if chain else {}
+    changed = {path: stage for path, stage in found.items() if path in content}  # newer code makes no origin untrue
+    known = _recorded(root, settings, list(chain.values()), changed)
+    tree = walk(start, lambda item: [known[run.key] for run in makers_of(item)], is_source, explain)
+    remedy = f"`dvc repro{f' {maker.key}' if maker else ''}`"
+    return replace(
+        tree,
+        changed=tuple(
+            (path, f"{path} is not what dvc.lock says of `{stage}`: run {remedy}") for path, stage in changed.items()
+        ),
+    )
+
+
+def _recorded(
+    root: Path, settings: Settings, stages: Sequence[RunRecord], changed: Mapping[str, str]
+) -> dict[str, RunRecord]:
+    """The stages by their keys, each with its newest recorded run: of the store in use, else of the project's own.
+
+    A pipeline that ran before the servers were there is recorded in mlflow.db. No store is no obstacle: dvc.lock proves
+    the chain without it.
+    """
+    found = {stage.key: stage for stage in stages}
+    if settings.tracking.mode == "off":
+        return found
+    for uri in dict.fromkeys([tracking_uri(root), _local_uri(root)]):
+        missing = [stage for stage in found.values() if not stage.run_id]
+        if not missing or not _has_store(uri):
+            continue
+        try:
+            store = _Store(uri, settings)
+            for stage in missing:
+                run = store.run_of(root, stage, changed)
+                if run is not None:
+                    elsewhere = "" if uri == tracking_uri(root) else without_password(uri)
+                    found[stage.key] = replace(run, inputs=stage.inputs, outputs=stage.outputs, store=elsewhere)
+        except UserError as error:
+            logger.warning("When and by which runs is not told: %s", error)
+    return found
 
 
 def tracking_uri(root: Path) -> str:
     """Where runs are recorded: MLFLOW_TRACKING_URI if set, else `mlflow.db` in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve().as_posix()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _local_uri(root)
+
+
+def _local_uri(root: Path) -> str:
+    return f"sqlite:///{(root / 'mlflow.db').resolve().as_posix()}"
 
 
 def current_flow_run() -> str:
@@ -302,8 +397,8 @@ class _MlflowRun(StageRun):
 class _Store:
     """The finished stage runs of one project, asked for by content."""
 
-    def __init__(self, root: Path, settings: Settings) -> None:
-        self._uri = tracking_uri(root)
+    def __init__(self, uri: str, settings: Settings) -> None:
+        self._uri = uri
         self._client = connect(self._uri)
         prefix = settings.tracking.experiment_prefix
         with store_errors(self._uri):
@@ -331,13 +426,24 @@ class _Store:
         """The runs that wrote this content, newest first."""
         return self._search(OUTPUTS, f'"digest": "{artefact.digest}"')
 
+    def run_of(self, root: Path, stage: RunRecord, changed: Mapping[str, str]) -> RunRecord | None:
+        """The newest run of this stage that wrote one of its outputs, as they lie in the project."""
+        paths = [root / item.path for item in stage.outputs if item.path not in changed]
+        for path in sorted(
+            (path for path in paths if path.exists()), key=lambda path: (path.is_dir(), -path.stat().st_size)
+        ):
+            for run in self.writers_of(_artefact(root, path.name, path)):
+                if (run.stage, run.category) == (stage.stage, stage.category):
+                    return run
+        return None
+
     def explain(self, artefact: Artefact) -> str:
         """Why nobody is known to have written this content."""
         earlier = (
             self._search(OUTPUTS, f'"path": {json.dumps(artefact.path, ensure_ascii=False)}') if artefact.path else []
         )
         if not earlier:
-            return "No recorded run wrote it: it was made with tracking off, or recorded in another store."
+            return "Neither dvc.lock names it nor a recorded run wrote it: it was made by hand, or recorded elsewhere."
         newest = earlier[0]
         digest = next((item.digest for item in newest.outputs if item.path == artefact.path), "")
         return (
@@ -383,9 +489,13 @@ def _record(run: Any) -> RunRecord:
 
 def _artefact(root: Path, name: str, path: Path) -> Artefact:
     """Digest a path; outside the project's root its name stands for it, since absolute paths mean nothing elsewhere."""
+    return Artefact(name, _shown(root, path) or path.name, digest_path(path))
+
+
+def _shown(root: Path, path: Path) -> str:
+    """The path relative to the project's root, "" if it lies outside."""
     absolute, base = path.resolve(), root.resolve()
-    shown = absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else path.name
-    return Artefact(name, shown, digest_path(path))
+    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else ""
 
 
 def _encode(artefacts: Sequence[Artefact]) -> str:
@@ -550,6 +660,12 @@ def _reason(error: BaseException, uri: str) -> str:
 
 def without_password(uri: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def _has_store(uri: str) -> bool:
+    """Whether there can be records: a SQLite file that was never made holds none."""
+    database = _sqlite_file(uri)
+    return database is None or database.is_file()
 
 
 def _sqlite_file(uri: str) -> Path | None:

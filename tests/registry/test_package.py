@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from flawsmith.files import digest_file, read_json, write_json
 from flawsmith.images import write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.lineage import Artefact, Lineage, RunRecord
+from flawsmith.lineage import Artefact, Lineage, RunRecord, render_lineage
 from flawsmith.monitoring.reference import load_reference
 from flawsmith.registry import package
 from flawsmith.registry.package import (
@@ -32,6 +33,7 @@ from flawsmith.registry.package import (
     digest_tags,
     gate_objections,
     lineage_json,
+    lineage_objections,
     lock_digest,
     measure_latency,
     megabytes,
@@ -369,11 +371,13 @@ def test_a_version_holds_all_that_its_judges_and_watchers_need(
     build_content(layout, sources, CHAIN, folder)
 
     assert {path.name for path in folder.iterdir()} == {
-        "parity.json", "verdict.json", "metrics.json", "report.html", "docs", "health", "lineage.json", "reference.npz"
+        "parity.json", "verdict.json", "metrics.json", "report.html", "docs", "health", "lineage.json", "lineage.txt",
+        "reference.npz",
     }  # fmt: skip
     assert parity_objections(read_json(folder / "parity.json"), digest_file(sources.model)) == ()
     assert gate_objections(read_json(folder / "verdict.json")) == ()
     assert read_json(folder / "lineage.json") == lineage_json(CHAIN)
+    assert (folder / "lineage.txt").read_text() == f"{render_lineage(CHAIN)}\n"
     assert check_health(folder / "health", Predictor(sources.model), tolerance=0.0) == 0
 
     calibration = [path.name for path in layout.split().calibration]
@@ -454,8 +458,7 @@ def test_lineage_in_json_names_every_artefact_with_its_digest_and_run() -> None:
 
 
 def links_without_origin(found: dict[str, Any]) -> int:
-    """As `promotion` counts them."""
-    return sum(not item["source"] and "run_id" not in item for item in found.values())
+    return len(lineage_objections(found))
 
 
 def test_a_missing_link_is_missing_in_json_too() -> None:
@@ -463,6 +466,14 @@ def test_a_missing_link_is_missing_in_json_too() -> None:
     assert len(chain.missing()) == 1
     assert links_without_origin(lineage_json(chain)) == 1
     assert links_without_origin(lineage_json(CHAIN)) == 0
+
+
+def test_a_file_changed_since_is_named_with_the_remedy() -> None:
+    path = METRICS.artefact.path
+    other = "artifacts/plate/evaluate/report.html"
+    changed = tuple((name, f"{name} is not what dvc.lock says: run `dvc repro`") for name in (path, other))
+    objections = lineage_objections(lineage_json(replace(CHAIN, changed=changed)))
+    assert objections == tuple(f"{sentence} and register again" for _, sentence in changed)
 
 
 @pytest.mark.parametrize("first", [True, False])

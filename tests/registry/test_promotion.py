@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from flawsmith.registry.promotion import fetch_champion, history, register, roll
 from flawsmith.registry.store import Registry
 from flawsmith.settings import load_settings
 from flawsmith.stages.promote import run as promote
-from flawsmith.tracking import stage_run
+from flawsmith.tracking import read_lineage, render_lineage, stage_run
 from flawsmith.triplets import TripletFolder
 
 SIDE = 64
@@ -189,8 +191,8 @@ def test_a_version_holds_all_that_speaks_for_it(plant: Plant) -> None:
     with plant.registry.download("1") as folder:
         held = sorted(path.name for path in folder.iterdir())
         assert held == [
-            "docs", "health", "lineage.json", "metrics.json", "model.onnx", "parity.json", "reference.npz",
-            "report.html", "verdict.json",
+            "docs", "health", "lineage.json", "lineage.txt", "metrics.json", "model.onnx", "parity.json",
+            "reference.npz", "report.html", "verdict.json",
         ]  # fmt: skip
         assert digest_file(folder / "model.onnx") == made.model_digest
         assert len(load_reference(folder / "reference.npz").scores) == len(plant.layout.split().calibration)
@@ -451,3 +453,108 @@ def test_the_origin_of_a_version_names_its_runs_and_what_is_missing(
     assert "source data" in origin.text
     assert origin.missing  # this plant keeps neither git nor dvc.lock
     assert any("dvc.lock" in item for item in origin.missing)
+
+
+# --- a pipeline that DVC ran before there was this store
+
+STAGES = {  # as in dvc.yaml: what each reads and leaves
+    "synthesize": (["data/plate/train", "code.py"], ["artifacts/plate/synthesize"]),
+    "validate": (["artifacts/plate/synthesize"], ["validate/docs", "validate/verdict.json"]),
+    "evaluate": (["artifacts/plate/synthesize", "data/plate"], ["evaluate/metrics.json", "evaluate/report.html"]),
+    "export": (
+        [
+            "artifacts/plate/synthesize",
+            "artifacts/plate/validate/verdict.json",
+            "artifacts/plate/evaluate/metrics.json",
+        ],
+        ["export/model.onnx", "export/parity.json"],
+    ),
+}
+
+
+def dvc(root: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, check=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture
+def early(new_plant: Callable[..., Plant], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, empty_store: Path) -> Plant:
+    """A plant as after `make repro` and `make up`: its runs are in its own store, and another one is in use."""
+    plant = new_plant()
+    root = plant.layout.root
+    for name in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "no-config"))
+    (root / "code.py").write_text("code = 1\n")
+    stages = {
+        name: {
+            "matrix": {"category": ["plate"]},
+            "cmd": "true",
+            "deps": reads,
+            "outs": [path if path.startswith("artifacts") else f"artifacts/plate/{path}" for path in leaves],
+        }
+        for name, (reads, leaves) in STAGES.items()
+    }
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    dvc(root, "init", "--quiet", "--no-scm")
+    dvc(root, "commit", "--quiet", "--force")
+    shutil.copyfile(empty_store, tmp_path / "server.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'server.db'}")
+    return plant
+
+
+def test_what_ran_before_the_servers_were_there_becomes_champion(early: Plant) -> None:
+    assert register(early.layout).tags["flawsmith.lineage"] == "complete"
+    done = promote(early.layout)
+    assert done.outcome == "promoted", done.reason
+    origin = describe_origin(early.layout, "champion")
+    assert "<- validate (plate)" in origin.text
+    assert f"in sqlite:///{early.layout.root / 'mlflow.db'}" in origin.text, "the store that its runs are recorded in"
+    (early.layout.root / "mlflow.db").unlink()
+    chain = read_lineage(early.layout.root, early.layout.settings, early.layout.stage("export") / "model.onnx")
+    assert chain.complete
+    assert "no run recorded here" in render_lineage(chain)
+
+
+def test_a_file_changed_by_hand_is_named_and_refused_until_it_is_as_it_was(early: Plant) -> None:
+    layout = early.layout
+    verdict = layout.stage("validate") / "verdict.json"
+    for path in (
+        verdict,
+        layout.stage("evaluate") / "metrics.json",
+        layout.stage("export") / "model.onnx",
+        next((layout.stage("synthesize") / "mask").iterdir()),
+        next((layout.root / "data" / "plate" / "train" / "good").iterdir()),
+    ):
+        content = path.read_bytes()
+        path.unlink()  # DVC links its cache, or shares blocks with it
+        path.write_bytes(content + b" ")
+        chain = read_lineage(layout.root, layout.settings, layout.stage("export") / "model.onnx")
+        named = [name for name, _ in chain.changed]
+        assert not chain.complete
+        assert any(path.relative_to(layout.root).is_relative_to(name) for name in named), (path, named)
+        if path == verdict:
+            register(layout)
+            done = promote(layout)
+            assert done.outcome == "refused"
+            assert "validate/verdict.json is not what dvc.lock says of `validate@plate`" in done.reason
+            assert "run `dvc repro export@plate` and register again" in done.reason
+        path.write_bytes(content)
+    (layout.root / "code.py").write_text("code = 2\n")  # newer code makes no origin untrue
+    again = register(layout)
+    assert again.created
+    assert promote(layout).outcome == "promoted"
+
+
+def test_a_content_whose_origin_was_not_proven_is_registered_again_once_it_is(early: Plant) -> None:
+    """Else a plant that was refused before its lineage could be proven would be refused for ever."""
+    lock = early.layout.root / "dvc.lock"
+    content = lock.read_text()
+    lock.unlink()
+    assert register(early.layout).tags["flawsmith.lineage"].startswith("not proven: artifacts/plate/export/model.onnx")
+    done = promote(early.layout)
+    assert done.outcome == "refused"
+    assert (
+        "the origin of artifacts/plate/export/model.onnx is not recorded: run `dvc repro` and register" in done.reason
+    )
+    lock.write_text(content)
+    assert [register(early.layout).version for _ in range(2)] == ["2", "2"]
+    assert promote(early.layout).outcome == "promoted"

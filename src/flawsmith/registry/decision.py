@@ -35,7 +35,7 @@ class Evidence:
         labelled: the images are a labelled test set; otherwise held-out synthetic triplets stand in for it.
         parity: objections against the parity certificate, in words; empty if it proves this very file.
         gate: objections against the quality gate's verdict on the triplets that trained it; empty if passed.
-        missing_links: artefacts of the challenger's lineage whose origin is unknown.
+        missing_links: what of the challenger's lineage is not proven, in words; empty if all is.
         rolled_back: why this very content was rolled back earlier; empty if it never was.
     """
 
@@ -86,11 +86,10 @@ def _integrity(evidence: Evidence) -> list[Check]:
     def words(name: str, objections: Sequence[str], good: str) -> Check:
         return Check(name, not objections, float(len(objections)), 0.0, "; ".join(objections) or good)
 
-    missing = [f"the origin of {name} is not recorded" for name in evidence.missing_links]
     return [
         words("parity_certificate", evidence.parity, "the ONNX file is proven to answer as the trained model"),
         words("quality_gate", evidence.gate, "the triplets that trained it passed the quality gate"),
-        words("lineage", missing, "every link from the model back to the data is recorded"),
+        words("lineage", evidence.missing_links, "every link from the model back to the data is proven"),
         words(
             "not_rolled_back",
             [f"this very model was rolled back ({evidence.rolled_back})"] if evidence.rolled_back else [],

@@ -1,11 +1,15 @@
 """Where a registered version came from, model → stage runs → triplets → DDPM → data → git, and what is missing."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flawsmith.errors import UserError
+from flawsmith.files import read_json
 from flawsmith.layout import Layout
-from flawsmith.lineage import SHOWN, Lineage
+from flawsmith.lineage import SHOWN
+from flawsmith.registry import package
 from flawsmith.registry.store import ALIAS, PREFIX, Registry, Version
 from flawsmith.tracking import has_revision, read_lineage, render_lineage
 
@@ -38,7 +42,7 @@ def parse_version(text: str) -> VersionName | None:
 
 
 def describe_origin(layout: Layout, version: str) -> Origin:
-    """The whole chain behind a version.
+    """The whole chain behind a version, as it was proven when the version was registered.
 
     Raises:
         UserError: there is no such version, or the store cannot be reached.
@@ -48,9 +52,12 @@ def describe_origin(layout: Layout, version: str) -> Origin:
     if not number:
         raise UserError(f"{registry.model} has no champion; name a version, e.g. {layout.category}/1.")
     found = registry.version(number)
-    chain = read_lineage(layout.root, layout.settings, found.digest)
+    with registry.download(number) as folder:
+        chain, drawn = read_json(folder / package.LINEAGE), folder / package.DRAWN_LINEAGE
+        text = drawn.read_text().rstrip() if drawn.is_file() else ""
+    text = text or render_lineage(read_lineage(layout.root, layout.settings, found.digest))  # an older version
     missing = _missing(layout, found, chain)
-    lines = [*_head(registry, found), "", render_lineage(chain), ""]
+    lines = [*_head(registry, found), "", text, ""]
     lines += [f"MISSING: {item}" for item in missing] or ["Nothing is missing."]
     return Origin("\n".join(lines), missing)
 
@@ -73,19 +80,20 @@ def _head(registry: Registry, version: Version) -> list[str]:
     return lines + [f"  {entry.kind:11} {entry.at} by {entry.actor}: {entry.reason}" for entry in decisions]
 
 
-def _missing(layout: Layout, version: Version, chain: Lineage) -> tuple[str, ...]:
-    found = [f"who wrote {item.path or item.name} is not recorded" for item in chain.missing()]
+def _missing(layout: Layout, version: Version, chain: Mapping[str, Any]) -> tuple[str, ...]:
+    found = list(package.lineage_objections(chain))
     for name, meaning in (("dvc_lock_digest", "digest of dvc.lock"), ("git_revision", "git revision")):
         if version.tags.get(f"{PREFIX}.{name}", "") in ("", "unknown"):
             found.append(f"the {meaning} was not known when the version was registered")
-    revisions = {node.run.revision for node in chain.nodes() if node.run}
+    recorded = [item for item in chain.values() if item.get("run_id")]
+    revisions = {item["revision"] for item in recorded}
     named = {*revisions, version.tags.get(f"{PREFIX}.git_revision", "unknown")} - {"unknown"}
     absent = [revision[:SHOWN] for revision in sorted(named) if not has_revision(layout.root, revision)]
     if absent:
         found.append(f"git revision {', '.join(absent)} is not in this repository (fetch it, or it was rebased away)")
     if "unknown" in revisions:
         found.append("a stage ran outside a git repository")
-    dirty = sorted({node.run.stage for node in chain.nodes() if node.run and node.run.dirty})
+    dirty = sorted({item["stage"] for item in recorded if item["dirty"]})
     if dirty:
         found.append(f"{', '.join(dirty)} ran with uncommitted changes, which no revision holds")
     return tuple(found)

@@ -5,7 +5,7 @@ parity.json  verdict.json        the certificate of the export, the quality gate
 metrics.json report.html docs/   how good it was when it was made; Data Docs of its triplets
 reference.npz                    its answers on the calibration normals: what later images are compared with
 health/                          images and the scores it gave them, to be given again before it becomes champion
-lineage.json                     the digests from the model back to the data
+lineage.json  lineage.txt        the digests from the model back to the data, and the same drawn
 """
 
 import shutil
@@ -24,13 +24,14 @@ from flawsmith.files import digest_file, digest_json, read_json, write_json
 from flawsmith.images import FloatImage, read_image, write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.lineage import SHOWN, Lineage
+from flawsmith.lineage import SHOWN, Lineage, render_lineage
 from flawsmith.monitoring.reference import measure, save_reference
 from flawsmith.surfaces import load_prepared
 from flawsmith.triplets import VALIDATION, TripletFolder
 
 MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
-REPORT, DOCS, REFERENCE, HEALTH, LINEAGE = "report.html", "docs", "reference.npz", "health", "lineage.json"
+REPORT, DOCS, REFERENCE, HEALTH = "report.html", "docs", "reference.npz", "health"
+LINEAGE, DRAWN_LINEAGE = "lineage.json", "lineage.txt"
 HEALTH_SCORES = "scores.json"
 _WARM_UP = 3  # untimed runs: the first ones allocate
 
@@ -80,6 +81,7 @@ def build_content(layout: Layout, sources: Sources, lineage: Lineage, folder: Pa
         shutil.copyfile(path, folder / path.name)
     shutil.copytree(sources.docs, folder / DOCS)
     write_json(folder / LINEAGE, lineage_json(lineage))
+    (folder / DRAWN_LINEAGE).write_text(f"{render_lineage(lineage)}\n")
     data, predictor = layout.settings.data, Predictor(sources.model)
     calibration = layout.split().calibration
     images = ((path.name, load_prepared(path, data)) for path in calibration)
@@ -160,7 +162,10 @@ def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tupl
 def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[str, ...]:
     """What speaks against a verdict as proof of good triplets; `is_known`: the model was trained under this one."""
     if not is_known:
-        return ("the quality gate's verdict is not the one that the model was trained under",)
+        return (
+            f"the quality gate's verdict ({VERDICT}) is not the one that the model was trained under: run `dvc repro` "
+            "and register again",
+        )
     if verdict.get("passed") is True:
         return ()
     failed = [
@@ -169,6 +174,22 @@ def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[
         if not item["passed"] and item["severity"] == "critical"
     ]
     return (f"the quality gate failed: {', '.join(failed) or 'no expectation was checked'}",)
+
+
+def lineage_objections(chain: Mapping[str, Any]) -> tuple[str, ...]:
+    """What speaks against a version's lineage.json as proof of where the model came from; empty if it is one."""
+    changed = [item["changed"] for item in chain.values() if "changed" in item]
+    missing = [
+        f"the origin of {path} is not recorded: run `dvc repro`"
+        for path, item in chain.items()
+        if not item["source"] and "run_id" not in item and "changed" not in item
+    ]
+    return tuple(f"{sentence} and register again" for sentence in (*changed, *missing))
+
+
+def knows(chain: Mapping[str, Any], path: Path) -> bool:
+    """Whether a file's content, by either of its digests, is among those behind a model."""
+    return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), repro.dvc_digest(path)})
 
 
 def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: int) -> list[float]:
@@ -202,18 +223,25 @@ def lineage_json(lineage: Lineage) -> dict[str, Any]:
                 "flow_run": node.run.flow_run,
             }
         found[name if name not in found else f"{name}@{node.artefact.digest[:SHOWN]}"] = item
+    for path, sentence in lineage.changed:
+        found.setdefault(path, {"digest": "", "source": False})["changed"] = sentence
     return found
 
 
 def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
     """The digests a person asks for first, as tags: of the detector, the triplets, the DDPM and the training data."""
     by_path = {node.artefact.path: node.artefact.digest for node in lineage.nodes()}
-    wanted = {
-        "detector": f"artifacts/{category}/distill",
-        "triplets": f"artifacts/{category}/synthesize",
-        "ddpm": f"artifacts/{category}/ddpm-train",
+    wanted = {  # a run records the folder, dvc.lock the files
+        "detector": ("distill", "distill/detector.safetensors"),
+        "triplets": ("synthesize", "synthesize/defect"),
+        "ddpm": ("ddpm-train", "ddpm-train/unet.safetensors"),
     }
-    tags = {name: by_path[path] for name, path in wanted.items() if path in by_path}
+    tags = {
+        name: by_path[f"artifacts/{category}/{place}"]
+        for name, places in wanted.items()
+        for place in places
+        if f"artifacts/{category}/{place}" in by_path
+    }
     data = [digest for path, digest in by_path.items() if path.endswith(f"/{category}/train")]
     return tags | ({"data": data[0]} if data else {})
 

@@ -25,12 +25,13 @@ from flawsmith.layout import Layout
 from flawsmith.registry import package
 from flawsmith.registry.decision import Check, Decision, Evidence, ModelFacts, decide, estimates_json
 from flawsmith.registry.ledger import Entry, Trail
-from flawsmith.registry.store import CONTENT, CONTENT_DIGEST, PREFIX, Registry, Version
+from flawsmith.registry.store import CONTENT, CONTENT_DIGEST, LINEAGE_TAG, MAX_TAG, PREFIX, Registry, Version
 from flawsmith.settings import section_values
 from flawsmith.tracking import StageRun, current_actor, current_flow_run, git_state, read_lineage, stage_run
 
 log = logging.getLogger(__name__)
 
+COMPLETE = "complete"  # the tag of a version whose lineage has no gap
 IN_PROGRESS = timedelta(minutes=10)  # a change whose alias has not followed yet: younger is at work, older has died
 
 Compare = Callable[[Predictor, Predictor | None], tuple[Comparison, bool]]
@@ -79,6 +80,8 @@ class Champion:
 def register(layout: Layout, *, dry_run: bool = False) -> Registered:
     """Register the exported model of a category, with everything that `package` lists, unless it already is.
 
+    A content whose origin was not proven is registered again when it is: else it could never become champion.
+
     Raises:
         UserError: a stage has not run, tracking is off, or the store cannot be reached.
     """
@@ -86,12 +89,13 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
     sources = package.Sources.of(layout)
     registry = Registry(layout.root, layout.category)
     digest, content_digest, versions = digest_file(sources.model), sources.content_digest, registry.versions()
-    for version in reversed(versions):
-        if version.tags.get(CONTENT_DIGEST) == content_digest:
-            log.info("%s: version %s holds this very content already.", registry.model, version.number)
-            return Registered(registry.model, version.number, False, digest, dict(version.tags), dry_run)
     lineage = read_lineage(layout.root, layout.settings, sources.model)
     tags = _version_tags(layout, sources, lineage, digest)
+    proven = {COMPLETE, tags[LINEAGE_TAG][:MAX_TAG]}
+    for version in reversed(versions):
+        if version.tags.get(CONTENT_DIGEST) == content_digest and version.tags.get(LINEAGE_TAG) in proven:
+            log.info("%s: version %s holds this very content already.", registry.model, version.number)
+            return Registered(registry.model, version.number, False, digest, dict(version.tags), dry_run)
     if dry_run:
         following = max((int(version.number) for version in versions), default=0) + 1
         return Registered(registry.model, str(following), True, digest, tags, dry_run)
@@ -315,11 +319,8 @@ def _evidence(
         for version, path, latency in zip([item for item in (target, known) if item], paths, latencies, strict=True)
     ]
     chain = read_json(new / package.LINEAGE)
-    missing = [path for path, item in chain.items() if not item["source"] and "run_id" not in item]
-    digests = {item["digest"] for item in chain.values()}
-    gate = package.gate_objections(
-        read_json(new / package.VERDICT), is_known=digest_file(new / package.VERDICT) in digests
-    )
+    verdict = new / package.VERDICT
+    gate = package.gate_objections(read_json(verdict), is_known=package.knows(chain, verdict))
     return Evidence(
         challenger=facts[0],
         champion=facts[1] if len(facts) > 1 else None,
@@ -327,7 +328,7 @@ def _evidence(
         labelled=labelled,
         parity=package.parity_objections(read_json(new / package.PARITY), target.digest),
         gate=gate,
-        missing_links=missing,
+        missing_links=package.lineage_objections(chain),
         rolled_back=rolled_back,
     )
 
@@ -461,7 +462,7 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Any, digest
     metrics, verdict = read_json(sources.metrics), read_json(sources.verdict)
     metadata = Predictor(sources.model).metadata
     revision, dirty = git_state(layout.root)
-    missing = lineage.missing()
+    missing = [*(path for path, _ in lineage.changed), *(item.path or item.name for item in lineage.missing())]
     tags = {
         "category": layout.category,
         "model_digest": digest,
@@ -470,7 +471,7 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Any, digest
         "dvc_lock_digest": package.lock_digest(layout.root),
         "git_revision": revision,
         "git_dirty": str(dirty).lower(),
-        "lineage": "complete" if not missing else f"missing: {', '.join(item.path or item.name for item in missing)}",
+        "lineage": COMPLETE if not missing else f"not proven: {', '.join(missing)}",
         "gate": f"{'passed' if verdict['passed'] else 'failed'}; {verdict['triplets']} triplets; worst failure: "
         f"{verdict['severity'] or 'none'}",
         "parity": "; ".join(package.parity_objections(read_json(sources.parity), digest)) or "proven",

@@ -22,6 +22,7 @@ from flawsmith.tracking import connect, store_errors, tracking_uri, without_pass
 ALIAS = "champion"
 PREFIX = "flawsmith"  # of every registered model; also of the tags
 MODEL_DIGEST, CONTENT_DIGEST = "flawsmith.model_digest", "flawsmith.content_digest"
+LINEAGE_TAG = "flawsmith.lineage"
 DONE = "flawsmith.done"
 MAX_TAG = 5000  # MLflow's limit for a version's tag
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
