@@ -16,6 +16,14 @@ from flawsmith.repro import StageOutcome
 LONGEST_SIDE = 1200  # pixels of a picture on a page
 MOST_BYTES = 300_000  # of a picture; it lies in the server's database, as text
 LINK_SECONDS = 5.0
+ENDINGS = {  # names of a retraining's state, in words for the night's table; every other one is `failed`
+    "Completed": "promoted",
+    "Kept": "kept",
+    "Unchanged": "unchanged",
+    "CategoryBusy": "skipped",
+    "Refused": "refused",
+    "QualityGateFailed": "gate failed",
+}
 
 
 def slug(text: str) -> str:
@@ -48,6 +56,25 @@ def check_rows(promotion: Mapping[str, Any]) -> list[dict[str, Any]]:
         for check in promotion.get("checks", [])
     ]
     return sorted(rows, key=lambda row: str(row["passed"]))  # "NO" sorts before "yes"
+
+
+def ending(promotion: Mapping[str, Any]) -> tuple[str, str]:
+    """How a retraining ended, by what `flawsmith promote --json` said: a key of ENDINGS, and a sentence.
+
+    Where there is a champion, a model that does not stand against it, or does not keep the floors, leaves it in use:
+    `Kept`. `Refused` needs a person: no model is in use, or a proof of the new one (lineage, gate, parity) is missing.
+    """
+    version, champion = promotion["version"], promotion.get("previous_champion")
+    reason = promotion.get("reason") or ""
+    if promotion["outcome"] == "promoted":
+        return "Completed", f"Version {version} is champion now. {reason}"
+    if promotion["outcome"] == "unchanged":
+        return "Unchanged", reason
+    failed = [check for check in promotion.get("checks", []) if not check["passed"]]
+    named = f"version {version} does not pass {', '.join(check['name'] for check in failed)}: {reason}"
+    stays = f"Version {champion} stays champion" if champion else "There is no champion"
+    sound = champion and not any(check.get("proof") for check in failed)
+    return "Kept" if sound else "Refused", f"{stays}; {named}"
 
 
 def gate_report(
@@ -105,12 +132,13 @@ def _demanded(item: Mapping[str, Any]) -> str:
 
 def nightly_report(rows: Sequence[Mapping[str, Any]]) -> str:
     """The night in one table, a line a category."""
-    lines = ["| category | state | promotion | image AUROC | run |", "|---|---|---|---|---|"]
+    lines = ["| category | outcome | why | image AUROC | run |", "|---|---|---|---|---|"]
     for row in rows:
         auroc = row.get("image_auroc")
         shown = f"{auroc:.4f}" if isinstance(auroc, float) else "-"
         run = f"[{row['run']}]({row['link']})" if row.get("link") else row.get("run") or "-"
-        lines.append(f"| `{row['category']}` | {row['state']} | {row.get('outcome') or '-'} | {shown} | {run} |")
+        why = " ".join(str(row.get("why") or "-").split()).replace("|", "\\|")
+        lines.append(f"| `{row['category']}` | {row['outcome']} | {why} | {shown} | {run} |")
     return "\n".join(lines) + "\n"
 
 

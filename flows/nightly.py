@@ -1,8 +1,10 @@
 """The night: every category is retrained, side by side on as many machines as there are workers.
 
-    python -m flows.nightly        # starts a night now, tells how it goes, and exits 1 if a category is broken
+    python -m flows.nightly        # starts a night now, tells how it goes, and exits 1 if a category needs a person
 
-One broken category does not stop the others. A sub-run that crashed is started once more.
+One broken category does not stop the others. A sub-run that crashed is started once more. The night is `Completed` if
+each category was promoted, kept its champion, is unchanged or was at work already; it is `Failed` if one was refused,
+or its gate or its run failed.
 """
 
 import json
@@ -34,12 +36,13 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
 from flawsmith.settings import load_settings
-from flows.artifacts import nightly_report, slug
+from flows.artifacts import ENDINGS, nightly_report, slug
 
 RETRAIN, NIGHTLY = "retrain/retrain", "nightly/nightly"
 POLL_SECONDS = 5.0
 SERVER_ERROR = 500  # an HTTP status from here on may pass
 TRIES = 2  # a crashed sub-run is started once more
+GOOD = frozenset({"promoted", "kept", "unchanged", "skipped"})
 OUTCOME = "outcome"  # key of the artifact a retraining leaves
 
 
@@ -69,8 +72,13 @@ class Part:
         return self.run.state.name or "?" if self.run and self.run.state else "not started"
 
     @property
+    def outcome(self) -> str:
+        """In one word of ENDINGS, or `failed`."""
+        return "failed" if self.trouble else ENDINGS.get(self.state, "failed")
+
+    @property
     def good(self) -> bool:
-        return not self.trouble and bool(self.run and self.run.state and self.run.state.is_completed())
+        return self.outcome in GOOD
 
 
 @flow(name="nightly", persist_result=False)
@@ -139,18 +147,16 @@ def _start(
 
 
 def _row(client: SyncPrefectClient, part: Part) -> dict[str, Any]:
-    row: dict[str, Any] = {"category": part.category, "state": part.state}
+    message = part.run.state.message if part.run and part.run.state and not part.trouble else ""
+    told = part.state if part.outcome == "failed" else ""  # the others say it in their outcome
+    row = {"category": part.category, "outcome": part.outcome, "why": ": ".join(filter(None, [told, message]))}
     if part.run is None:
         return row
-    known = outcome(client, part.category, part.run.id)
-    message = part.run.state.message if part.run.state and not part.good else None
     return {
         **row,
-        "state": f"{part.state}: {message}" if message else part.state,
         "run": part.run.name,
         "link": f"{PREFECT_UI_URL.value()}/runs/flow-run/{part.run.id}",
-        "outcome": known.get("outcome"),
-        "image_auroc": known.get("image_auroc"),
+        "image_auroc": outcome(client, part.category, part.run.id).get("image_auroc"),
     }
 
 
@@ -171,12 +177,19 @@ def outcome(client: SyncPrefectClient, category: str, run: UUID) -> dict[str, An
 
 
 def verdict(parts: Sequence[Part]) -> State[Any]:
-    """Failed if a category is broken, and which; one whose champion stays is not."""
+    """Failed if a category needs a person; told of each is how it ended."""
     broken = [part for part in parts if not part.good]
+    named = {
+        part.category: f"{part.category} ({part.state})" if part.outcome == "failed" else part.category
+        for part in parts
+    }
+    told = "; ".join(
+        f"{outcome}: {', '.join(named[part.category] for part in parts if part.outcome == outcome)}"
+        for outcome in dict.fromkeys(part.outcome for part in [*broken, *parts])
+    )
     if broken:
-        named = ", ".join(f"{part.category} ({part.state})" for part in broken)
-        return Failed(message=f"{len(broken)} of {len(parts)} categories are broken: {named}.")
-    return Completed(message=f"All of {', '.join(part.category for part in parts)}: retrained.")
+        return Failed(message=f"{len(broken)} of {len(parts)} categories need a person. {told}.")
+    return Completed(message=f"{told}.")
 
 
 def main() -> int:

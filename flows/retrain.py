@@ -5,9 +5,9 @@
 DVC decides what runs again and Prefect where and when, so Prefect's caching is off. The flow works in the current
 folder, which is the worker's checkout (prefect.yaml).
 
-How a run ends: `Completed` (promoted), `Kept` (the champion stays; a normal end), `QualityGateFailed` (the triplets are
-not fit to train on), `BadInput`, `InfrastructureFailed`, `CategoryBusy`, `NotSetUp`, `GaveUp` (crashed too often), or
-`Failed`.
+How a run ends: `Completed` (promoted), `Kept` (the champion stays; a normal end), `Unchanged` (the model is the
+champion already), `Refused` (no champion, or a proof is missing), `QualityGateFailed` (the triplets are unfit to train
+on), `BadInput`, `InfrastructureFailed`, `CategoryBusy`, `NotSetUp`, `GaveUp` (crashed too often), or `Failed`.
 """
 
 import json
@@ -35,7 +35,17 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.processes import stream
 from flawsmith.repro import GateFailed, InfrastructureError, StageOutcome
 from flawsmith.settings import Settings, load_settings
-from flows.artifacts import check_rows, data_uri, gate_report, metric_rows, mlflow_run, slug, stage_rows
+from flows.artifacts import (
+    ENDINGS,
+    check_rows,
+    data_uri,
+    ending,
+    gate_report,
+    metric_rows,
+    mlflow_run,
+    slug,
+    stage_rows,
+)
 
 COMPUTING = frozenset({"ddpm-train", "synthesize", "distill", "evaluate", "export"})
 LEASE_SECONDS = 120  # how long a slot stays taken after its holder has died without a word
@@ -107,9 +117,8 @@ def retrain(
     except FlawsmithError as error:
         name = {UserError: "BadInput", InfrastructureError: "InfrastructureFailed"}.get(type(error), "Failed")
         return Failed(name=name, message=str(error))
-    outcome, version = trail.promotion["outcome"], trail.promotion["version"]
-    message = f"{trail.promotion['model']} version {version}: {outcome}. {trail.promotion.get('reason') or ''}".strip()
-    return Completed(name="Completed" if outcome == "promoted" else "Kept", message=message)
+    name, message = ending(trail.promotion)
+    return (Failed if name == "Refused" else Completed)(name=name, message=message)
 
 
 class UnavailableError(FlawsmithError):
@@ -253,7 +262,7 @@ def _show(trail: Trail) -> None:
     if "synthesize" in done:
         _show_picture(trail, "triplets", trail.artifacts("synthesize") / "sheet.png")
     if trail.promotion:
-        outcome = trail.promotion["outcome"]
+        outcome = ENDINGS[ending(trail.promotion)[0]]
         create_table_artifact(check_rows(trail.promotion), trail.key("promotion"), f"{trail.category}: {outcome}")
         create_table_artifact([_outcome(trail, rows)], trail.key(OUTCOME), f"{trail.category}: {outcome}")
 
@@ -263,7 +272,7 @@ def _outcome(trail: Trail, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     known: Mapping[str, Any] = trail.promotion
     return {
         "category": trail.category,
-        "outcome": known["outcome"],
+        "outcome": ENDINGS[ending(known)[0]],
         "version": known["version"],
         "reason": known.get("reason"),
         "image_auroc": auroc,

@@ -51,13 +51,17 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Check:
-    """One demand: the figure, the bound it is held against, and the sentence a plant manager reads."""
+    """One demand: the figure, the bound it is held against, and the sentence a plant manager reads.
+
+    `proof`: it asks whether the evidence can be trusted at all, not how good the model is.
+    """
 
     name: str
     passed: bool
     value: float | None
     bound: float | None
     detail: str
+    proof: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def decide(evidence: Evidence, rules: PromoteSettings) -> Decision:
 
 
 def _integrity(evidence: Evidence) -> list[Check]:
-    def words(name: str, objections: Sequence[str], good: str) -> Check:
-        return Check(name, not objections, float(len(objections)), 0.0, "; ".join(objections) or good)
+    def words(name: str, objections: Sequence[str], good: str, proof: bool = True) -> Check:
+        return Check(name, not objections, float(len(objections)), 0.0, "; ".join(objections) or good, proof)
 
     return [
         words("parity_certificate", evidence.parity, "the ONNX file is proven to answer as the trained model"),
@@ -94,6 +98,7 @@ def _integrity(evidence: Evidence) -> list[Check]:
             "not_rolled_back",
             [f"this very model was rolled back ({evidence.rolled_back})"] if evidence.rolled_back else [],
             "this model was never rolled back",
+            proof=False,
         ),
     ]
 
