@@ -261,6 +261,7 @@ def predict(
 
     from flawsmith.inference.predictor import Predictor
     from flawsmith.inference.writers import open_lines
+    from flawsmith.walk import count_sentence
 
     report: FolderReport | WatchReport
     predictor = Predictor(model, threads=threads, threshold=threshold, provider=provider)
@@ -287,8 +288,9 @@ def predict(
                 print(f"skipped: {item.reason}", file=sys.stderr)
             unreadable = len(report.unreadable)
     print(
-        f"{report.total} files: {report.good} good, {report.defective} defective, {unreadable} unreadable. "
-        f"Computed on {predictor.provider}." + ("" if report.out is None else f" Results: {report.out}"),
+        f"{count_sentence(report.good + report.defective, report.passed_over, unreadable)}: {report.good} good, "
+        f"{report.defective} defective. Computed on {predictor.provider}."
+        + ("" if report.out is None else f" Results: {report.out}"),
         file=sys.stderr if jsonl == Path("-") else sys.stdout,
     )
     raise typer.Exit(report.exit_code(fail_on_defect))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder
-from flawsmith.images import SUFFIXES
+from flawsmith.walk import SUFFIXES
 
 PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-ad/downloads"
 LICENCE = (

@@ -22,7 +22,6 @@ from flawsmith.files import atomic_file
 FloatImage = NDArray[np.float32]  # (3, H, W) in [0, 1]
 Mask = NDArray[np.bool_]  # (H, W)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # by content: Pillow would hand a posted EPS to Ghostscript
 PNG_LEVEL = 1  # of zlib's 9: a third of level 6's time for 6-17 % larger files; PNGs were 40 % of synthesis's time
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before its pixels are decoded

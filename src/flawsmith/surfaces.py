@@ -1,9 +1,9 @@
 """A category folder in MVTec AD layout: what lies where, and which normal image is used for what.
 
-    <category>/train/good/*            normal images: split into fit (trains everything) and calibration (never trains)
-    <category>/test/good/*             optional; normal images of the labelled test set
-    <category>/test/<defect>/*         optional; defective images
-    <category>/ground_truth/<defect>/<stem>_mask.png
+    <category>/train/good/**           normal images: split into fit (trains everything) and calibration (never trains)
+    <category>/test/good/**            optional; normal images of the labelled test set
+    <category>/test/<defect>/**        optional; defective images
+    <category>/ground_truth/<defect>/**/<stem>_mask.png
 
 What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
 
@@ -12,6 +12,7 @@ rule: a research half to look at as often as one likes, and a report half for fi
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from flawsmith.errors import UserError
 from flawsmith.images import (
     MAX_PIXELS,
-    SUFFIXES,
     FloatImage,
     Mask,
     read_image,
@@ -33,6 +33,7 @@ from flawsmith.images import (
 )
 from flawsmith.settings import DataSettings
 from flawsmith.tiling import Place, Tiling
+from flawsmith.walk import SUFFIXES, Found, find
 
 GOOD = "good"
 PARTS = ("all", "research", "report")
@@ -56,22 +57,31 @@ class Split:
     @property
     def twins(self) -> dict[str, str]:
         """Name → the first name that shows the same, of the files that are copies."""
-        return {path.name: group[0].name for group in self.copies for path in group}
+        return {normal_name(path): normal_name(group[0]) for group in self.copies for path in group}
 
     def fit_without(self, names: Iterable[str]) -> list[Path]:
         """The fit images but for those of the names given, and their copies."""
         twins = self.twins
         left_out = {twins.get(name, name) for name in names}
-        return [path for path in self.fit if twins.get(path.name, path.name) not in left_out]
+        return [path for path in self.fit if twins.get(name := normal_name(path), name) not in left_out]
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One test image: `defect` is "good" for a normal one; `mask_path` is None then."""
+    """One test image: `defect` is "good" for a normal one; `mask_path` is None then.
+
+    `inside` is the folder it lies in below that of its type, with forward slashes; empty if in none.
+    """
 
     path: Path
     defect: str
     mask_path: Path | None
+    inside: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its place below the folder of its type."""
+        return f"{self.inside}/{self.path.name}" if self.inside else self.path.name
 
     @property
     def is_defective(self) -> bool:
@@ -89,23 +99,42 @@ class Surface:
     def category(self) -> str:
         return self.folder.name
 
-    def normals(self) -> tuple[Path, ...]:
-        """All images of `train/good`, sorted by name.
+    def find_normals(self) -> Found:
+        """What lies in `train/good`.
 
         Raises:
-            UserError: the folder is missing or holds no image.
+            UserError: the folder is missing, holds no image, or cannot be read as a whole.
         """
-        folder = self.folder / "train" / GOOD
-        paths = _image_files(folder)
-        if not paths:
+        found = find(self.folder / "train" / GOOD)
+        found.check()
+        if not found.images:
             raise UserError(
-                f"{folder} holds no image ({', '.join(SUFFIXES)}); put the defect-free images of "
+                f"{found.folder} holds no image ({', '.join(SUFFIXES)}): {found}; put the defect-free images of "
                 f"'{self.category}' there, or correct `categories` in params.yaml."
             )
-        return paths
+        return found
+
+    def normals(self) -> tuple[Path, ...]:
+        """All images of `train/good`, sorted by name; raises as `find_normals`."""
+        return self.find_normals().images
+
+    def find_test(self) -> Found:
+        """What lies in `test`, which may be missing. For the evaluate stage alone.
+
+        Raises:
+            UserError: a part of it cannot be read, or an image lies in no type's folder.
+        """
+        found = find(self.folder / "test")
+        found.check()
+        if stray := [path for path in found.images if path.parent == found.folder]:
+            raise UserError(
+                f"{stray[0]} lies in no folder of a type ({len(stray)} such in all); move it to test/{GOOD} or "
+                "test/<defect>."
+            )
+        return found
 
     def split(self, calibration_fraction: float, seed: int, copies: Sequence[Sequence[Path]] = ()) -> Split:
-        """Split the normals by a hash of each file name, so that adding an image moves at most one other.
+        """Split the normals by a hash of each one's `normal_name`, so that adding an image moves at most one other.
 
         Args:
             calibration_fraction: share of the pictures that calibrate.
@@ -116,7 +145,7 @@ class Surface:
             UserError: too few images for both parts.
         """
         normals = self.normals()
-        ranked = sorted(normals, key=lambda path: hashlib.sha256(f"{seed}/{path.name}".encode()).digest())
+        ranked = sorted(normals, key=lambda path: _split_rank(path, seed))
         rank = {path: place for place, path in enumerate(ranked)}
         groups = tuple(tuple(sorted(group, key=rank.__getitem__)) for group in copies)
         repeated = {path for group in groups for path in group[1:]}
@@ -146,14 +175,13 @@ class Surface:
         Raises:
             UserError: a defective image has no mask, or `test` holds only one of good and defective images.
         """
-        root = self.folder / "test"
-        if not root.is_dir():
-            return ()
+        test = self.find_test()
         found: list[LabelledImage] = []
-        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-            for path in _image_files(folder):
-                mask = None if folder.name == GOOD else self._mask_of(path)
-                found.append(LabelledImage(path, folder.name, mask))
+        for path in test.images:
+            defect, *folders, _ = test.name_of(path).split("/")
+            inside = "/".join(folders)
+            mask = None if defect == GOOD else self._mask_of(path, defect, inside)
+            found.append(LabelledImage(path, defect, mask, inside))
         if found and len({item.is_defective for item in found}) < 2:
             missing = f"test/{GOOD}" if found[0].is_defective else "test/<defect>"
             raise UserError(
@@ -162,8 +190,8 @@ class Surface:
             )
         return tuple(found)
 
-    def _mask_of(self, path: Path) -> Path:
-        folder = self.folder / "ground_truth" / path.parent.name
+    def _mask_of(self, path: Path, defect: str, inside: str) -> Path:
+        folder = self.folder / "ground_truth" / defect / inside
         for suffix in SUFFIXES:
             for stem in (f"{path.stem}_mask", path.stem):
                 if (folder / f"{stem}{suffix}").is_file():
@@ -171,11 +199,24 @@ class Surface:
         raise UserError(f"{path} has no mask; expected {folder / (path.stem + '_mask.png')}.")
 
 
+def normal_name(path: Path) -> str:
+    """What tells a normal image from every other of its category: its place below `train/good`, its name where it lies
+    in no such folder."""
+    parts = path.parts
+    ends = [place for place in range(2, len(parts)) if parts[place - 2 : place] == ("train", GOOD)]
+    return "/".join(parts[ends[0] :]) if ends else path.name
+
+
+def _split_rank(path: Path, seed: int) -> bytes:
+    return hashlib.sha256(os.fsencode(f"{seed}/{normal_name(path)}")).digest()
+
+
 def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledImage, ...]:
     """One of PARTS of a labelled test set, in the order given.
 
-    Within each type (good and each defect) the images, sorted by the SHA-256 of "<type>/<file stem>", go to research
-    and report by turns: every type is halved, whatever else the folder holds, and a type of one image is research's.
+    Within each type (good and each defect) the images, sorted by the SHA-256 of "<type>/<name without suffix>", go to
+    research and report by turns: every type is halved, whatever else the folder holds, and a type of one image is
+    research's.
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}, not one of {PARTS}")
@@ -186,13 +227,14 @@ def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledI
         by_type.setdefault(image.defect, []).append(image)
     kept: set[Path] = set()
     for members in by_type.values():
-        ranked = sorted(members, key=lambda image: (_rank(image), image.path.name))  # the name parts equal stems
+        ranked = sorted(members, key=lambda image: (_rank(image), image.name))  # the name parts equal stems
         kept |= {image.path for image in ranked[PARTS.index(part) - 1 :: 2]}
     return tuple(image for image in images if image.path in kept)
 
 
 def _rank(image: LabelledImage) -> bytes:
-    return hashlib.sha256(f"{image.defect}/{image.path.stem}".encode()).digest()
+    name = image.name.removesuffix(image.path.suffix)
+    return hashlib.sha256(os.fsencode(f"{image.defect}/{name}")).digest()
 
 
 @dataclass(frozen=True)
@@ -300,15 +342,3 @@ def load_labelled(
     if not mask.any():
         raise UserError(f"{item.mask_path} marks no pixel; move its image to test/{GOOD} or correct the mask.")
     return shown, tiling.prepare_mask(mask)
-
-
-def _image_files(folder: Path) -> tuple[Path, ...]:
-    if not folder.is_dir():
-        return ()
-    return tuple(
-        sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
-    )

@@ -151,7 +151,7 @@ def test_names_are_relative_to_what_holds_all_inputs(tmp_path: Path, monkeypatch
     odd.write_bytes(first.read_bytes())
 
     def names(*inputs: Path) -> list[str]:
-        return [file.name for file in find_images(inputs)]
+        return [file.name for file in find_images(inputs).files]
 
     assert names(tmp_path / "a") == ["1.png"]
     assert names(first) == ["1.png"]
@@ -165,7 +165,7 @@ def test_names_are_relative_to_what_holds_all_inputs(tmp_path: Path, monkeypatch
 def test_linked_files_keep_the_names_of_their_links(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "part.png").symlink_to(plate(tmp_path / "cache" / "0a1b2c.png"))
-    assert [file.name for file in find_images([tmp_path / "in"])] == ["part.png"]
+    assert [file.name for file in find_images([tmp_path / "in"]).files] == ["part.png"]
 
 
 def test_files_that_differ_in_their_suffix_alone_get_an_overlay_each(model: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_the_exit_status_tells_what_happened(model: Path, parts: Path, tmp_path:
     done = call(model, parts, "--out", out)
     assert done.returncode == UNREADABLE
     assert done.stderr.startswith("skipped: c.png cannot be read as an image")
-    assert done.stdout == f"3 files: 1 good, 1 defective, 1 unreadable. Computed on cpu. Results: {out}\n"
+    assert done.stdout == f"2 images used, 1 unreadable: 1 good, 1 defective. Computed on cpu. Results: {out}\n"
     assert call(model, parts, "--out", out, "--fail-on-defect").returncode == DEFECT
 
 
@@ -51,7 +51,7 @@ def test_every_format_tells_the_same(model: Path, parts: Path, tmp_path: Path) -
     with (out / "results.csv").open(newline="") as stream:
         table = list(csv.DictReader(stream))
     assert [(row["file"], row["verdict"]) for row in table] == [(row["file"], row["verdict"]) for row in lines]
-    assert "3 files" in done.stderr
+    assert "2 images used, 1 unreadable" in done.stderr
     assert [row.get("mask") for row in lines] == ["masks/a.png", "masks/b.png", None]
     with Image.open(out / "masks" / "b.png") as mask:
         pixels = np.asarray(mask)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.video import read_frames
+from flawsmith.walk import SUFFIXES
 
 
 def names(*inputs: Path, leave_out: Path | None = None) -> list[str]:
-    return [file.name for file in find_images(inputs, leave_out)]
+    return [file.name for file in find_images(inputs, leave_out).files]
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
@@ -75,12 +77,41 @@ def test_paths_on_a_stream_are_read_to_the_last_line(tmp_path: Path, monkeypatch
         "c.png",
         "parts/1.png",
         "parts/2.png",
-        Unreadable("empty", "empty is a folder that holds no image (.png, .jpg, .jpeg, .bmp, .tif, .tiff)."),
+        Unreadable("empty", f"empty is a folder that holds no image ({', '.join(SUFFIXES)})."),
         Unreadable("out/overlays/x.png", "out/overlays/x.png lies in the folder of the results; name another folder "
                    "for --out."),
         odd,
         "/last.png",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_list_may_begin_with_a_mark_and_come_in_pieces(coding: str) -> None:
+    mark = "\ufeff" if coding == "utf-16-be" else ""
+    content = f"{mark}Größe/a.png\r\nb.png\r\n".encode(coding)
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        for byte in content:
+            os.write(writing, bytes([byte]))
+            time.sleep(0.001)
+        os.close(writing)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    found = [item.name for item in read_stream(reading, None, threading.Event()) if isinstance(item, InputFile)]
+    writer.join()
+    os.close(reading)
+    assert found == ["Größe/a.png", "b.png"]
+
+
+@pytest.mark.parametrize("content", [b"a.png\0b.png\0", "a.png\nb.png\n".encode("utf-16-le")])
+def test_a_list_that_no_line_ends_is_told_in_a_sentence(content: bytes) -> None:
+    reading = stream_of(content)
+    (only,) = read_stream(reading, None, threading.Event())
+    os.close(reading)
+    assert isinstance(only, Unreadable)
+    assert "holds NUL bytes; send one path a line" in only.reason
 
 
 def test_waiting_for_a_line_ends_when_it_shall() -> None:
@@ -108,7 +139,7 @@ def test_results_come_as_lines_come(model: Path, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "missing.png does not exist" in err
-    assert "4 files: 2 good, 1 defective, 1 unreadable." in err
+    assert "3 images used, 1 unreadable: 2 good, 1 defective." in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "c.png", "deep", "model.onnx"]
 
 
@@ -124,7 +155,7 @@ def test_a_stream_leaves_a_folder_too(model: Path, tmp_path: Path) -> None:
         assert (out / row["overlay"]).is_file()
         assert row["overlay"] == f"overlays{row['file']}.png"
         assert (out / row["mask"]).is_file()
-    assert done.stdout.startswith("3 files: 2 good, 1 defective, 0 unreadable.")
+    assert done.stdout.startswith("3 images used: 2 good, 1 defective.")
 
 
 def test_dots_in_a_streams_paths_lead_nowhere_else(model: Path, tmp_path: Path) -> None:

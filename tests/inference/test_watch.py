@@ -76,7 +76,7 @@ def test_images_are_scored_as_they_arrive_once_each(model: Path, line: Path, tmp
     assert process.returncode == 0
     assert verdicts(out) == [("before.png", "good"), ("shift1/a.png", "defective")]
     assert [json.loads(row) for row in followed.splitlines()] == json_lines(out / "results.jsonl")
-    assert "2 files: 1 good, 1 defective, 0 unreadable." in err
+    assert "2 images used, 2 passed over (1 hidden, 1 .txt): 1 good, 1 defective." in err
     pictures = {f"{kind}/{name}.png" for kind in ("overlays", "masks") for name in ("before.png", "shift1/a.png")}
     assert files_of(out) - {".lock"} == {"results.jsonl", "model.json", *pictures}
     row = json_lines(out / "results.jsonl")[1]
@@ -160,7 +160,7 @@ def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: 
     assert [name for name, _ in verdicts(out)] == ["a.png", "b.png", "c.png"]
     before = (out / "results.jsonl").read_bytes()
     again = call(model, "--watch", line, "--out", out, *idle)
-    assert again.stdout.startswith("0 files")
+    assert again.stdout.startswith("0 images used")
     assert (out / "results.jsonl").read_bytes() == before
     plate(line / "d.png")  # what came while nobody watched, ...
     old = (line / "a.png").stat()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
-from flawsmith.surfaces import GOOD, LabelledImage, load_labelled
+from flawsmith.surfaces import GOOD, LabelledImage, load_labelled, normal_name
 from flawsmith.tiling import Run, Tiling
 from flawsmith.triplets import VALIDATION, TripletFolder
 
@@ -52,7 +52,7 @@ def labelled_items(
     """The labelled test set at working resolution, or the images as they are (`original`); nothing is read yet."""
     return tuple(
         Item(
-            f"{image.defect}/{image.path.name}",
+            f"{image.defect}/{image.name}",
             image.defect,
             partial(load_labelled, image, tiling, max_pixels, original),
         )
@@ -62,9 +62,10 @@ def labelled_items(
 
 def normal_items(paths: Sequence[Path], tiling: Tiling, max_pixels: int, original: bool = False) -> tuple[Item, ...]:
     """Normal images (calibration) with empty masks, as `labelled_items` gives them; nothing is read yet."""
+    images = (LabelledImage(path, GOOD, None) for path in paths)
     return tuple(
-        Item(path.name, GOOD, partial(load_labelled, LabelledImage(path, GOOD, None), tiling, max_pixels, original))
-        for path in paths
+        Item(normal_name(image.path), GOOD, partial(load_labelled, image, tiling, max_pixels, original))
+        for image in images
     )
 
 

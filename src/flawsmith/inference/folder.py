@@ -4,9 +4,9 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import TextIO
@@ -20,7 +20,7 @@ from flawsmith.inference import video
 from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.readahead import Decoded, Readahead, judge
-from flawsmith.inference.sources import STREAM, InputFile, Unreadable, find_images, read_stream, tasks_of
+from flawsmith.inference.sources import STREAM, InputFile, Inputs, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.writers import (
     LineRows,
     Pictures,
@@ -43,6 +43,7 @@ class FolderReport:
     good: int
     defective: int
     unreadable: tuple[Unreadable, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -98,14 +99,17 @@ def predict_folder(
     is_stream = STREAM in inputs
     if is_stream and len(inputs) > 1:
         raise UserError("`-` (paths on standard input) stands alone; leave the other inputs out, or send them too.")
-    files = [] if is_stream else find_images(inputs, leave_out=out)
+    given = Inputs((), (), {}) if is_stream else find_images(inputs, leave_out=out)
+    files, passed_over = given.files, Counter(given.passed_over)
     has_video = any(file.path.suffix.lower() in video.SUFFIXES for file in files)
     if has_video:
         video.check_installed()
     counts: Counter[str] = Counter()
     unreadable: list[Unreadable] = []
     stop = Event()
-    source: Iterable[InputFile | Unreadable] = read_stream(stdin, out, stop) if is_stream else files
+    source: Iterable[InputFile | Unreadable] = (
+        read_stream(stdin, out, stop, passed_over) if is_stream else given.in_order
+    )
 
     with ExitStack() as stack:
         rows: list[Rows] = []
@@ -119,7 +123,7 @@ def predict_folder(
         if lines is not None:
             rows.append(stack.enter_context(LineRows(lines, is_followed=True)))
         name_of = _naming(files) if pictures is not None else picture_name
-        total = None if is_stream or has_video else len(files)
+        total = None if is_stream or has_video else len(files) + len(given.unreadable)
         progress = stack.enter_context(tqdm(total=total, desc=predictor.metadata.category, unit="image", disable=None))
         tasks = tasks_of(source, every, max_pixels, stop)
         ahead = stack.enter_context(Readahead(tasks, workers, batch + workers, stop))
@@ -135,7 +139,7 @@ def predict_folder(
             for table in rows:
                 table.add(row)
             progress.update()
-    return FolderReport(out, counts["good"], counts["defective"], tuple(unreadable))
+    return FolderReport(out, counts["good"], counts["defective"], tuple(unreadable), passed_over)
 
 
 def unreadable_row(item: Decoded) -> dict[str, str]:

@@ -3,18 +3,21 @@
 Each kind ends up as `Task`s: things that can be decoded into one image, in any thread, and have a name in the results.
 """
 
+import codecs
 import glob
 import os
 import select
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
 
 from flawsmith.errors import UserError
-from flawsmith.images import SUFFIXES, FloatImage, count_pixels, read_image
+from flawsmith.images import FloatImage, count_pixels, read_image
 from flawsmith.inference import video
+from flawsmith.walk import NO_SUFFIX, SUFFIXES, count_sentence, find
 
 STREAM = Path("-")  # as an input: paths come on standard input
 STOP_LOOK = 0.1  # seconds between looks whether a wait for lines should end
@@ -37,6 +40,20 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What files, folders and patterns give: images and videos, what could not be looked at, what was passed over."""
+
+    files: tuple[InputFile, ...]
+    unreadable: tuple[Unreadable, ...]
+    passed_over: Mapping[str, int]
+
+    @property
+    def in_order(self) -> list[InputFile | Unreadable]:
+        """All that gets a row, sorted by name."""
+        return sorted((*self.files, *self.unreadable), key=_name)
+
+
+@dataclass(frozen=True)
 class Task:
     """One image to decode: `load` decodes it or raises a UserError, `pixels` tells its size beforehand (0: unknown)."""
 
@@ -46,63 +63,92 @@ class Task:
     is_frame: bool = False
 
 
-def find_images(inputs: Sequence[Path], leave_out: Path | None = None) -> list[InputFile]:
-    """List the images of files, folders (searched recursively) and patterns, each once, sorted by name.
+def find_images(inputs: Sequence[Path], leave_out: Path | None = None) -> Inputs:
+    """List the images of files, folders (searched as `walk.find` does) and patterns, each once, sorted by name.
 
-    Names are relative to the folder itself if one is given, else to the nearest folder that holds all inputs. In
-    folders, hidden files and files without an image suffix are passed over; a file named explicitly is always kept. A
-    pattern (`*`, `?`, `[...]`, `**`) counts as its matches; where it leaves the suffix open, only images and videos
-    match. Nothing below `leave_out` counts, so that results are never taken for inputs.
+    Names are relative to the folder itself if one is given, else to the nearest folder that holds all inputs. A file
+    named explicitly is always kept. A pattern (`*`, `?`, `[...]`, `**`) counts as its matches; where it leaves the
+    suffix open, only images and videos match. Nothing below `leave_out` counts, so that results are never taken for
+    inputs.
 
     Raises:
-        UserError: an input does not exist, a pattern matches nothing, or there is no image at all.
+        UserError: an input does not exist, a pattern matches nothing, or there is nothing at all to be looked at.
     """
     if not inputs:
         raise UserError("No input was given; name at least one image or folder.")
     skipped = None if leave_out is None else _absolute(leave_out)
-    found: set[Path] = set()
+    images: set[Path] = set()
+    unreadable: dict[Path, str] = {}
+    passed_over: Counter[str] = Counter()
     bases = []
-    for given in (match for path in inputs for match in _expand(path, skipped)):
+    for given in (match for path in inputs for match in _expand(path, skipped, passed_over)):
         path = _absolute(given)
         if path.is_dir():
             bases.append(path)
-            found.update(_images_below(path, skipped))
+            found = find(path, skipped)
+            images.update(found.images)
+            unreadable.update(found.unreadable)
+            passed_over.update(found.passed_over)
         elif path.is_file():
             bases.append(path.parent)
-            found.add(path)
+            images.add(path)
+        elif path.is_symlink():
+            bases.append(path.parent)
+            unreadable[path] = "is a link to nothing"
         else:
             raise UserError(f"{given} does not exist; check the path.")
-    if not found:
+    if not images and not unreadable:
         if skipped is not None and any(_absolute(path).is_relative_to(skipped) for path in inputs):
             raise UserError(
                 f"The images lie in {leave_out}, which is replaced as a whole; name a new folder for --out."
             )
         names = ", ".join(str(path) for path in inputs)
-        raise UserError(f"{names} holds no image ({', '.join(SUFFIXES)}); name a folder that does.")
+        told = count_sentence(0, passed_over)
+        raise UserError(f"{names} holds no image ({', '.join(SUFFIXES)}): {told}; name a folder that does.")
     base = Path(os.path.commonpath(bases))
-    files = [InputFile(path, path.relative_to(base).as_posix()) for path in found]
-    return sorted(files, key=lambda file: file.name)
+
+    def name_of(path: Path) -> str:
+        return path.relative_to(base).as_posix()
+
+    return Inputs(
+        tuple(sorted((InputFile(path, name_of(path)) for path in images), key=lambda file: file.name)),
+        tuple(Unreadable(name_of(path), f"{name_of(path)} {why}") for path, why in sorted(unreadable.items())),
+        passed_over,
+    )
 
 
-def read_stream(descriptor: int, leave_out: Path | None, stop: Event) -> Iterator[InputFile | Unreadable]:
+def read_stream(
+    descriptor: int, leave_out: Path | None, stop: Event, passed_over: Counter[str] | None = None
+) -> Iterator[InputFile | Unreadable]:
     """Files named on a stream, one path a line, as the lines come; ends with the stream or when `stop` is set.
 
-    A file's name is the line, tidied up; a folder stands for the images below it. Empty lines count for nothing, a
-    path that does not exist or lies below `leave_out` is unreadable.
+    A file's name is the line, tidied up; a folder stands for the images below it, and what is passed over there is
+    added to `passed_over`. Empty lines count for nothing, a path that does not exist or lies below `leave_out` is
+    unreadable. A list may begin with a byte order mark and be in UTF-16.
     """
     skipped = None if leave_out is None else _absolute(leave_out)
     for line in _lines(descriptor, stop):
         text = os.fsdecode(line.rstrip(b"\r\n"))
         if not text.strip():
             continue
+        if "\0" in text:
+            yield Unreadable(
+                "-", "The list on standard input holds NUL bytes; send one path a line (no `-print0`), as UTF-8."
+            )
+            return
         name = Path(os.path.normpath(text)).as_posix()
         path = _absolute(Path(text))
         if skipped is not None and path.is_relative_to(skipped):
             yield Unreadable(name, f"{name} lies in the folder of the results; name another folder for --out.")
         elif path.is_dir():
-            below = sorted(found.relative_to(path).as_posix() for found in _images_below(path, skipped))
-            yield from (InputFile(path / each, f"{name}/{each}") for each in below)
-            if not below:
+            found = find(path, skipped)
+            if passed_over is not None:
+                passed_over.update(found.passed_over)
+            yield from (InputFile(each, f"{name}/{found.name_of(each)}") for each in found.images)
+            for each, why in found.unreadable.items():
+                inside = f"{name}/{found.name_of(each)}"
+                yield Unreadable(inside, f"{inside} {why}")
+            if not found.images and not found.unreadable:
                 yield Unreadable(name, f"{name} is a folder that holds no image ({', '.join(SUFFIXES)}).")
         else:
             yield InputFile(path, name)
@@ -144,6 +190,7 @@ def _renamed(error: UserError, file: InputFile) -> str:
 def _lines(descriptor: int, stop: Event) -> Iterator[bytes]:
     """Read past Python's buffers: they would hold lines back, and a thread that waits in them cannot be ended."""
     rest = b""
+    decode: Callable[[bytes], bytes] | None = None
     while not stop.is_set():
         ready, _, _ = select.select([descriptor], [], [], STOP_LOOK)
         if not ready:
@@ -152,11 +199,28 @@ def _lines(descriptor: int, stop: Event) -> Iterator[bytes]:
         if not chunk:
             yield rest  # a last line without its end
             return
-        *lines, rest = (rest + chunk).split(b"\n")
+        rest += chunk
+        if decode is None:
+            if rest in (codecs.BOM_UTF8[:1], codecs.BOM_UTF8[:2], codecs.BOM_UTF16_LE[:1], codecs.BOM_UTF16_BE[:1]):
+                continue  # a mark of which the end is still to come
+            decode = _decoder(rest)
+            rest = decode(rest)
+        else:
+            rest = rest[: -len(chunk)] + decode(chunk)
+        *lines, rest = rest.split(b"\n")
         yield from lines
 
 
-def _expand(given: Path, skipped: Path | None) -> list[Path]:
+def _decoder(start: bytes) -> Callable[[bytes], bytes]:
+    """What brings the bytes of a list to lines of the file system's own, by the mark at its start."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        from_utf16 = codecs.getincrementaldecoder("utf-16")("replace")
+        return lambda chunk: os.fsencode(from_utf16.decode(chunk))
+    marks = [codecs.BOM_UTF8] if start.startswith(codecs.BOM_UTF8) else []
+    return lambda chunk: chunk[len(marks.pop()) :] if marks else chunk
+
+
+def _expand(given: Path, skipped: Path | None, passed_over: Counter[str]) -> list[Path]:
     """A path as it is, or the matches of a pattern; a file whose name looks like a pattern is a file."""
     text = str(given)
     if not glob.has_magic(text) or os.path.lexists(given):
@@ -164,21 +228,19 @@ def _expand(given: Path, skipped: Path | None) -> list[Path]:
     suffix = given.suffix.lower()
     is_open = not suffix or glob.has_magic(suffix)
     matches = [Path(match) for match in glob.glob(text, recursive=True)]  # noqa: PTH207 that takes no absolute one
-    if is_open:
-        matches = [path for path in matches if path.is_dir() or path.suffix.lower() in (*SUFFIXES, *video.SUFFIXES)]
     if skipped is not None:
         matches = [path for path in matches if not _absolute(path).is_relative_to(skipped)]
+    if is_open:
+        known = [path for path in matches if path.is_dir() or path.suffix.lower() in (*SUFFIXES, *video.SUFFIXES)]
+        passed_over.update(path.suffix.lower() or NO_SUFFIX for path in matches if path not in set(known))
+        matches = known
     if not matches:
         raise UserError(f"{given} matches no image; check the pattern.")
     return matches
 
 
-def _images_below(folder: Path, skipped: Path | None) -> Iterable[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        inside = skipped is not None and path.is_relative_to(skipped)
-        if path.suffix.lower() in SUFFIXES and not hidden and not inside and path.is_file():
-            yield path
+def _name(item: InputFile | Unreadable) -> str:
+    return item.name if isinstance(item, InputFile) else item.file
 
 
 def _absolute(path: Path) -> Path:

@@ -16,9 +16,9 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file, read_json, write_json
-from flawsmith.images import MAX_PIXELS, SUFFIXES, FloatImage, count_pixels, read_image
+from flawsmith.images import MAX_PIXELS, FloatImage, count_pixels, read_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.folder import WORKERS, unreadable_row
 from flawsmith.inference.predictor import Prediction, Predictor
@@ -45,6 +45,7 @@ from flawsmith.inference.writers import (
     json_line,
     picture_name,
 )
+from flawsmith.walk import UNREADABLE, entries, image_kind
 
 POLL = 0.5  # seconds between two looks
 REST = 9  # a look is followed by a rest of so many times its length: a huge folder costs a tenth of one core at most
@@ -65,6 +66,7 @@ class WatchReport:
     good: int
     defective: int
     unreadable: int
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -131,7 +133,7 @@ def watch_folder(
     """Score the images of `folder` (and of folders in it) until `stop` is set, for `seconds`, or until `idle`.
 
     An image is read when its size and mtime were the same at two looks `poll` seconds apart; one renamed into place is
-    known by its inode. Hidden files, other suffixes and `out` are passed over.
+    known by its inode. What counts as an image says `walk`; `out` is passed over.
 
     Args:
         seconds: ends after so long; None goes on for ever.
@@ -158,7 +160,9 @@ def watch_folder(
         )
         log.info("Watching %s; results go to %s.", folder, out / LINES)
         watch.run(stop, poll, seconds, idle)
-    return WatchReport(out, watch.counts["good"], watch.counts["defective"], watch.counts["unreadable"])
+    counts = watch.counts
+    unreadable = counts["unreadable"] + watch.blocked
+    return WatchReport(out, counts["good"], counts["defective"], unreadable, watch.passed_over)
 
 
 class Journal:
@@ -232,7 +236,15 @@ class _Watch:
         self._batch, self._workers, self._max_pixels = batch, workers, max_pixels
         self._seen: dict[tuple[int, int], tuple[int, int]] = {}  # device and inode: size and mtime at the last look
         self._doubtful: dict[str, tuple[Signature, float]] = {}  # could not be read at that time; maybe a stalled copy
+        self._blocked: dict[str, str] = {}  # what could not be looked at the last time, and why
+        self._told: set[str] = set()
         self.counts: Counter[str] = Counter()
+        self.passed_over: Counter[str] = Counter()  # at the last look
+
+    @property
+    def blocked(self) -> int:
+        """How many links to nothing and folders that cannot be listed there are."""
+        return len(self._told)
 
     def run(self, stop: Event, poll: float, seconds: float | None, idle: float | None) -> None:
         began = active = time.monotonic()
@@ -268,17 +280,24 @@ class _Watch:
         """Files that are complete and have no line yet, in the order of arrival; and whether others are on the way."""
         seen: dict[tuple[int, int], tuple[int, int]] = {}
         present: set[str] = set()
+        blocked: dict[str, str] = {}
+        passed_over: Counter[str] = Counter()
         ready: list[Arrival] = []
         is_arriving = False
         now = time.monotonic()
-        for name, entry in _files_below(os.fspath(self._folder), "", os.fspath(self._out)):
+        for entry in entries(self._folder, self._out):
+            name, kind = entry.name, image_kind(entry)
+            if kind == UNREADABLE:
+                blocked[name] = f"{name} {entry.why}"
+                continue
             try:
-                found = entry.stat()
-            except OSError:  # gone again, or a link to nothing
+                found = Path(entry.path).stat()
+            except OSError:  # gone again
                 continue
             place, state = (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
-            seen[place] = state
-            if not name.lower().endswith(SUFFIXES) or entry.name.startswith("."):
+            seen[place] = state  # of a hidden file too: it may be renamed into place
+            if kind:
+                passed_over[kind] += 1
                 continue
             present.add(name)
             signature = _signature(found)
@@ -290,7 +309,12 @@ class _Watch:
                 ready.append(Arrival(name, Path(entry.path), signature))
             else:
                 is_arriving = True
-        self._seen = seen
+        self._seen, self.passed_over = seen, passed_over
+        for name in blocked.keys() & self._blocked.keys() - self._told:  # at two looks: it is no copy on its way
+            log.warning("%s; the rest is watched.", blocked[name])
+            self._told.add(name)
+        self._told &= blocked.keys()
+        self._blocked = blocked
         self._journal.forget(present, now)
         if not is_arriving and not ready:
             self._doubtful.clear()
@@ -410,23 +434,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _files_below(folder: str, prefix: str, skipped: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """All files but those in hidden folders and in `skipped`, with their names relative to the first folder."""
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                if not entry.name.startswith(".") and os.path.realpath(entry.path) != skipped:
-                    folders.append(entry)
-            else:
-                yield f"{prefix}{entry.name}", entry
-    for each in folders:
-        try:
-            yield from _files_below(each.path, f"{prefix}{each.name}/", skipped)
-        except OSError:  # taken away meanwhile, or closed to us
-            continue
 
 
 def _signature(found: os.stat_result) -> Signature:

@@ -26,6 +26,7 @@ from flawsmith.monitoring.reference import Measurement, load_reference, measure
 from flawsmith.monitoring.report import CSV, HTML, JSON, Picture, Watched, write_outputs
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import MonitorSettings
+from flawsmith.walk import count_sentence, printable
 
 if TYPE_CHECKING:
     from flawsmith.detector.teacher import Teacher
@@ -103,11 +104,12 @@ def monitor_folder(
         UserError: there is no image, too few can be read, `reference` does not belong to the model, or `out` holds
             anything but earlier results.
     """
-    found = find_images([folder], leave_out=out)
+    given = find_images([folder], leave_out=out)
+    found = given.files
     target = out.resolve()  # what a link points to is replaced, not the link
     check_out(target, out, found, {HTML, JSON, CSV})
     files = _draw(found, settings)
-    unreadable: list[Unreadable] = []
+    unreadable = [Unreadable(printable(item.file), printable(item.reason)) for item in given.unreadable]
 
     def readable() -> Iterator[tuple[str, FloatImage]]:
         for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
@@ -118,14 +120,14 @@ def monitor_folder(
                 continue
             yield printable(file.name), image
 
-    log.info("%s: looking at %d of %d images (on %s).",
-             predictor.metadata.category, len(files), len(found), predictor.provider)  # fmt: skip
+    told = count_sentence(len(files), given.passed_over, len(unreadable))
+    log.info("%s: %s, of %d found (on %s).", predictor.metadata.category, told, len(found), predictor.provider)
     try:
         current = measure(predictor, teacher, readable(), BATCH)
     except UserError as error:
-        if len(unreadable) == len(files):
+        if len(unreadable) == len(files) + len(given.unreadable):
             raise UserError(
-                f"None of the {len(files)} images of {folder} can be read; {unreadable[0].reason}"
+                f"None of the {len(unreadable)} images of {folder} can be read; {unreadable[0].reason}"
             ) from error
         raise
     generator = numpy_generator(settings.seed, "monitor", "permutations")
@@ -137,18 +139,13 @@ def monitor_folder(
         reference=reference,
         current=current,
         threshold=predictor.threshold,
-        files_found=len(found),
+        files_found=len(found) + len(given.unreadable),
         unreadable=tuple(unreadable),
         settings=settings,
     )
     with atomic_folder(target) as results:
         write_outputs(results, watched, _highest(predictor, files, current, settings.gallery, max_pixels))
     return Outcome(watched, out)
-
-
-def printable(name: str) -> str:
-    """A file name that any output can hold: bytes that are no valid UTF-8 become replacement marks."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _draw(files: Sequence[InputFile], settings: MonitorSettings) -> list[InputFile]:

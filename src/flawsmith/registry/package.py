@@ -26,7 +26,7 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Lineage, render_lineage
 from flawsmith.monitoring.reference import measure, save_reference
-from flawsmith.surfaces import load_prepared
+from flawsmith.surfaces import load_prepared, normal_name
 from flawsmith.triplets import VALIDATION, TripletFolder
 
 MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
@@ -84,7 +84,7 @@ def build_content(layout: Layout, sources: Sources, lineage: Lineage, folder: Pa
     (folder / DRAWN_LINEAGE).write_text(f"{render_lineage(lineage)}\n")
     data, predictor = layout.settings.data, Predictor(sources.model)
     calibration = layout.split().calibration
-    images = ((path.name, load_prepared(path, data)) for path in calibration)
+    images = ((normal_name(path), load_prepared(path, data)) for path in calibration)
     teacher = build_teacher(layout.settings.teacher, layout.root)
     save_reference(folder / REFERENCE, measure(predictor, teacher, images))
     write_health(folder / HEALTH, predictor, _health_images(layout, calibration))

@@ -28,7 +28,7 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
-from flawsmith.surfaces import Split, Tile, iter_tiles, plan_tiles
+from flawsmith.surfaces import Split, Tile, iter_tiles, normal_name, plan_tiles
 from flawsmith.tracking import stage_run
 from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
 
@@ -206,7 +206,7 @@ def _manifest_rows(folder: TripletFolder, normals: Sequence[Path]) -> dict[str, 
         UserError: a triplet was made from an image that is no fit normal now.
     """
     rows = read_manifest(folder.folder / "manifest.parquet").to_pylist()
-    strangers = sorted({row["source"] for row in rows} - {path.name for path in normals})
+    strangers = sorted({row["source"] for row in rows} - {normal_name(path) for path in normals})
     if strangers:
         raise UserError(
             f"{folder.folder} was made from {strangers[0]}, which is no normal image for training now; run "
@@ -226,7 +226,7 @@ def image_of(tiles: Sequence[Tile], images: Sequence[Path], twins: Mapping[str, 
     """Of each tile the place of its image among `images`, (N,), of copies that of their first: in training a triplet
     may not recognise any part of the picture it was made from."""
     places = _picture_places(images, twins)
-    return torch.tensor([places[tile.path.name] for tile in tiles])
+    return torch.tensor([places[normal_name(tile.path)] for tile in tiles])
 
 
 def source_indices(
@@ -242,7 +242,8 @@ def source_indices(
 
 def _picture_places(images: Sequence[Path], twins: Mapping[str, str]) -> dict[str, int]:
     first: dict[str, int] = {}
-    return {path.name: first.setdefault(twins.get(path.name, path.name), place) for place, path in enumerate(images)}
+    names = [normal_name(path) for path in images]
+    return {name: first.setdefault(twins.get(name, name), place) for place, name in enumerate(names)}
 
 
 def textured(rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> NDArray[np.int64]:

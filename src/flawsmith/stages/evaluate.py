@@ -58,7 +58,7 @@ class Judged(NamedTuple):
         items: images of the labelled test set, or held-out triplets where there is none.
         labelled: whether they are of the labelled test set.
         part: one of `surfaces.PARTS`; `all` of held-out triplets.
-        held_out: of the triplets, id → file name of the source image.
+        held_out: of the triplets, id → `normal_name` of the source image.
     """
 
     items: tuple[Item, ...]

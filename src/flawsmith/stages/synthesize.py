@@ -16,7 +16,7 @@ from flawsmith.images import write_png
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import section_values, settings_digest
-from flawsmith.surfaces import load_tiles, plan_tiles
+from flawsmith.surfaces import load_tiles, normal_name, plan_tiles
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run
@@ -78,7 +78,7 @@ def build_workshop(layout: Layout, compute: Compute) -> Workshop:
         denoiser=denoiser,
         scheduler=scheduler,
         normals=normals,
-        names=[tile.path.name for tile in tiles],
+        names=[normal_name(tile.path) for tile in tiles],
         places=[tile.place for tile in tiles],
         foreground=foreground,
         settings=layout.settings.synthesize,
