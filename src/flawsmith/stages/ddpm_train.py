@@ -34,6 +34,8 @@ def run(layout: Layout) -> None:
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
     with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked, compute.fast_math():
         split = layout.split()
+        if is_main_process():
+            print(f"{layout.category}: train/good: {layout.surface().find_normals()}")
         fit, heldout = (load_tiles(plan_tiles(part, data), data) for part in (split.fit, split.calibration))
         identity = digest_json(
             {

@@ -82,6 +82,8 @@ def run(layout: Layout) -> None:
     weights = layout.input("distill", "detector.safetensors").parent
     split = layout.split()
     judged = judged_images(layout)
+    if judged.labelled:
+        log.info("%s: test: %s", layout.category, layout.surface().find_test())
     inputs = {"distill": weights, **_inputs(layout, judged)}
     if _triplet_ids(layout):
         inputs["synthesize"] = layout.stage("synthesize")
