@@ -13,7 +13,7 @@ on), `BadInput`, `InfrastructureFailed`, `CategoryBusy`, `NotSetUp`, `GaveUp` (c
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +108,9 @@ def retrain(
             try:
                 _run(trail, targets, Steps(retries, retry_seconds), publish_branch)
             finally:
-                _show(trail)
+                _try_to_show(_show, trail)
     except GateFailed as error:
-        _show_gate(trail, error.verdict)
+        _try_to_show(_show_gate, trail, error.verdict)
         return Failed(name="QualityGateFailed", message=str(error))
     except UnavailableError as error:
         return Failed(name=error.name, message=str(error))
@@ -247,6 +247,14 @@ def _publish(trail: Trail, targets: list[str], branch: str) -> None:
         message = f"{trail.category}: version {trail.promotion['version']} {trail.promotion['outcome']}"
         commit = repro.publish(trail.root, trail.category, trail.settings.data.root, branch, message)
         get_run_logger().info("branch %s: %s", branch, commit or "nothing new")
+
+
+def _try_to_show(show: Callable[..., None], *arguments: Any) -> None:
+    """Whatever befalls a run's page, the run ends as it would have: the page must not hide why."""
+    try:
+        show(*arguments)
+    except Exception as error:
+        get_run_logger().warning("The page of this run is not complete (%s: %s).", type(error).__name__, error)
 
 
 def _show(trail: Trail) -> None:

@@ -83,6 +83,25 @@ def test_the_gate_s_refusal_has_its_own_name_a_report_and_no_second_try(project:
     assert [row["stage"] for row in json.loads(made["steel-stages"])] == ["ddpm-train@steel"]
 
 
+def test_a_page_that_cannot_be_made_does_not_hide_why_the_run_ended(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = project.parent / "report"
+    report.mkdir()
+    (report / "verdict.json").write_text(json.dumps({"passed": False, "severity": "critical", "triplets": 8,
+                                                     "expectations": [EXPECTATION]}))  # fmt: skip
+    (project / "validate.sh").write_text(REFUSES)
+    for name in ("create_table_artifact", "create_markdown_artifact"):
+        monkeypatch.setattr(module, name, fail)
+    state = run(retries=0)
+    assert (state.name, state.is_failed()) == ("QualityGateFailed", True)
+    assert "3 of 8 triplets are no good" in (state.message or "")
+
+
+def fail(*_arguments: Any) -> None:
+    raise RuntimeError("the server is away")
+
+
 def test_trouble_with_the_machine_is_tried_again(project: Path) -> None:
     learn = (project / "learn.sh").read_text()
     (project / "learn.sh").write_text("[ -e ../once ] || { touch ../once; kill -9 $$; }\n" + learn)

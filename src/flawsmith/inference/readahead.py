@@ -133,12 +133,12 @@ class Readahead:
         except BaseException as error:
             self._fault = error
         finally:
-            close = getattr(source, "close", None)  # a generator may hold a file open
-            if close is not None:
-                close()
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+            close = getattr(source, "close", None)  # a generator may hold a file open
+            if close is not None:
+                close()
 
     def _work(self) -> None:
         while True:

@@ -93,8 +93,9 @@ class JsonRows:
         self._stream.write(f"{'' if self._is_first else ','}\n{json_line(row)}")
         self._is_first = False
 
-    def __exit__(self, *_: object) -> None:
-        self._stream.write("\n]\n}\n")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # a failure must not be hidden by that of finishing a file that is thrown away
+            self._stream.write("\n]\n}\n")
         self._stream.close()
 
 
