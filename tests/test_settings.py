@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flawsmith import settings as settings_module
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json
 from flawsmith.settings import (
@@ -22,6 +23,7 @@ from flawsmith.settings import (
     section_values,
     settings_digest,
 )
+from flawsmith.stages.ddpm_train import SAMPLE_STEPS
 
 SHIPPED = yaml.safe_load((Path(__file__).parent.parent / "params.yaml").read_text())
 
@@ -188,6 +190,17 @@ def test_bad_categories(categories: object, reason: str) -> None:
         ("distill", "score_weights", [1.0] * 4, "`distill.score_weights` needs 5 values"),
         ("distill", "score_weights", [0.0] * 5, "not all 0"),
         ("synthesize", "rule", "realnt", "one of constant, realnet"),
+        ("synthesize", "validation_fraction", 0.0, "`synthesize.validation_fraction` is 0.0; it must be from 0.001"),
+        ("synthesize", "triplets", 1, "`synthesize.triplets` is 1; it must be from 2"),
+        ("synthesize", "visibility", 1.0, "`synthesize.visibility` is 1.0; it must be from 0.0 to 0.9"),
+        ("synthesize", "perlin_threshold", [1.0, 1.0], "`synthesize.perlin_threshold` is 1.0; it must be"),
+        ("synthesize", "area", [0.0, 0.00001], "`synthesize.area` is [0.0, 1e-05], which no mask"),
+        ("synthesize", "area", [0.25, 0.3], "inside `synthesize.windows` [64, 80, 96, 112, 128]"),
+        ("synthesize", "area", [0.25, 0.3], "`synthesize.feather` 2; change one of them"),
+        ("validate", "mask_area", [0.1, 0.2], "so the gate would always fail"),
+        ("ddpm-train", "channels", [32, 60], "`ddpm-train.channels` has 60; each must be a multiple of 8"),
+        ("ddpm-train", "train_timesteps", 39, "`ddpm-train.train_timesteps` is 39; it must be from 40"),
+        ("export", "opset", 29, "it must be from 17 to 28"),
     ],
 )
 def test_bad_combinations_and_choices(section: str, key: str, value: object, reason: str) -> None:
@@ -225,8 +238,39 @@ def test_overrides_replace_values_and_are_checked(params_path: Path) -> None:
         load_settings(params_path, {"distill.btach": 3})
     with pytest.raises(UserError, match="unknown section `distil`; did you mean `distill`"):
         load_settings(params_path, {"distil.batch": 3})
-    with pytest.raises(UserError, match="`distill` must hold"):
-        load_settings(params_path, {"distill": 3, "distill.batch": 3})
+    for both in ({"distill": 3, "distill.batch": 3}, {"distill.batch": 3, "distill": 3}):
+        with pytest.raises(UserError, match="`distill` must hold"):
+            load_settings(params_path, both)
+
+
+@pytest.mark.parametrize("key", ["categories.x", "categories.", "distill."])
+def test_an_override_that_replaces_nothing_is_refused(params_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"`{key}` cannot be replaced"):
+        load_settings(params_path, {key: 1})
+
+
+@pytest.mark.parametrize("added", ["distill:\n  batch: 3\n", "validate: {worst: 1, worst: 2}\n"])
+def test_a_key_that_stands_twice_is_refused(params_path: Path, added: str) -> None:
+    params_path.write_text(params_path.read_text() + added)
+    with pytest.raises(UserError, match=r"`(distill|validate|worst)` stands twice"):
+        load_settings(params_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"synthesize.steps": 41, "ddpm-train.train_timesteps": 40}, r"`synthesize\.steps` is 41; it must be at most"),
+        ({"distill.normal_share": 0.6, "distill.batch": 1}, "all 1 images of a batch would be defect-free"),
+        ({"distill.normal_share": 0.9, "distill.batch": 4}, "all 4 images of a batch would be defect-free"),
+    ],
+)
+def test_keys_that_can_never_work_together_are_refused(overrides: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_settings(Path(__file__).parents[1] / "params.yaml", overrides)
+
+
+def test_a_plain_sample_fits_into_the_shortest_diffusion() -> None:
+    assert settings_module.SAMPLE_STEPS == SAMPLE_STEPS
 
 
 @pytest.mark.parametrize(

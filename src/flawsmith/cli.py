@@ -735,6 +735,8 @@ def _layouts(params: Path, categories: list[str] | None, overrides: list[str] | 
     from flawsmith.layout import Layout
 
     replaced = parse_overrides(overrides or [])
+    if categories and "categories" in replaced:
+        raise UserError("--category and --set categories=... both say which; leave one of them out.")
     if categories:
         replaced["categories"] = list(dict.fromkeys(categories))
     settings = _settings(params, replaced)

@@ -23,6 +23,8 @@ MIN_SCALE = 0.01  # of data.scale but 0
 TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # of `data`; without a scale they decide nothing
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+SAMPLE_STEPS = 40  # reverse steps of a plain sample (`ddpm-train`), none of which takes less than one of T
+NORM_GROUPS = 8  # of the UNet, which divide its channels
 FEATHER_REACH = 2  # pixels beyond synthesize.feather that a blended defect may still change
 
 
@@ -102,10 +104,10 @@ class DdpmTrainSettings:
     seed: int = setting("seed of initialisation, crops, noise and samples", 0)
     crop: int = setting("side of the random training crops in pixels", 16, 1024)
     patch: int = setting("pixel-unshuffle factor in front of the UNet (1 = none)", 1, 8)
-    channels: tuple[int, ...] = setting("UNet channels a level", 8, 2048)
+    channels: tuple[int, ...] = setting(f"UNet channels a level, multiples of {NORM_GROUPS}", NORM_GROUPS, 2048)
     layers_per_block: int = setting("residual blocks a level", 1, 4)
     fine_channels: int = setting("channels of the full-resolution refiner behind the UNet", 4, 512)
-    train_timesteps: int = setting("T of the diffusion", 10, 4000)
+    train_timesteps: int = setting("T of the diffusion", SAMPLE_STEPS, 4000)
     prediction: str = setting("what the UNet predicts", choices=("epsilon", "v_prediction"))
     beta_schedule: str = setting("noise schedule", choices=("linear", "squaredcos_cap_v2", "scaled_linear"))
     steps: int = setting("optimiser steps", 1, 10_000_000)
@@ -128,7 +130,7 @@ class SynthesizeSettings:
     """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process, or from one of its controls."""
 
     seed: int = setting("seed of all triplets", 0)
-    triplets: int = setting("triplets to make", 1, 1_000_000)
+    triplets: int = setting("triplets to make; one at least trains and one chooses the checkpoint", 2, 1_000_000)
     texture: str = setting(
         "what fills a mask: `diffusion` (the DDPM), or a control: `own` (another normal's region, strongly jittered), "
         "`cutpaste` (a patch of the same image)",
@@ -162,12 +164,12 @@ class SynthesizeSettings:
     opacity: tuple[float, float] = setting("range of the blend's opacity", 0.05, 1.0)
     feather: float = setting("width of the mask's soft edge in pixels", 0.0, 32.0)
     perlin_periods: tuple[int, ...] = setting("Perlin lattice periods in pixels (scales)", 2, 512)
-    perlin_threshold: tuple[float, float] = setting("range of the threshold on Perlin noise in [-1, 1]", -1.0, 1.0)
+    perlin_threshold: tuple[float, float] = setting("range of the threshold on Perlin noise in [-1, 1]", -1.0, 0.9)
     ridge_share: float = setting("share of masks from ridges of the noise (thin, crack-like)", 0.0, 1.0)
     area: tuple[float, float] = setting("range of a mask's share of the image area", 0.0, 1.0)
     min_changed: float = setting("share of the mask that must have changed, else the triplet is dropped", 0.0, 1.0)
-    visibility: float = setting("a pixel has changed if any channel moved by more than this (of 1)", 0.0, 1.0)
-    validation_fraction: float = setting("share of triplets that only choose the checkpoint", 0.0, 0.5)
+    visibility: float = setting("a pixel has changed if any channel moved by more than this (of 1)", 0.0, 0.9)
+    validation_fraction: float = setting("share of triplets that only choose the checkpoint", 0.001, 0.5)
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class EvaluateSettings:
 class ExportSettings:
     """`export`: the ONNX file, its parity certificate, and variants of it in lower precision."""
 
-    opset: int = setting("ONNX opset", 17, 30)
+    opset: int = setting("ONNX opset", 17, 28)
     tolerance: float = setting("largest allowed difference of map and score, torch against ONNX", 1e-9, 1.0)
     latency_runs: int = setting("timed runs a batch size", 3, 10_000)
     variants: tuple[str, ...] = setting("lower precisions to write too", choices=("fp16", "int8"), may_be_empty=True)
@@ -365,20 +367,37 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
             missing, or a value has the wrong type or lies outside its bounds.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 a SafeLoader
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; run the command where params.yaml lies, or pass --params.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `data:` and `distill:`; it holds {type(content).__name__}.")
-    for dotted, value in (overrides or {}).items():
-        section, _, key = dotted.partition(".")
-        if not key:
+    # whole sections first, so that none takes back a key that is named beside it
+    for dotted, value in sorted((overrides or {}).items(), key=lambda item: "." in item[0]):
+        section, point, key = dotted.partition(".")
+        if not point:
             content[section] = value
-        elif isinstance(content.setdefault(section, {}), dict):
+        elif not key or section == "categories":
+            known = "holds a list; write categories=[NAME, ...]" if key else "is to be followed by the name of a key"
+            raise UserError(f"`{dotted}` cannot be replaced: `{section}` {known}.")
+        elif isinstance(content.setdefault(section, {}), dict):  # else it is refused below
             content[section][key] = value
     return parse_settings(content, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's readers keep one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key}` stands twice; remove one", node.value[place][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
@@ -389,7 +408,9 @@ def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
             raise UserError(f"{source}: unknown section `{key}`{_nearest(str(key), known)}.")
     for key in known:
         if key not in content:
-            raise UserError(f"{source}: section `{key}` is missing; add it (the README shows every section).")
+            raise UserError(
+                f"{source}: section `{key}` is missing; add it (the params.yaml in flawsmith's repository has all)."
+            )
     categories = _convert("categories", content["categories"], tuple[str, ...], {}, source)
     if not categories:
         raise UserError(f"{source}: `categories` is empty; name at least one folder of data.root.")
@@ -503,6 +524,22 @@ def _check_together(settings: Settings, source: str) -> None:
                     f"{source}: `{name}` is {side}; it must be a multiple of {multiple} (patch and levels of the UNet) "
                     f"and at most data.image_size ({size})."
                 )
+    for channels in ddpm.channels:
+        if channels % NORM_GROUPS:
+            raise UserError(
+                f"{source}: `ddpm-train.channels` has {channels}; each must be a multiple of {NORM_GROUPS}."
+            )
+    if synthesis.steps > ddpm.train_timesteps:
+        raise UserError(
+            f"{source}: `synthesize.steps` is {synthesis.steps}; it must be at most ddpm-train.train_timesteps "
+            f"({ddpm.train_timesteps}), of which each step takes one or more."
+        )
+    batch, share = settings.distill.batch, settings.distill.normal_share
+    if round(share * batch) >= batch:
+        raise UserError(
+            f"{source}: `distill.normal_share` is {share:g}, so that all {batch} images of a batch would be "
+            "defect-free and no defect would be learned; lower it or raise `distill.batch`."
+        )
     monitor = settings.monitor
     if monitor.permutations + 1 < 4 / monitor.alpha:  # 4 statistics: the smallest p-value could never be significant
         raise UserError(
@@ -561,6 +598,20 @@ def _check_tiles(data: DataSettings, source: str) -> None:
 def _check_synthesis(settings: Settings, source: str) -> None:
     """What the kinds of synthetic defects ask of other keys."""
     synthesis, gate = settings.synthesize, settings.validate
+    if synthesis.mask != "rectangle":
+        size, window = settings.data.image_size, max(synthesis.windows) - 4 * synthesis.feather
+        least = max(1.0, synthesis.area[0] * size**2)
+        if least > min(synthesis.area[1] * size**2, max(0.0, window) ** 2):
+            raise UserError(
+                f"{source}: `synthesize.area` is {list(synthesis.area)}, which no mask in {size} x {size} pixels can "
+                f"have inside `synthesize.windows` {list(synthesis.windows)} and `synthesize.feather` "
+                f"{synthesis.feather:g}; change one of them."
+            )
+        if synthesis.area[0] > gate.mask_area[1] or synthesis.area[1] < gate.mask_area[0]:
+            raise UserError(
+                f"{source}: `synthesize.area` is {list(synthesis.area)} but `validate.mask_area` allows only "
+                f"{list(gate.mask_area)}, so the gate would always fail; let them overlap."
+            )
     if synthesis.texture == "diffusion" and synthesis.mask == "rectangle":
         raise UserError(
             f"{source}: `synthesize.mask` is rectangle, whose patches outgrow the windows in which the DDPM samples; "

@@ -119,8 +119,7 @@ class Workshop:
         names = [self.twins.get(name, name) for name in self.names]
         files = {name: place for place, name in enumerate(dict.fromkeys(names))}
         order = numpy_generator(self.settings.seed, "sources").permutation(len(files))
-        share = self.settings.validation_fraction
-        held = min(max(1, round(share * len(order))), len(order) - 1) if share > 0 else 0
+        held = min(max(1, round(self.settings.validation_fraction * len(order))), len(order) - 1)
         chosen = order[:held] if role == VALIDATION else order[held:]
         return np.flatnonzero(np.isin([files[name] for name in names], chosen))
 
@@ -402,7 +401,7 @@ def _defect_columns(workshop: Workshop, defect: Defect) -> dict[str, Any]:
 
 def role_counts(settings: SynthesizeSettings) -> dict[str, int]:
     """How many triplets each role gets."""
-    held = max(1, round(settings.validation_fraction * settings.triplets)) if settings.validation_fraction else 0
+    held = max(1, round(settings.validation_fraction * settings.triplets))
     return {FIT: settings.triplets - held, VALIDATION: held}
 
 
