@@ -99,6 +99,42 @@ def one_line(err: str) -> str:
 
 
 @pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "out/a.png"), "out/a.png cannot be written: the disk is full"),
+        (OSError(30, "Read-only file system", "out"), "out cannot be written: the file system is read-only"),
+        (PermissionError(13, "Permission denied", "out"), "out cannot be used: the rights to do so are missing"),
+        (FileNotFoundError(2, "No such file or directory", "x/y"), "x/y cannot be used: it, or the folder"),
+        (IsADirectoryError(21, "Is a directory", "out"), "out cannot be used: it is a folder"),
+        (OSError(37, "No locks available", "out"), "out cannot be used: the file system cannot lock files"),
+        (OSError("16384 requested and 0 written"), "The output cannot be written: the disk is full"),
+    ],
+)
+def test_what_the_system_refuses_is_the_users_to_mend(
+    run: Run, monkeypatch: pytest.MonkeyPatch, params_path: Path, error: OSError, words: str
+) -> None:
+    def stage(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=stage))
+    code, _, err = run("distill", "--params", params_path)
+    assert code == 2
+    assert one_line(err).startswith(f"flawsmith: {words}")
+    assert "; " in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a disk that is always full")
+def test_a_full_disk_behind_standard_output_is_told() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("flawsmith"), "--version"], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert one_line(done.stderr).startswith("flawsmith: The output cannot be written: the disk is full")
+
+
+@pytest.mark.parametrize(
     ("error", "status"),
     [
         (UserError("bad\n   input"), 2),
@@ -106,7 +142,7 @@ def one_line(err: str) -> str:
         (QualityGateError("critical"), 1),
         (KeyboardInterrupt(), 130),
         (RuntimeError("odd\nand long " * 1000), 1),
-        (OSError(28, "No space left on device"), 1),
+        (OSError(5, "Input/output error"), 1),
         (ValueError(), 1),
     ],
 )

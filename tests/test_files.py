@@ -1,22 +1,35 @@
 """Files appear whole or not at all, and digests know nothing of time or place."""
 
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flawsmith.errors import QualityGateError, UserError
+from flawsmith.errors import QualityGateError, UserError, refusal
 from flawsmith.files import (
     atomic_file,
     atomic_folder,
     digest_file,
     digest_json,
+    digest_name,
     digest_path,
+    fit_name,
     read_json,
+    restore,
+    sole_writer,
     write_csv,
     write_json,
 )
@@ -92,12 +105,189 @@ def test_keep_on_puts_the_report_in_place_and_still_raises(tmp_path: Path) -> No
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
-    left = tmp_path / ".stage.tmp"
+    left = tmp_path / f".{digest_name('stage')}-0123abcd.tmp"
     left.mkdir()
     (left / "half.txt").write_text("half")
     with atomic_folder(tmp_path / "stage") as temporary:
         assert names(temporary) == []
+        assert not left.exists()
     assert names(tmp_path) == ["stage"]
+
+
+# Replaces results/ and kills itself with SIGKILL just before it renames, or takes away, something for the n-th time.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flawsmith.files import atomic_folder
+done = []
+def watch(event, arguments):
+    if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        done.append(event)
+        if len(done) == {count}:
+            os.kill(os.getpid(), signal.SIGKILL)
+with atomic_folder(Path("results")) as folder:
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("new")
+    sys.addaudithook(watch)
+"""
+
+
+def python(code: str, folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, text=True, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.read_text() for path in folder.iterdir()}
+
+
+def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    seen = set()
+    for count in range(1, 12):
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
+        tree(tmp_path / "results", {"a.txt": b"old", "b.txt": b"old"})
+        process = python(KILLED.format(count=count), tmp_path)
+        process.communicate()
+        restore(tmp_path / "results")  # as whoever reads it next does
+        assert names(tmp_path / "results") == ["a.txt", "b.txt"]
+        (content,) = contents(tmp_path / "results")
+        seen.add((process.returncode, content))
+        with sole_writer(tmp_path / "results"):  # as whoever writes it next does
+            pass
+        assert names(tmp_path) == ["results"]
+        if process.returncode == 0:
+            break
+    assert seen == {(-signal.SIGKILL, "old"), (-signal.SIGKILL, "new"), (0, "new")}
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    holds = (
+        "from pathlib import Path\nfrom flawsmith.files import atomic_folder\n"
+        "with atomic_folder(Path('results')) as folder:\n"
+        "    (folder / 'a.txt').write_text('first')\n    print('in', flush=True)\n    input()\n"
+    )
+    process = python(holds, tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    with pytest.raises(UserError, match=r"Another run writes .*results now"), atomic_folder(tmp_path / "results"):
+        pass
+    with atomic_folder(tmp_path / "other") as folder:
+        (folder / "b.txt").write_text("other")
+    process.communicate("\n")
+    assert contents(tmp_path / "results") == {"first"}
+    with atomic_folder(tmp_path / "results") as folder, sole_writer(tmp_path / "results"):
+        (folder / "a.txt").write_text("second")
+    assert contents(tmp_path / "results") == {"second"}
+    assert names(tmp_path) == ["other", "results"]
+
+
+@pytest.fixture(params=["mounted", "looks mounted", "hidden mount", "parent is read-only"])
+def fixed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that cannot be renamed, with earlier results."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    if request.param == "mounted":
+        if subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True, check=False).returncode:
+            pytest.skip("file systems may not be mounted here")
+    elif request.param == "looks mounted":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    elif request.param == "hidden mount":
+        rename = Path.rename
+
+        def refuse(self: Path, target: Path) -> Path:
+            if self == folder:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self), None, str(target))
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refuse)
+    else:  # rights do not bind root
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    tree(
+        folder,
+        {"a.txt": b"old", "gone/b.txt": b"old", "was-folder/c.txt": b"old", "was-file": b"old", "lost+found": b""},
+    )
+    yield folder
+    if request.param == "mounted":
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_cannot_be_renamed_is_filled_and_loses_nothing_before(fixed: Path) -> None:
+    old = {path: path.read_text() for path in fixed.rglob("*") if path.is_file()}
+    for error in (BoomError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_folder(fixed) as folder:
+            tree(folder, {"a.txt": b"half"})
+            raise error
+        assert {path: path.read_text() for path in fixed.rglob("*") if path.is_file()} == old
+    with atomic_folder(fixed) as folder:
+        tree(folder, {"a.txt": b"new", "new/d.txt": b"new", "was-folder": b"new", "was-file/e.txt": b"new"})
+        (folder / "empty").mkdir()
+        with pytest.raises(UserError, match="Another run"):
+            _run_in_thread(lambda: atomic_folder(fixed).__enter__())
+    found = {path.relative_to(fixed).as_posix() for path in fixed.rglob("*")}
+    assert found == {"a.txt", "new", "new/d.txt", "was-folder", "was-file", "was-file/e.txt", "empty", "lost+found"}
+    assert (fixed / "a.txt").read_text() == "new"
+    assert names(fixed.parent) == ["results"]
+
+
+def _run_in_thread(function: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
+    tree(tmp_path / "disk" / "results", {"a.txt": b"old"})
+    (tmp_path / "results").symlink_to(tmp_path / "disk" / "results")
+    with atomic_folder(tmp_path / "results") as folder:
+        (folder / "b.txt").write_text("new")
+    assert names(tmp_path / "disk" / "results") == ["b.txt"]
+    assert (tmp_path / "results").is_symlink()
+    assert names(tmp_path / "disk") == ["results"]
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".txt", "检" * 83 + ".png", "ä" * 127])
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path: Path, name: str) -> None:
+    with atomic_file(tmp_path / name) as temporary:
+        temporary.write_text("new")
+    with atomic_folder(tmp_path / f"d{name[1:]}") as folder:
+        (folder / name).write_text("new")
+    assert names(tmp_path) == sorted([name, f"d{name[1:]}"])
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "检" * 90 + ".png", "x." + "y" * 300, "short.png"])
+def test_a_fitted_name_fits_and_is_another_for_another_name(name: str) -> None:
+    fitted = fit_name(name)
+    assert len(fitted.encode()) <= 255
+    assert fitted != fit_name(f"{name[:-5]}z{name[-4:]}")
+    assert fitted.endswith(".png") == name.endswith(".png")
+    assert fit_name(fitted) == fitted
+
+
+def test_an_error_in_writing_names_the_file_that_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_folder(tmp_path / "out") as folder:  # noqa: SIM117
+        with atomic_file(folder / "a.bin"):
+            raise RuntimeError("Error: I/O error: No space left on device (os error 28)")
+    assert caught.value.filename == str(tmp_path / "out" / "a.bin")
+    with pytest.raises(OSError, match="a directory") as caught, atomic_file(tmp_path / "out" / "a.bin") as temporary:
+        temporary.parent.joinpath("a.bin").mkdir()
+        temporary.write_text("x")
+    assert caught.value.filename == str(tmp_path / "out" / "a.bin")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EPERM, errno.EROFS, errno.ENOSPC])
+def test_a_place_that_cannot_be_written_or_locked_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, atomic_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+    told = refusal(caught.value)
+    assert told is not None
+    assert str(told).startswith(f"{tmp_path / 'out'} cannot be ")
+    assert os.strerror(number) in str(told)
+    assert refusal(ConnectionRefusedError(errno.ECONNREFUSED, "refused")) is None
 
 
 def test_json_is_sorted_ends_with_a_newline_and_refuses_nan(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from flawsmith import __version__
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import FlawsmithError, UserError, refusal
 from flawsmith.processes import world_size
 
 if TYPE_CHECKING:
@@ -96,12 +96,17 @@ DEFAULT_PARAMS = Path("params.yaml")
 def main() -> None:
     """Run the command line; whatever goes wrong ends in one sentence on stderr and an exit status."""
     try:
-        app(prog_name="flawsmith")
+        try:
+            app(prog_name="flawsmith")
+        finally:
+            _flush()
     except FlawsmithError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted.", INTERRUPTED)
     except Exception as error:
+        if refused := refusal(error):
+            _fail(str(refused), refused.exit_code)
         reason = " ".join(str(error).split())
         shown = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         _fail(
@@ -109,6 +114,15 @@ def main() -> None:
             f"(set {DEBUG}=1 to see where it happened).",
             FlawsmithError.exit_code,
         )
+
+
+def _flush() -> None:
+    """What is still to be printed is written now, where an error can be told."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again at its end
+        raise
 
 
 def _fail(sentence: str, exit_code: int) -> NoReturn:

@@ -3,6 +3,13 @@
 A message is one clear sentence that names the file or key and the remedy; the CLI prints it without a traceback.
 """
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class FlawsmithError(Exception):
     """Something failed that is not the user's fault (exit status 1)."""
@@ -18,3 +25,80 @@ class UserError(FlawsmithError):
 
 class QualityGateError(FlawsmithError):
     """A quality gate did its work: the pipeline must stop here (exit status 1), and its report says why."""
+
+
+DISK_FULL = os.strerror(errno.ENOSPC)
+
+_LOCKS = "the file system cannot lock files", "name a place on another one"
+_RIGHTS = "the rights to do so are missing", "change them, or name another place"
+_FULL = "the disk is full", "free space there, or name a place on another disk"
+# what the system may refuse for a reason that the user can remove: why, and the remedy
+_REFUSALS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: ("the file system is read-only", "name another place"),
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOENT: ("it, or the folder it belongs in, does not exist", "create it, or correct the name"),
+    errno.EEXIST: ("something of that name is in the way", "remove it, or name another place"),
+    errno.EISDIR: ("it is a folder", "name a file"),
+    errno.ENOTDIR: ("it, or a part of its path, is no folder", "name another place"),
+    errno.ENAMETOOLONG: ("its name is too long", "give it a shorter one"),
+    errno.ELOOP: ("its links lead round in a circle", "mend them"),
+    errno.EFBIG: ("it grows too large for the file system", "name a place on another one"),
+    errno.EBUSY: ("something else uses it", "end that, or name another place"),
+    errno.ENOLCK: _LOCKS,
+    errno.EOPNOTSUPP: _LOCKS,
+    errno.ENOSYS: _LOCKS,
+}
+_OF_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# how libraries that write for themselves tell of a full disk
+_TOLD_FULL = re.compile(
+    rf"{re.escape(DISK_FULL)}|os error {errno.ENOSPC}\b|^\d+ requested and \d+ written|disk is full", re.MULTILINE
+)
+
+
+def refusal(error: BaseException) -> UserError | None:
+    """The sentence for a file or folder that the system refuses to read or write; None if it is something else."""
+    number = _number(error)
+    if number not in _REFUSALS:
+        return None
+    found = error if isinstance(error, OSError) else None
+    file = (found.filename2 or found.filename if found else None) or "The output"
+    reason, remedy = _REFUSALS[number]
+    verb = "written" if number in _OF_ALL or number == errno.EFBIG else "used"
+    return UserError(f"{os.fsdecode(file)} cannot be {verb}: {reason} ({os.strerror(number)}); {remedy}.")
+
+
+def is_of_all(error: OSError) -> bool:
+    """Whether writing any other file there would fail too: a full disk, a read-only file system."""
+    return _number(error) in _OF_ALL
+
+
+@contextmanager
+def name_file(path: Path, temporary: Path) -> Iterator[None]:
+    """Let an error in writing name `path`, where the system names nothing, or the `temporary` path that stands for it
+    meanwhile; what a library says of a full disk in its own way becomes an OSError."""
+    try:
+        yield
+    except FlawsmithError:
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number not in _REFUSALS:
+            raise
+        named = str(getattr(error, "filename", None) or temporary)
+        told = str(path) + named.removeprefix(str(temporary)) if named.startswith(str(temporary)) else named
+        if not isinstance(error, OSError) or error.errno is None:
+            raise OSError(number, os.strerror(number), told) from error
+        error.filename, error.filename2 = told, None
+        raise
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error that it raised for a file, or of a full disk in other words."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        return errno.ENOSPC if _TOLD_FULL.search(str(error)) else None
+    # a network's errors are of this class too, but name no file and have numbers of their own
+    return number if not isinstance(error, ConnectionError | TimeoutError) else None

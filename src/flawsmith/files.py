@@ -1,54 +1,213 @@
-"""Writing that is never seen half-done, and digests that know nothing of time or place."""
+"""Writing that is never seen half-done, and digests that know nothing of time or place.
+
+What is not in place yet lies under a short hidden name that ends in `.tmp`: a digest stands for the name it will get,
+so that a long one fits too, and ignore files pass it over.
+"""
 
 import csv
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flawsmith.errors import UserError
+from filelock import FileLock, Timeout
+
+from flawsmith.errors import UserError, name_file
+
+LONGEST_NAME = 255  # bytes; all common file systems take so many
+LOCK_SECONDS = 0.3  # a writer that is just ending is waited for
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it if the block succeeds, and vanishes if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.parent / _temporary_name(path.name)
+    with name_file(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path, keep_on: type[BaseException] | tuple[type[BaseException], ...] = ()) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that replaces it if the block succeeds, and vanishes if it fails.
+    """Yield an empty folder that replaces `path` if the block succeeds, and vanishes if it fails.
 
     `keep_on` names exceptions after which the folder is put in place all the same (a gate's report must be readable).
+    Of a link its target is replaced. A mount point, or a folder whose parent may not be written, cannot be exchanged
+    as a whole: it is filled file by file, and what was there goes when all is in place.
+
+    Raises:
+        UserError: another run writes `path` now.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # no pid: what a killed run left is cleared by the next one
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with sole_writer(path) as place:
+        temporary = place.room / _temporary_name(place.target.name)
+        with name_file(place.target, temporary):
+            temporary.mkdir()
+            try:
+                yield temporary
+            except keep_on:
+                place.put(temporary)
+                raise
+            else:
+                place.put(temporary)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator["_Place"]:
+    """Keep all others from writing the folder `path` while the block runs; the thread that holds it may enter again.
+
+    What a killed run left there is cleared first, and what it had moved aside is put back.
+
+    Raises:
+        UserError: another run writes it now.
+    """
+    place = _Place.of(path)
+    held: set[Path] = _held.__dict__.setdefault("targets", set())
+    if place.target in held:
+        yield place
+        return
+    with name_file(place.target, place.lock):
+        place.room.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.lock, timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"Another run writes {path} now; wait until it has ended, or name another folder."
+            ) from error
+        except OSError:  # no locks here
+            place.lock.unlink(missing_ok=True)
+            raise
+    held.add(place.target)
     try:
-        yield temporary
-    except keep_on:
-        _put_in_place(temporary, path)
-        raise
-    else:
-        _put_in_place(temporary, path)
+        place.recover()
+        yield place
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        held.remove(place.target)
+        with suppress(OSError):
+            place.lock.unlink()  # while we hold it: whoever waits for it sees that it is gone, and makes a new one
+        lock.release()
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
+def restore(path: Path) -> None:
+    """Put the folder `path` back if a run was killed after it had moved it aside, and before it put the new one in."""
+    place = _Place.of(path)
+    if place.aside.exists() and not place.target.exists():
+        with suppress(UserError), sole_writer(path):  # whoever writes it now has put it back
+            pass
+
+
+_held = threading.local()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder to be replaced, and the `room` for what is needed meanwhile: its parent, or itself where it is fixed."""
+
+    target: Path
+    room: Path
+
+    @classmethod
+    def of(cls, path: Path) -> "_Place":
+        target = path.resolve()
+        is_fixed = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
+        return cls(target, target if is_fixed else target.parent)
+
+    @property
+    def lock(self) -> Path:
+        return self.room / f".{digest_name(self.target.name)}.lock.tmp"
+
+    @property
+    def aside(self) -> Path:
+        return self.room / f".{digest_name(self.target.name)}.old.tmp"
+
+    def recover(self) -> None:
+        """Undo what a killed run left half-done; only for the one that holds the lock."""
+        if self.aside.exists() and not self.target.exists():
+            self.aside.rename(self.target)
+        for left in (self.aside, *self.room.glob(f".{digest_name(self.target.name)}-*.tmp")):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def put(self, folder: Path) -> None:
+        """Replace the target by `folder`: the old one aside, the new one in, the old one away."""
+        if self.room == self.target:
+            _fill(self.target, folder)
+            return
+        try:
+            if self.target.exists():
+                self.target.rename(self.aside)
+            folder.rename(self.target)
+        except BaseException as error:
+            if self.aside.exists() and not self.target.exists():
+                self.aside.rename(self.target)
+            if not isinstance(error, OSError) or not self.target.is_dir():
+                raise
+            _fill(self.target, folder)  # a mount that does not look like one, or a folder of somebody else
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def _fill(target: Path, folder: Path) -> None:
+    """Move all of `folder` into `target` in order, its own files last, for they name those in its folders; then remove
+    whatever else `target` held."""
+    new = [path.relative_to(folder) for path in folder.rglob("*")]
+    for part in sorted(part for part in new if (folder / part).is_dir()):
+        if not (target / part).is_dir():
+            (target / part).unlink(missing_ok=True)
+            (target / part).mkdir()
+    for part in sorted(
+        (part for part in new if not (folder / part).is_dir()), key=lambda part: (-len(part.parts), part)
+    ):
+        if (target / part).is_dir():
+            shutil.rmtree(target / part)
+        with atomic_file(target / part) as temporary:
+            shutil.move(folder / part, temporary)
+    kept = {folder.name, LOST, *(f".{digest_name(target.name)}.{kind}.tmp" for kind in ("lock", "old"))}
+    for path in sorted(target.rglob("*"), reverse=True):
+        part = path.relative_to(target)
+        if part in new or part.parts[0] in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+LOST = "lost+found"  # in each ext4 file system's top folder
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file's or folder's name is one of something not in place yet, or left by a run that was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def fit_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """`name`, or, if it has too many bytes for a file system, its beginning, a digest of the whole, and its suffix."""
+    raw = os.fsencode(name)
+    if len(raw) <= longest:
+        return name
+    end = f"~{digest_name(name)}{Path(name).suffix if len(os.fsencode(Path(name).suffix)) < 16 else ''}"
+    return raw[: longest - len(os.fsencode(end))].decode(errors="ignore") + end
+
+
+def digest_name(name: str) -> str:
+    """12 hex digits that stand for a name."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+
+
+def _temporary_name(name: str) -> str:
+    return f".{digest_name(name)}-{secrets.token_hex(4)}.tmp"
 
 
 def write_json(path: Path, content: Any) -> None:

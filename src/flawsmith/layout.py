@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flawsmith.errors import UserError
+from flawsmith.files import restore
 from flawsmith.looks import copies_sentence, find_copies, flat_sentence, look_at
 from flawsmith.settings import Settings
 from flawsmith.surfaces import Split, Surface
@@ -69,6 +70,8 @@ class Layout:
             UserError: it is not there.
         """
         path = self.stage(name) / file
+        if not path.exists():
+            restore(self.stage(name))
         if not path.exists():
             raise UserError(f"{path} does not exist; run `flawsmith {name} --category {self.category}` first.")
         return path

@@ -314,6 +314,19 @@ def test_kept_features_are_those_computed_anew(teacher: Teacher, limit: int, pre
         assert (a - c).norm() < coarse * c.norm()  # half floats, of layers in the precision
 
 
+def test_all_kept_features_together_stay_within_the_cache(teacher: Teacher) -> None:
+    size = sum(level.nbytes for level in FeatureBank(teacher, triplets(1, 0).normal, CPU, 10**9).one(0))
+    parts = {FIT: triplets(9, 0), VALIDATION: triplets(6, 1)}
+    detector, _ = fresh_detector(teacher, torch.from_numpy(parts[FIT].normal).float() / 255)
+    limit = 10 * size
+    batches = TripletBatches(detector, parts, dataclasses.replace(SETTINGS, cache_gigabytes=limit / 2**30), CPU)
+    for role, part in parts.items():
+        for is_clean in (True, False):
+            batches.of(role, np.arange(len(part.ids)), np.full(len(part.ids), is_clean))
+    kept = [features for banks in batches._banks.values() for bank in banks for features in bank._kept.values()]
+    assert limit / 2 < sum(level.nbytes for features in kept for level in features) <= limit
+
+
 def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teacher: Teacher) -> None:
     fit, validation = triplets(6, 0), triplets(3, 1)
     normals = torch.from_numpy(fit.normal).float() / 255

@@ -1,5 +1,8 @@
 import csv
+import errno
 import json
+import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from PIL import Image
 import flawsmith.inference.readahead as readahead_module
 import flawsmith.inference.writers as writers_module
 from flawsmith.errors import UserError
+from flawsmith.files import digest_name
 from flawsmith.images import read_image
 from flawsmith.inference.folder import FolderReport, predict_folder
 from flawsmith.inference.predictor import Predictor
@@ -173,6 +177,85 @@ def test_files_that_differ_in_their_suffix_alone_get_an_overlay_each(model: Path
         plate(tmp_path / "in" / name)
     predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
     assert files_of(tmp_path / "out" / "overlays") == {"1.png.png", "1.jpg.png", "2.png"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Part.jpg", "part.png", "part.jpg", "part.jpg.png"),
+        ("\u00e4.png", "a\u0308.png", "A\u0308.jpg"),  # one letter or two code points
+        ("stra\u00dfe.png", "STRASSE.png"),
+        ("A/1.png", "a/1.png"),
+        ("x" * 251 + ".jpg", "x" * 251 + ".png", "\u68c0" * 83 + ".png", "x" * 250 + ".tif"),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_pictures_get_names_that_fit_and_differ_on_every_file_system(
+    model: Path, tmp_path: Path, names: tuple[str, ...], is_stream: bool
+) -> None:
+    for name in names:
+        plate(tmp_path / "in" / name)
+    if is_stream:
+        reader, writer = os.pipe()
+        os.write(writer, "".join(f"{tmp_path / 'in' / name}\n" for name in names).encode())
+        os.close(writer)
+        report = predict_folder(Predictor(model), [Path("-")], tmp_path / "out", stdin=reader)
+        os.close(reader)
+    else:
+        report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    assert report.total == report.good == len(names)
+    pictures = files_of(tmp_path / "out" / "overlays")
+    assert len(pictures) == len(names)
+    assert all(len(part.encode()) <= 255 for name in pictures for part in Path(name).parts)
+    if not is_stream:  # what comes later is not known beforehand: there the file system is asked
+        assert len({unicodedata.normalize("NFC", name).casefold() for name in pictures}) == len(names)
+    images = json.loads((tmp_path / "out" / "results.json").read_text())["images"]
+    assert {image["overlay"].removeprefix("overlays/") for image in images} == pictures
+
+
+@pytest.mark.parametrize("is_folding", [False, True])
+def test_a_picture_that_cannot_be_written_under_its_name_gets_another(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_folding: bool
+) -> None:
+    """A file system with a lower limit, a folder of that name, or another file where case counts for nothing."""
+    for name in ("a.png", "b.png", "c.png"):
+        plate(tmp_path / "in" / name)
+    write = writers_module.write_png
+
+    def refuse(path: Path, pixels: Any) -> None:
+        if path.name == "b.png" and not is_folding:
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+        write(path, pixels)
+
+    if is_folding:
+        exists = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path: path.name == "b.png" or exists(path))
+        (tmp_path / "out" / "overlays").mkdir(parents=True)
+        monkeypatch.setattr(writers_module.os, "listdir", lambda _: ["overlays"])
+    monkeypatch.setattr(writers_module, "write_png", refuse)
+    report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", batch=1)
+    assert report.good == 3
+    assert files_of(tmp_path / "out" / "overlays") == {"a.png", f"{digest_name('b.png')}.png", "c.png"}
+
+
+def test_one_picture_that_cannot_be_written_at_all_does_not_end_the_batch(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.png", "b.png"):
+        plate(tmp_path / "in" / name)
+    write, failed = writers_module.write_png, []
+
+    def refuse(path: Path, pixels: Any) -> None:
+        if len(failed) < 2:
+            failed.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        write(path, pixels)
+
+    monkeypatch.setattr(writers_module, "write_png", refuse)
+    with caplog.at_level("WARNING"):
+        assert predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", batch=1).good == 2
+    assert "a.png is not in overlays (Invalid argument)" in caplog.text
+    assert files_of(tmp_path / "out" / "overlays") == {"b.png"}
 
 
 def test_earlier_results_are_replaced_and_never_taken_for_inputs(model: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_pattern_in_quotes_and_a_video_on_the_command_line(model: Path, parts:
 def test_one_image_needs_little_of_what_is_installed(model: Path, parts: Path, tmp_path: Path) -> None:
     heavy = {
         "torch", "torchvision", "pandas", "sklearn", "matplotlib", "timm", "diffusers", "mlflow", "dvc", "onnx", "av",
-        "pyarrow", "prefect", "fastapi", "filelock", "yaml",
+        "pyarrow", "prefect", "fastapi", "yaml",
     }  # fmt: skip
     arguments = command(model, parts / "a.png", "--out", tmp_path / "out")
     code = f"{arguments[2].replace('cli.main()', '')}\ntry: cli.main()\nexcept SystemExit as end: assert not end.code\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from line_samples import clip, plate, start, wait_until
+from line_samples import call, clip, plate, start, wait_until
 
 from flawsmith.errors import UserError
 from flawsmith.images import FloatImage
@@ -246,7 +246,10 @@ def test_an_interrupt_leaves_nothing_half_written(model: Path, tmp_path: Path, n
     process.stdin.write("a.png\n")
     process.stdin.flush()
     assert "a.png" in process.stdout.readline()
-    wait_until(lambda: (tmp_path / ".out.tmp" / "overlays").is_dir(), "an overlay")
+    wait_until(lambda: any(tmp_path.glob(".*.tmp/overlays")), "an overlay")
+    second = call(model, image, "--out", "out", cwd=tmp_path)
+    assert second.returncode == 2
+    assert second.stderr.startswith("flawsmith: Another run writes out now; ")
     process.send_signal(number)
     assert process.wait(60) == (130 if number == signal.SIGINT else 143)
     assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]

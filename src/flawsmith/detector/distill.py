@@ -210,7 +210,7 @@ class TripletBatches:
         self._counts = {role: len(part.ids) for role, part in parts.items()}
         self._origins = {role: origins.get(role, Origins.unknown(count)) for role, count in self._counts.items()}
         self._settings, self._device = settings, compute.device
-        room = int(settings.cache_gigabytes * 2**30) // len(parts)
+        room = int(settings.cache_gigabytes * 2**30) // (2 * len(parts))  # normal and defect images of each role
         self._banks = {
             role: tuple(FeatureBank(detector.teacher, images, compute, room) for images in (part.normal, part.defect))
             for role, part in parts.items()

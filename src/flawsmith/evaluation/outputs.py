@@ -15,7 +15,7 @@ from flawsmith.evaluation.fidelity import Fidelity
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.evaluation.scoring import Item
-from flawsmith.files import atomic_file, write_csv, write_json
+from flawsmith.files import atomic_file, fit_name, write_csv, write_json
 from flawsmith.images import Mask, write_png
 from flawsmith.tiling import Place, Tiling
 
@@ -161,7 +161,7 @@ def write_parity_images(folder: Path, items: Sequence[Item], count: int, tiling:
         image, mask = item.load()
         if tiling.is_tiled:
             image = tiling.cut(tiling.pad(image), _telling_tile(tiling, mask))
-        write_png(folder / f"{place:03d}-{item.defect}-{Path(item.name).stem}.png", image)
+        write_png(folder / fit_name(f"{place:03d}-{item.defect}-{Path(item.name).stem}.png"), image)
 
 
 def _telling_tile(tiling: Tiling, mask: Mask) -> Place:

@@ -14,7 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from flawsmith.errors import UserError
-from flawsmith.files import atomic_folder
+from flawsmith.files import atomic_folder, restore
 from flawsmith.images import MAX_PIXELS
 from flawsmith.inference import video
 from flawsmith.inference.answers import describe
@@ -115,9 +115,9 @@ def predict_folder(
         rows: list[Rows] = []
         pictures = None
         if out is not None:
-            target = out.resolve()  # what a link points to is replaced, not the link
-            check_out(target, out, files)
-            folder = stack.enter_context(atomic_folder(target))
+            restore(out)
+            check_out(out.resolve(), out, files)
+            folder = stack.enter_context(atomic_folder(out))
             rows += [stack.enter_context(open_rows(folder, form, predictor)) for form in formats]
             pictures = Pictures(folder, predictor, overlays=overlays, masks=masks)
         if lines is not None:

@@ -27,8 +27,8 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
-from flawsmith.errors import UserError
-from flawsmith.files import digest_file, read_json, write_json
+from flawsmith.errors import UserError, name_file
+from flawsmith.files import digest_file, is_ours, read_json, write_json
 from flawsmith.images import MAX_PIXELS, FloatImage, count_pixels, read_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.folder import WORKERS, unreadable_row
@@ -146,6 +146,7 @@ def watch_folder(
         raise UserError(f"{folder} is no folder, so it cannot be watched; create it first.")
     stop = stop or Event()
     with ExitStack() as stack:
+        stack.enter_context(name_file(out / LINES, out / LINES))
         journal = stack.enter_context(_open_journal(folder, out, predictor))
         watch = _Watch(
             predictor=predictor,
@@ -424,7 +425,7 @@ def _open_journal(folder: Path, out: Path, predictor: Predictor) -> Iterator[Jou
 
 def _is_leftover(path: Path) -> bool:
     """A file that `atomic_file` had not put in place when its process was killed."""
-    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
+    return is_ours(path.name) and path.is_file()
 
 
 def _sync_folder(folder: Path) -> None:

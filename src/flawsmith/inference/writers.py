@@ -10,8 +10,10 @@ out/masks/...       the same: {0, 255}, white in the regions, of the original's 
 
 import csv
 import json
+import logging
 import os
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,8 +22,12 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, write_png
+import numpy as np
+from numpy.typing import NDArray
+
+from flawsmith.errors import UserError, is_of_all
+from flawsmith.files import LOST, digest_name, fit_name, is_ours
+from flawsmith.images import FloatImage, Mask, write_png
 from flawsmith.inference.answers import draw
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.regions import region_mask
@@ -43,6 +49,9 @@ COLUMNS = (
     "height",
     "error",
 )
+
+
+log = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -104,6 +113,8 @@ class LineRows:
 
     def __init__(self, stream: TextIO, *, is_followed: bool) -> None:
         self._stream, self._is_followed = stream, is_followed
+        name = getattr(stream, "name", "")
+        self._name = name if isinstance(name, str) else "Standard output"
 
     def __enter__(self) -> "LineRows":
         return self
@@ -118,6 +129,9 @@ class LineRows:
                 "Nobody reads the JSON lines any more (the pipe was closed), so the work has stopped; read them to "
                 "the end, or write them to a folder with --format jsonl."
             ) from error
+        except OSError as error:
+            error.filename = error.filename or self._name
+            raise
 
     def __exit__(self, *_: object) -> None:
         """The stream belongs to whoever opened it."""
@@ -131,32 +145,68 @@ class Pictures:
         self._kinds = [*([OVERLAYS] if overlays else []), *([MASKS] if masks else [])]
 
     def add(self, name: str, image: FloatImage, prediction: Prediction) -> dict[str, str]:
-        """Write what is asked for; returns where it lies, relative to the folder, for the row."""
+        """Write what is asked for; returns where it lies, relative to the folder, for the row.
+
+        A picture that the file system does not take is left out and named in the log: the image has its verdict.
+
+        Raises:
+            OSError: no picture can be written there any more, such as on a full disk.
+        """
         written = {}
         for kind in self._kinds:
-            path = PurePosixPath(kind, name)
             height, width = image.shape[1:]
             pixels = (
                 draw(image, prediction, self._predictor)
                 if kind == OVERLAYS
                 else region_mask(prediction.anomaly_map, self._predictor.regions_above(prediction), height, width)
             )
-            write_png(self._folder / path, pixels)
-            written[kind.removesuffix("s")] = str(path)
+            try:
+                written[kind.removesuffix("s")] = self._write(kind, name, pixels)
+            except OSError as error:
+                if is_of_all(error):
+                    raise
+                log.warning("%s is not in %s (%s).", name, kind, error.strerror or error)
         return written
+
+    def _write(self, kind: str, name: str, pixels: NDArray[np.uint8] | Mask) -> str:
+        """Under `name`, or under a digest of it where the file system does not take it, or another has it already:
+        some do not tell apart case, or ways to write the same letter."""
+        plain = PurePosixPath(kind, name)
+        place = self._folder / plain
+        try:
+            if not place.exists() or place.name in os.listdir(place.parent):  # noqa: PTH208 names are all that counts
+                write_png(place, pixels)
+                return str(plain)
+        except OSError as error:
+            if is_of_all(error):
+                raise
+        plain = PurePosixPath(kind, f"{digest_name(name)}.png")
+        write_png(self._folder / plain, pixels)
+        return str(plain)
 
 
 def picture_names(files: Iterable[InputFile]) -> dict[str, str]:
-    """a/part.jpg → a/part.png, or a/part.jpg.png where a sibling would get the same name."""
-    stems = {file.name: str(Path(file.name).with_suffix(".png")) for file in files}
-    taken = Counter(stem.lower() for stem in stems.values())  # lower: some file systems do not tell case apart
-    return {name: stem if taken[stem.lower()] == 1 else f"{name}.png" for name, stem in stems.items()}
+    """a/part.jpg → a/part.png, or a/part.jpg.png where a sibling would get the same name, or that with a digest."""
+    names = {file.name: _fitted(str(Path(file.name).with_suffix(".png"))) for file in files}
+    for longer in (lambda name: f"{name}.png", lambda name: f"{name}~{digest_name(name)}.png"):
+        taken = Counter(map(_folded, names.values()))
+        names = {name: old if taken[_folded(old)] == 1 else _fitted(longer(name)) for name, old in names.items()}
+    return names
 
 
 def picture_name(name: str) -> str:
     """Where the other names are not known beforehand: /a/part.jpg → a/part.jpg.png, and never out of the folder."""
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", ".")]
-    return "/".join("__" if part == ".." else part for part in parts) + ".png"
+    return _fitted("/".join("__" if part == ".." else part for part in parts) + ".png")
+
+
+def _fitted(name: str) -> str:
+    return "/".join(map(fit_name, name.split("/")))
+
+
+def _folded(name: str) -> str:
+    """Alike for names that some file systems take for the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def describe_model(predictor: Predictor) -> dict[str, Any]:
@@ -190,7 +240,7 @@ def open_lines(target: Path | None) -> Iterator[TextIO | None]:
     try:
         yield stream
     finally:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):  # each line was flushed, so nothing is lost
             stream.close()
 
 
@@ -234,7 +284,8 @@ def check_out(target: Path, given: Path, files: Iterable[InputFile], ours: Colle
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{given} is a file; name a folder for the results.")
-    others = set(os.listdir(target)) - set(ours) if target.is_dir() else set()  # noqa: PTH208 names are all that counts
+    found = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 names are all that counts
+    others = {name for name in found if not is_ours(name)} - {*ours, LOST}
     if others or any(file.path.resolve().is_relative_to(target) for file in files):
         example = f" (such as {sorted(others)[0]})" if others else ""
         raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from flawsmith.errors import UserError
-from flawsmith.files import atomic_folder
+from flawsmith.files import atomic_folder, restore
 from flawsmith.images import MAX_PIXELS, FloatImage, read_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images
@@ -106,44 +106,44 @@ def monitor_folder(
     """
     given = find_images([folder], leave_out=out)
     found = given.files
-    target = out.resolve()  # what a link points to is replaced, not the link
-    check_out(target, out, found, {HTML, JSON, CSV})
-    files = _draw(found, settings)
-    unreadable = [Unreadable(printable(item.file), printable(item.reason)) for item in given.unreadable]
+    restore(out)
+    check_out(out.resolve(), out, found, {HTML, JSON, CSV})
+    with atomic_folder(out) as results:  # before the first image, so that it is told at once if it cannot be
+        files = _draw(found, settings)
+        unreadable = [Unreadable(printable(item.file), printable(item.reason)) for item in given.unreadable]
 
-    def readable() -> Iterator[tuple[str, FloatImage]]:
-        for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
-            try:
-                image = predictor.tiling.prepare(read_image(file.path, max_pixels))
-            except UserError as error:
-                unreadable.append(Unreadable(printable(file.name), _reason(error, file)))
-                continue
-            yield printable(file.name), image
+        def readable() -> Iterator[tuple[str, FloatImage]]:
+            for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
+                try:
+                    image = predictor.tiling.prepare(read_image(file.path, max_pixels))
+                except UserError as error:
+                    unreadable.append(Unreadable(printable(file.name), _reason(error, file)))
+                    continue
+                yield printable(file.name), image
 
-    told = count_sentence(len(files), given.passed_over, len(unreadable))
-    log.info("%s: %s, of %d found (on %s).", predictor.metadata.category, told, len(found), predictor.provider)
-    try:
-        current = measure(predictor, teacher, readable(), BATCH)
-    except UserError as error:
-        if len(unreadable) == len(files) + len(given.unreadable):
-            raise UserError(
-                f"None of the {len(unreadable)} images of {folder} can be read; {unreadable[0].reason}"
-            ) from error
-        raise
-    generator = numpy_generator(settings.seed, "monitor", "permutations")
-    report = judge(reference, current, predictor.threshold, settings, generator)
-    watched = Watched(
-        category=predictor.metadata.category,
-        model=model,
-        report=report,
-        reference=reference,
-        current=current,
-        threshold=predictor.threshold,
-        files_found=len(found) + len(given.unreadable),
-        unreadable=tuple(unreadable),
-        settings=settings,
-    )
-    with atomic_folder(target) as results:
+        told = count_sentence(len(files), given.passed_over, len(unreadable))
+        log.info("%s: %s, of %d found (on %s).", predictor.metadata.category, told, len(found), predictor.provider)
+        try:
+            current = measure(predictor, teacher, readable(), BATCH)
+        except UserError as error:
+            if len(unreadable) == len(files) + len(given.unreadable):
+                raise UserError(
+                    f"None of the {len(unreadable)} images of {folder} can be read; {unreadable[0].reason}"
+                ) from error
+            raise
+        generator = numpy_generator(settings.seed, "monitor", "permutations")
+        report = judge(reference, current, predictor.threshold, settings, generator)
+        watched = Watched(
+            category=predictor.metadata.category,
+            model=model,
+            report=report,
+            reference=reference,
+            current=current,
+            threshold=predictor.threshold,
+            files_found=len(found) + len(given.unreadable),
+            unreadable=tuple(unreadable),
+            settings=settings,
+        )
         write_outputs(results, watched, _highest(predictor, files, current, settings.gallery, max_pixels))
     return Outcome(watched, out)
 

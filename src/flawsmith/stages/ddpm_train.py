@@ -1,5 +1,7 @@
 """Stage ddpm-train: normal images → a denoiser of the surface, its loss curve, samples, and whether it is ready."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readine
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, to_unit_range, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
-from flawsmith.files import atomic_folder, digest_json, digest_path, write_csv, write_json
+from flawsmith.files import atomic_folder, digest_json, digest_path, sole_writer, write_csv, write_json
 from flawsmith.images import to_uint8, write_png
 from flawsmith.layout import Layout
 from flawsmith.processes import is_main_process
@@ -32,7 +34,11 @@ def run(layout: Layout) -> None:
     train_folder = layout.surface().folder / "train"
     compute = Compute.choose(layout.settings.compute)
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
-    with stage_run(layout, STAGE, {"data": train_folder}, params) as tracked, compute.fast_math():
+    with ExitStack() as stack:
+        tracked = stack.enter_context(stage_run(layout, STAGE, {"data": train_folder}, params))
+        if is_main_process():
+            stack.enter_context(sole_writer(layout.stage(STAGE)))
+        stack.enter_context(compute.fast_math())
         split = layout.split()
         if is_main_process():
             print(f"{layout.category}: train/good: {layout.surface().find_normals()}")

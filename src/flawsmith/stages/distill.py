@@ -22,7 +22,7 @@ from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenl
 from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import Compute
 from flawsmith.errors import QualityGateError, UserError
-from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, write_csv
+from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, sole_writer, write_csv
 from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
@@ -51,7 +51,11 @@ def run(layout: Layout) -> None:
     params = {STAGE: section_values(settings), "teacher": section_values(teacher), "data": section_values(data)}
     compute = Compute.choose(layout.settings.compute)
     params["compute"], device = compute.describe(), compute.device
-    with stage_run(layout, STAGE, inputs, params) as tracked, compute.fast_math():
+    with (
+        stage_run(layout, STAGE, inputs, params) as tracked,
+        sole_writer(layout.stage(STAGE)),
+        compute.fast_math(),
+    ):
         folder, split = TripletFolder(triplets), layout.split()
         parts = {role: TripletArrays.load(folder, folder.ids(role)) for role in (FIT, VALIDATION)}
         rows_of = _manifest_rows(folder, split.fit)

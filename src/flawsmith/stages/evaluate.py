@@ -36,7 +36,7 @@ from flawsmith.evaluation.scoring import (
     triplet_items,
 )
 from flawsmith.export.onnx import export_network
-from flawsmith.files import atomic_folder, read_json
+from flawsmith.files import atomic_folder, read_json, sole_writer
 from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
@@ -89,7 +89,7 @@ def run(layout: Layout) -> None:
         inputs["synthesize"] = layout.stage("synthesize")
     params = _params(layout) | {"export": {"opset": layout.settings.export.opset}}
     device = Compute.choose(layout.settings.compute).device
-    with stage_run(layout, STAGE, inputs, params) as tracked:
+    with stage_run(layout, STAGE, inputs, params) as tracked, sole_writer(layout.stage(STAGE)):
         baseline = fit_baseline(layout, judged.foreign_to(split))
         network = exported_network(layout, weights)
         tracked.set_tag("provider", network.provider)
