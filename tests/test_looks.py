@@ -11,12 +11,13 @@ from scipy import ndimage
 
 from flawsmith import looks
 from flawsmith.errors import UserError
+from flawsmith.images import Reading
 from flawsmith.layout import Layout
 from flawsmith.looks import find_copies, look_at
 from flawsmith.settings import load_settings
 
 SIDE = 128
-LIMIT = 10**6
+LIMIT = Reading(10**6)
 
 
 def brushed(seed: int) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flawsmith import surfaces
 from flawsmith.errors import UserError
-from flawsmith.images import read_image, read_size, resize_image, write_png
+from flawsmith.images import Reading, on_levels, read_image, read_size, resize_image, write_png
 from flawsmith.settings import DataSettings, load_settings
 from flawsmith.surfaces import (
     GOOD,
@@ -248,18 +248,18 @@ def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:
 def test_the_size_limit_reaches_every_reader(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     for item in surface.labelled_test():
-        with pytest.raises(UserError, match="over the limit of 63"):
-            load_labelled(item, Tiling(SIZE), max_pixels=63)
-    with pytest.raises(UserError, match="over the limit of 63"):
-        load_images([surface.labelled_test()[0].path], SIZE, max_pixels=63)
+        with pytest.raises(UserError, match="over the limit of 6"):
+            load_labelled(item, Tiling(SIZE), reading=Reading(63))
+    with pytest.raises(UserError, match="over the limit of 6"):
+        load_images([surface.labelled_test()[0].path], SIZE, reading=Reading(63))
     for scale in (0.0, 0.5):
         data = replace(tiled_data(scale), max_megapixels=63e-6)
-        with pytest.raises(UserError, match="over the limit of 63"):
+        with pytest.raises(UserError, match="over the limit of 6"):
             list(iter_tiles(plan_tiles([surface.labelled_test()[0].path], data), data))
 
 
 def tiled_data(scale: float, **changes: object) -> DataSettings:
-    base = DataSettings("data", 32, 0.2, 0, 100, scale, tile_overlap=8, max_tiles=100)
+    base = DataSettings("data", 32, 0.2, 0, 100, 0, scale, tile_overlap=8, max_tiles=100)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -284,12 +284,14 @@ def test_tiles_are_cut_from_the_scaled_image_and_each_image_is_decoded_once(
     data, decoded = tiled_data(0.5), []
     tiles = plan_tiles(paths, data)
     assert {tile.path for tile in tiles} == set(paths)
-    monkeypatch.setattr(surfaces, "read_image", lambda path, limit: (decoded.append(path), read_image(path, limit))[1])
+    monkeypatch.setattr(
+        surfaces, "read_image", lambda path, reading: (decoded.append(path), read_image(path, reading))[1]
+    )
     for tile, pixels in zip(tiles, iter_tiles(tiles, data), strict=True):
         assert pixels.shape == (3, 32, 32)
         assert tile.place is not None
         height, width = (50, 80) if tile.path == paths[0] else (10, 150)
-        whole = resize_image(read_image(tile.path), (height, width))
+        whole = on_levels(resize_image(read_image(tile.path), (height, width)))
         inside = whole[:, tile.place[0] :, tile.place[1] :][:, :32, :32]
         np.testing.assert_array_equal(pixels[:, : inside.shape[1], : inside.shape[2]], inside)
     assert decoded == paths
@@ -329,3 +331,13 @@ def test_an_image_turned_by_its_camera_is_cut_as_it_is_seen(tmp_path: Path) -> N
     tiles = plan_tiles([path], data)
     assert len(tiles) == 4
     assert len(load_tiles(tiles, data)) == 4
+
+
+def test_normals_that_stretching_harms_are_told_in_one_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [picture(tmp_path / f"{width}.png", 9, 32, width) for width in (32, 48, 500, 600)]
+    surfaces.tell_losses(paths, tiled_data(0.0), "bottle")
+    surfaces.tell_losses(paths, tiled_data(0.5), "bottle")
+    (said,) = caplog.messages
+    assert said.startswith("bottle: 2 of 4 normal images lose detail, such as 500.png: 500 x 32 pixels become 32 x 32")

@@ -151,3 +151,14 @@ def test_a_large_image_costs_its_map_and_one_batch(tmp_path: Path, scale: float,
     answer = subprocess.run([sys.executable, "-c", MEASURE, str(model)], capture_output=True, text=True, check=True)
     print(f"peak above the image at scale {scale:g}: {float(answer.stdout):.0f} MiB")
     assert float(answer.stdout) < limit
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [
+    (8000, 300, "0.85"), (4096, 4096, "0.25"), (3000, 6000, "0.25"), (400, 700, "0.64"), (100, 200, "1"),
+    (1024, 1024, ""), (256, 384, ""), (64, 64, ""),
+])  # fmt: skip
+def test_what_stretching_loses_is_said_with_the_scale_to_try(height: int, width: int, scale: str) -> None:
+    said = Tiling(256).objection(height, width)
+    assert bool(said) == bool(scale)
+    assert not scale or f"try data.scale {scale} (docs/tiles.md)" in said
+    assert not Tiling(256, scale=0.5).objection(height, width)

@@ -1,14 +1,15 @@
 """Where the stages of one category read and write: the one place that knows the folder names."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from flawsmith.errors import UserError
 from flawsmith.files import restore
 from flawsmith.looks import copies_sentence, find_copies, flat_sentence, look_at
-from flawsmith.settings import Settings
-from flawsmith.surfaces import Split, Surface
+from flawsmith.settings import DataSettings, Settings
+from flawsmith.surfaces import Split, Surface, ask_white_level
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,18 @@ class Layout:
                 f"{folder} does not exist; put the images of '{self.category}' there in MVTec AD layout "
                 "(train/good/*.png), or correct `categories` and `data.root` in params.yaml."
             )
-        return Surface(folder, self.settings.data.max_pixels)
+        return Surface(folder)
+
+    @cached_property
+    def data(self) -> DataSettings:
+        """The section `data` as images are to be read by: with the white level of the normals if it asks for that.
+
+        Raises:
+            UserError: there is no normal image, or only `data.white_level` can tell what is white.
+        """
+        data = self.settings.data
+        white = data.white_level or ask_white_level(self.surface().normals(), data.reading, self.category)
+        return replace(data, white_level=white)
 
     def split(self) -> Split:
         """The fit and calibration parts of the category's normal images; copies among them are named in the log.
@@ -41,9 +53,9 @@ class Layout:
         Raises:
             UserError: images cannot be read or show nothing, or there are too few for both parts.
         """
-        data, surface = self.settings.data, self.surface()
+        data, surface = self.data, self.surface()
         paths = surface.normals()
-        looks = look_at(paths, data.max_pixels, self.kept_looks())
+        looks = look_at(paths, data.reading, self.kept_looks())
         if flat := [path for path, look in zip(paths, looks, strict=True) if look.is_flat]:
             raise UserError(flat_sentence(flat))
         split = surface.split(data.calibration_fraction, data.split_seed, find_copies(paths, looks))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from flawsmith import files, images
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, digest_file
-from flawsmith.images import FloatImage, read_image, resize_image
+from flawsmith.images import FloatImage, Reading, read_image, resize_image
 
 THUMB = 64  # side of what is compared, in pixels
 COARSE = 2.0  # px of it; sigma of what is taken away: light and shape, which honest parts of a kind share
@@ -83,20 +83,20 @@ def look(image: FloatImage) -> Look:
     )
 
 
-def look_at(paths: Sequence[Path], max_pixels: int, kept: Path | None = None) -> list[Look]:
+def look_at(paths: Sequence[Path], reading: Reading, kept: Path | None = None) -> list[Look]:
     """Look at image files in their order; what an earlier call saw of the same contents is taken from the file `kept`.
 
     Raises:
         UserError: files that cannot be read, all of them.
     """
-    seen, bad = try_looks(paths, max_pixels, kept)
+    seen, bad = try_looks(paths, reading, kept)
     if bad:
         raise UserError(" ".join(list(bad.values())[:NAMED]) + _more(len(bad), "cannot be read either."))
     return [seen[path] for path in paths]
 
 
 def try_looks(
-    paths: Sequence[Path], max_pixels: int, kept: Path | None = None
+    paths: Sequence[Path], reading: Reading, kept: Path | None = None
 ) -> tuple[dict[Path, Look], dict[Path, str]]:
     """As `look_at`: the looks of what can be read, and for what cannot the sentence that says why."""
     known = _load(kept)
@@ -107,8 +107,8 @@ def try_looks(
     def one(path: Path) -> tuple[str, Look | None, str]:
         digest = ""
         try:
-            digest = digest_file(path) + f":{max_pixels}"
-            return digest, known.get(digest) or look(read_image(path, max_pixels)), ""
+            digest = digest_file(path) + f":{reading.max_pixels}:{reading.white_level}"
+            return digest, known.get(digest) or look(read_image(path, reading)), ""
         except OSError as error:
             return (
                 digest,

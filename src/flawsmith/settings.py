@@ -12,12 +12,15 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json
+
+if TYPE_CHECKING:
+    from flawsmith.images import Reading
 
 MIN_SCALE = 0.01  # of data.scale but 0
 TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # of `data`; without a scale they decide nothing
@@ -53,6 +56,9 @@ class DataSettings:
     calibration_fraction: float = setting("share of train/good that only calibrates", 0.01, 0.5)
     split_seed: int = setting("seed of the fit/calibration split", 0)
     max_megapixels: float = setting("images larger than this are refused before decoding", 0.01, 10_000)
+    white_level: int = setting(
+        "the value that is white in images of more than 8 bits (4095 of a 12-bit camera); 0 asks the normals", 0, 2**31
+    )
     scale: float = setting(
         "0 stretches every image to image_size x image_size; else the factor it is resized by before it is cut into "
         "tiles of that size",
@@ -63,8 +69,11 @@ class DataSettings:
     max_tiles: int = setting("most tiles of normal images that training holds, taken evenly from the images", 2)
 
     @property
-    def max_pixels(self) -> int:
-        return int(self.max_megapixels * 1e6)
+    def reading(self) -> "Reading":
+        """How images are read; with `white_level` 0 those of more than 8 bits by the full scale of their files."""
+        from flawsmith.images import Reading  # who only reads settings need not wait for it
+
+        return Reading(int(self.max_megapixels * 1e6), self.white_level)
 
 
 @dataclass(frozen=True)

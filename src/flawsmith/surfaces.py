@@ -12,8 +12,10 @@ rule: a research half to look at as often as one likes, and a report half for fi
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,23 +24,30 @@ from numpy.typing import NDArray
 
 from flawsmith.errors import UserError
 from flawsmith.images import (
-    MAX_PIXELS,
+    READING,
     FloatImage,
     Mask,
+    Reading,
+    inspect_values,
     read_image,
-    read_mask,
     read_size,
     resize_image,
+    stored_size,
+    tell_once,
     to_uint8,
 )
+from flawsmith.masks import read_mask
 from flawsmith.settings import DataSettings
 from flawsmith.tiling import Place, Tiling
 from flawsmith.walk import SUFFIXES, Found, find
 
 GOOD = "good"
 PARTS = ("all", "research", "report")
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give; files hold them in 16
 MIN_FIT_IMAGES = 8  # fewer show no surface, only themselves; the README recommends 30
 MIN_CALIBRATION_IMAGES = 2  # of one there is no deviation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,6 @@ class Surface:
     """A category on disk. Nothing is read before a method asks for it."""
 
     folder: Path
-    max_pixels: int = MAX_PIXELS
 
     @property
     def category(self) -> str:
@@ -211,6 +219,53 @@ def _split_rank(path: Path, seed: int) -> bytes:
     return hashlib.sha256(os.fsencode(f"{seed}/{normal_name(path)}")).digest()
 
 
+def ask_white_level(paths: Sequence[Path], reading: Reading, category: str) -> int:
+    """The value that is white in the normals `paths` of more than 8 bits: the end of the depth that all of them use,
+    unless their headers tell it. 0 where there are none such, or floats in [0, 1].
+
+    What does not fit together is told, once a category.
+
+    Raises:
+        UserError: only `data.white_level` can tell what is white.
+    """
+    found = {}
+    for path in paths:
+        with suppress(UserError):  # whoever reads them all tells all that cannot be read
+            found[path] = inspect_values(path, reading)
+    deep = {path: values for path, values in found.items() if values.is_deep}
+    if not deep:
+        return 0
+    if len({values.kind for values in deep.values()}) > 1:
+        raise UserError(f"{paths[0].parent} mixes whole numbers and floats; export all of it as 8 or 16 bit unsigned.")
+    path, brightest = max(deep.items(), key=lambda item: item[1].largest)
+    if brightest.kind == "int" or (brightest.kind == "float" and brightest.largest > 1):
+        raise UserError(
+            f"{path} does not tell what is white (its largest value is {brightest.largest:g}); export it as 8 or 16 "
+            "bit unsigned, or set data.white_level."
+        )
+    if brightest.kind == "float":
+        return 0
+    told = max((values.significant for values in deep.values() if values.significant < DEPTHS[-1]), default=0)
+    used = next(bits for bits in DEPTHS if brightest.largest < 2**bits)
+    white = 2 ** max(told, used) - 1
+    if len(deep) < len(found):
+        other = next(path for path in found if path not in deep)
+        tell_once(
+            f"depths {category}",
+            f"{category}: {len(deep)} of {len(found)} normal images have more than 8 bits ({white} is white in "
+            f"them), the others, such as {other.name}, 8 bits; check that both look alike.",
+        )
+    if dark := [path for path, values in deep.items() if values.bulk <= white / 16]:
+        tell_once(
+            f"dark {category}",
+            f"{category}: {len(dark)} of {len(found)} normal images (such as {dark[0].name}) are nearly black beside "
+            f"the largest value of all, {brightest.largest:g} in {path.name}; export all in one depth, or set "
+            "data.white_level.",
+        )
+    log.info("%s: %d is white in images of more than 8 bits.", category, white)
+    return white
+
+
 def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledImage, ...]:
     """One of PARTS of a labelled test set, in the order given.
 
@@ -260,7 +315,7 @@ def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
     tiling = Tiling.of(data)
     if not tiling.is_tiled:
         return tuple(Tile(path) for path in paths)
-    found = [tiling.places(*tiling.shape(*read_size(path, data.max_pixels))) for path in paths]
+    found = [tiling.places(*tiling.shape(*read_size(path, data.reading))) for path in paths]
     shares = even_shares([len(places) for places in found], data.max_tiles)
     return tuple(
         Tile(path, places[place])
@@ -310,18 +365,28 @@ def load_tiles(tiles: Sequence[Tile], data: DataSettings) -> NDArray[np.uint8]:
     return pixels
 
 
+def tell_losses(paths: Sequence[Path], data: DataSettings, category: str) -> None:
+    """Say in one sentence if images lose more than they should by being stretched whole."""
+    tiling = Tiling.of(data)
+    found = [(path, said) for path in paths if (said := tiling.objection(*stored_size(path)))]
+    if found:
+        path, said = found[0]
+        counts = f"{len(found)} of {len(paths)} normal images lose detail"
+        log.warning("%s: %s, such as %s: %s", category, counts, path.name, said)
+
+
 def load_prepared(path: Path, data: DataSettings) -> FloatImage:
     """Read one image at its working resolution: `(3, image_size, image_size)` without tiles."""
-    return Tiling.of(data).prepare(read_image(path, data.max_pixels))
+    return Tiling.of(data).prepare(read_image(path, data.reading))
 
 
-def load_images(paths: Sequence[Path], size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
+def load_images(paths: Sequence[Path], size: int, reading: Reading = READING) -> NDArray[np.float32]:
     """Read images into one array `(N, 3, size, size)`, each stretched to it."""
-    return np.stack([resize_image(read_image(path, max_pixels), size) for path in paths])
+    return np.stack([resize_image(read_image(path, reading), size) for path in paths])
 
 
 def load_labelled(
-    item: LabelledImage, tiling: Tiling, max_pixels: int = MAX_PIXELS, original: bool = False
+    item: LabelledImage, tiling: Tiling, reading: Reading = READING, original: bool = False
 ) -> tuple[FloatImage, Mask]:
     """Read one test image, at working resolution or as it is, and its mask at working resolution (all False for a
     normal one).
@@ -329,11 +394,11 @@ def load_labelled(
     Raises:
         UserError: the mask's size differs from the image's, or the mask of a defective image is empty.
     """
-    image = read_image(item.path, max_pixels)
+    image = read_image(item.path, reading)
     shown = image if original else tiling.prepare(image)
     if item.mask_path is None:
         return shown, np.zeros(tiling.shape(*image.shape[1:]), np.bool_)
-    mask = read_mask(item.mask_path, max_pixels)
+    mask = read_mask(item.mask_path, reading)
     if mask.shape != image.shape[1:]:
         raise UserError(
             f"{item.mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels but {item.path.name} is "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
+from flawsmith.images import FloatImage, Mask, on_levels, resize_image, resize_mask
 
 if TYPE_CHECKING:  # inference, which is served without it, needs no YAML
     from flawsmith.settings import DataSettings
@@ -25,6 +25,8 @@ Run = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.floa
 """A network: (B, 3, S, S) in [0, 1] → anomaly maps (B, S, S) and scores (B,)."""
 
 Place = tuple[int, int]  # top and left of a tile in pixels of the padded working image
+SHRINK = 4  # an image stretched whole is told of if a side shrinks by more: a defect of 4 pixels has none left ...
+STRETCH = 1.5  # ... or if its sides shrink so differently
 BATCH = 8  # tiles that go through a network together: bounds the memory of one image of any size
 
 
@@ -61,9 +63,21 @@ class Tiling:
             return self.size, self.size
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
+    def objection(self, height: int, width: int) -> str:
+        """What an image of this size loses by being stretched whole, with the scale to try; "" if little."""
+        short, long = sorted((height, width))
+        if self.is_tiled or (long <= SHRINK * self.size and long <= STRETCH * short):
+            return ""
+        scale = min(1.0, max(self.size / short, 1 / SHRINK))
+        return (
+            f"{width} x {height} pixels become {self.size} x {self.size}, so that defects below about "
+            f"{max(4, round(4 * long / self.size))} pixels are lost; try data.scale {scale:.2g} (docs/tiles.md)."
+        )
+
     def prepare(self, image: FloatImage) -> FloatImage:
-        """An image `(3, H, W)` at its working resolution."""
-        return resize_image(image, self.shape(*image.shape[1:]))
+        """An image `(3, H, W)` at its working resolution, on the 256 levels that training keeps."""
+        resized = resize_image(image, self.shape(*image.shape[1:]))
+        return image if resized is image else on_levels(resized)
 
     def prepare_mask(self, mask: Mask) -> Mask:
         """A mask `(H, W)` at the working resolution of its image."""

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, Mask, read_image, read_mask, to_uint8, write_png
+from flawsmith.images import FloatImage, Mask, read_image, to_uint8, write_png
+from flawsmith.masks import read_mask
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,7 +13,8 @@ from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 from flawsmith.demo import render
 from flawsmith.demo.render import KINDS, largest_part, render_defective, render_normal, visible_mask, write_category
 from flawsmith.errors import UserError
-from flawsmith.images import read_image, read_mask, to_uint8
+from flawsmith.images import read_image, to_uint8
+from flawsmith.masks import read_mask
 from flawsmith.settings import DemoDataSettings
 from flawsmith.surfaces import GOOD, Surface
 

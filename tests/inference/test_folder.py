@@ -13,9 +13,10 @@ from PIL import Image
 
 import flawsmith.inference.readahead as readahead_module
 import flawsmith.inference.writers as writers_module
+from flawsmith import images
 from flawsmith.errors import UserError
 from flawsmith.files import digest_name
-from flawsmith.images import read_image
+from flawsmith.images import read_image, write_png
 from flawsmith.inference.folder import FolderReport, predict_folder
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import Unreadable, find_images
@@ -363,3 +364,15 @@ def test_an_image_over_the_size_limit_is_reported(model: Path, tmp_path: Path) -
 def test_the_exit_status_tells_unreadable_files_and_defects(defective: int, bad: int, strict: bool, code: int) -> None:
     report = FolderReport(Path("out"), 5, defective, (Unreadable("a.png", "a.png is empty"),) * bad)
     assert report.exit_code(fail_on_defect=strict) == code
+
+
+def test_images_that_stretching_harms_are_told_in_one_sentence(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images._told.clear()
+    for name in ("a.png", "b.png"):
+        write_png(tmp_path / "in" / name, np.zeros((30, 300, 3), np.uint8))
+    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    (said,) = caplog.messages
+    assert "a.png loses detail" in said
+    assert "docs/tiles.md" in said

@@ -13,6 +13,7 @@ import pytest
 from line_samples import call, clip, json_lines, plate, start
 
 from flawsmith.errors import UserError
+from flawsmith.images import READING
 from flawsmith.inference import video
 from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.predictor import Predictor
@@ -195,13 +196,13 @@ def test_videos_in_a_folder_are_no_images_but_match_a_pattern(tmp_path: Path) ->
 
 def test_a_frame_is_upright_and_keeps_16_bits(tmp_path: Path) -> None:
     lying = clip(tmp_path / "clip.mp4", 1, bright=lambda index: True, size=(64, 32), rotation=90)
-    (frame,) = read_frames(lying, 1, 10**9)
+    (frame,) = read_frames(lying, 1, READING)
     image = frame.convert()  # the bright field was at the left, above the middle: turned left it is at the bottom
     assert image.shape == (3, 64, 32)
     assert image[:, 36:60, 10:14].min() > 0.7
     assert image[:, :28].max() < 0.5
     deep = clip(tmp_path / "deep.mkv", 1, codec="ffv1")
-    (frame,) = read_frames(deep, 1, 10**9)
+    (frame,) = read_frames(deep, 1, READING)
     levels = np.unique(frame.convert())
     assert levels.dtype == np.float32
     assert 0 < levels.min() < levels.max() < 1
@@ -273,7 +274,7 @@ def test_no_cut_takes_the_process_down(tmp_path: Path, length: int) -> None:
         film = clip(tmp_path / name, 5, codec=codec, options={"movflags": "faststart"} if name == "clip.mp4" else {})
         film.write_bytes(film.read_bytes()[:length])
         with pytest.raises(UserError, match="clip"):
-            list(read_frames(film, 1, 10**9))
+            list(read_frames(film, 1, READING))
 
 
 def test_whole_videos_of_many_kinds_are_read_to_their_end(tmp_path: Path) -> None:
@@ -281,13 +282,13 @@ def test_whole_videos_of_many_kinds_are_read_to_their_end(tmp_path: Path) -> Non
         ("a.mp4", "libx264"), ("b.mkv", "libx264"), ("c.avi", "mjpeg"), ("d.mov", "mpeg4"), ("e.ts", "libx264"),
         ("f.webm", "libvpx-vp9"), ("g.mkv", "ffv1"),
     ):  # fmt: skip
-        assert [frame.index for frame in read_frames(clip(tmp_path / name, 7, codec=codec), 3, 10**9)] == [0, 3, 6]
+        assert [frame.index for frame in read_frames(clip(tmp_path / name, 7, codec=codec), 3, READING)] == [0, 3, 6]
 
 
 def test_frames_over_the_size_limit_are_refused_once(model: Path, tmp_path: Path) -> None:
     report = predict_folder(Predictor(model), [clip(tmp_path / "a.avi", 5)], tmp_path / "out", max_pixels=1000)
     (bad,) = report.unreadable
-    assert "64 x 48 pixels, over the limit of 1,000" in bad.reason
+    assert "64 x 48 pixels, over the limit of 0.001 megapixels; crop it, or raise --max-megapixels" in bad.reason
 
 
 def test_without_pyav_a_video_is_refused_before_anything_else(
@@ -301,7 +302,7 @@ def test_without_pyav_a_video_is_refused_before_anything_else(
     assert not (tmp_path / "out").exists()
     predict_folder(Predictor(model), [image], tmp_path / "out")
     on_a_stream = [InputFile(film, "a.mp4"), InputFile(image, "a.png")]
-    first, second = tasks_of(on_a_stream, 1, 10**9, threading.Event())
+    first, second = tasks_of(on_a_stream, 1, READING, threading.Event())
     assert isinstance(first, Unreadable)
     assert "PyAV" in first.reason
     assert second.name == "a.png"  # type: ignore[union-attr]

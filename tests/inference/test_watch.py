@@ -20,6 +20,7 @@ from PIL import Image
 
 import flawsmith.inference.watch as watch_module
 from flawsmith.errors import UserError
+from flawsmith.images import Reading
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.watch import FORGET, Journal, watch_folder
 
@@ -122,11 +123,11 @@ def test_a_stalled_copy_is_not_called_broken(
     read: list[str] = []
     load = watch_module.read_image
 
-    def seen(path: Path, max_pixels: int) -> Any:
+    def seen(path: Path, reading: Reading) -> Any:
         read.append(path.name)
         if len(read) == 1:
             threading.Timer(0.5, lambda: (line / "a.png").write_bytes(content)).start()
-        return load(path, max_pixels)
+        return load(path, reading)
 
     monkeypatch.setattr(watch_module, "read_image", seen)
     report = watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=1.0)
@@ -209,9 +210,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
     load = watch_module.read_image
     read: list[Path] = []
 
-    def replaced(path: Path, max_pixels: int) -> Any:
+    def replaced(path: Path, reading: Reading) -> Any:
         read.append(path)
-        image = load(path, max_pixels)
+        image = load(path, reading)
         if len(read) == 1:
             plate(tmp_path / "new.png", bright=True).replace(path)
         return image

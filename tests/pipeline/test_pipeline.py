@@ -14,7 +14,8 @@ import yaml
 from conftest import CATEGORY, DEMO, Project  # type: ignore[import-not-found]
 from small_settings import SMALL
 
-from flawsmith.images import read_image, read_mask
+from flawsmith.images import read_image
+from flawsmith.masks import read_mask
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -10,8 +10,9 @@ from scipy import ndimage
 
 from flawsmith.errors import QualityGateError
 from flawsmith.files import read_json
-from flawsmith.images import FloatImage, Mask, read_image, read_mask, write_png
+from flawsmith.images import FloatImage, Mask, read_image, write_png
 from flawsmith.layout import Layout
+from flawsmith.masks import read_mask
 from flawsmith.quality.measures import part_path
 from flawsmith.settings import Settings, load_settings
 from flawsmith.stages.validate import run

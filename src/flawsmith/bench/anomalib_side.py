@@ -42,7 +42,7 @@ SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 
 def exchange(layout: Layout, items: Sequence[Item], folder: Path, request: dict[str, Any], limit: int) -> None:
     """Write what anomalib's side needs: images as bytes, the teacher's weights, the request."""
-    data, split = layout.settings.data, layout.split()
+    data, split = layout.data, layout.split()
     fit = split.fit[:limit] if limit else split.fit
     for name, part in (("fit", fit), ("calibration", split.calibration)):
         np.save(folder / f"{name}.npy", load_tiles(plan_tiles(part, data), data))
@@ -126,11 +126,11 @@ def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 
         UserError: the category has no labelled test set, images are cut into tiles, or `python` does not exist.
         FlawsmithError: anomalib's side failed.
     """
-    everything, data, settings = layout.settings, layout.settings.data, layout.settings.evaluate
+    everything, data, settings = layout.settings, layout.data, layout.settings.evaluate
     tiling = Tiling.of(data)
     if tiling.is_tiled:
         raise UserError("anomalib's side sees whole images alone; set data.scale to 0 to compare with it.")
-    items = labelled_items(layout.surface().labelled_test(), tiling, data.max_pixels)
+    items = labelled_items(layout.surface().labelled_test(), tiling, data.reading)
     if not items:
         raise UserError(f"{layout.surface().folder} has no labelled test set, so nothing can be compared.")
     split = layout.split()
@@ -147,7 +147,7 @@ def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 
             performances = measure(
                 (knn, *(replay(folder, name) for name in judged)),
                 items,
-                normal_items(split.calibration, tiling, data.max_pixels),
+                normal_items(split.calibration, tiling, data.reading),
                 numpy_generator(settings.seed, "bootstrap"),
                 maps,
                 masks,

@@ -257,7 +257,7 @@ def bench(layout: Layout, trained: Path, *, steps: int, chunks: int, compared: i
     }
     with compute.fast_math():
         found["denoiser"] = provide_denoiser(layout, trained, steps)
-        data = layout.settings.data
+        data = layout.data
         images = load_tiles(plan_tiles(layout.split().fit, data), data)
         found["ddpm"] = training_speed(images, layout.settings.ddpm_train, compute, layout.root, steps)
         workshop = synthesize.build_workshop(layout, compute)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import FloatImage, Mask, resize_image, resize_mask
+from flawsmith.images import FloatImage, Mask, Reading, resize_image, resize_mask
 from flawsmith.surfaces import GOOD, LabelledImage, load_labelled, normal_name
 from flawsmith.tiling import Run, Tiling
 from flawsmith.triplets import VALIDATION, TripletFolder
@@ -47,24 +47,24 @@ class Item:
 
 
 def labelled_items(
-    images: Sequence[LabelledImage], tiling: Tiling, max_pixels: int, original: bool = False
+    images: Sequence[LabelledImage], tiling: Tiling, reading: Reading, original: bool = False
 ) -> tuple[Item, ...]:
     """The labelled test set at working resolution, or the images as they are (`original`); nothing is read yet."""
     return tuple(
         Item(
             f"{image.defect}/{image.name}",
             image.defect,
-            partial(load_labelled, image, tiling, max_pixels, original),
+            partial(load_labelled, image, tiling, reading, original),
         )
         for image in images
     )
 
 
-def normal_items(paths: Sequence[Path], tiling: Tiling, max_pixels: int, original: bool = False) -> tuple[Item, ...]:
+def normal_items(paths: Sequence[Path], tiling: Tiling, reading: Reading, original: bool = False) -> tuple[Item, ...]:
     """Normal images (calibration) with empty masks, as `labelled_items` gives them; nothing is read yet."""
     images = (LabelledImage(path, GOOD, None) for path in paths)
     return tuple(
-        Item(normal_name(image.path), GOOD, partial(load_labelled, image, tiling, max_pixels, original))
+        Item(normal_name(image.path), GOOD, partial(load_labelled, image, tiling, reading, original))
         for image in images
     )
 

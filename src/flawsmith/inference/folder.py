@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder, restore
-from flawsmith.images import MAX_PIXELS
+from flawsmith.images import MAX_PIXELS, tell_once
 from flawsmith.inference import video
 from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor
@@ -125,13 +125,17 @@ def predict_folder(
         name_of = _naming(files) if pictures is not None else picture_name
         total = None if is_stream or has_video else len(files) + len(given.unreadable)
         progress = stack.enter_context(tqdm(total=total, desc=predictor.metadata.category, unit="image", disable=None))
-        tasks = tasks_of(source, every, max_pixels, stop)
+        tasks = tasks_of(source, every, predictor.reading(max_pixels, "--max-megapixels"), stop)
         ahead = stack.enter_context(Readahead(tasks, workers, batch + workers, stop))
         for item, prediction in judge(ahead, predictor, batch, is_live=is_stream):
             if item.image is None or prediction is None:
                 unreadable.append(Unreadable(item.name, item.reason))
                 row = unreadable_row(item)
             else:
+                if said := predictor.tiling.objection(*item.image.shape[1:]):
+                    tell_once(
+                        f"lost {predictor.metadata.category}", f"{item.name} loses detail, and maybe others do: {said}"
+                    )
                 row = {"file": item.name, **describe(prediction, predictor, *item.image.shape[1:])}
                 counts[row["verdict"]] += 1
                 if pictures is not None:

@@ -35,6 +35,7 @@ class ModelMetadata:
     scale: float = 0.0  # of the working resolution, 0 for whole images; files from before tiles do not say
     tile_overlap: int = 0  # least overlap of neighbouring tiles in pixels; without tiles it has no meaning
     training_precision: str = ""  # what student and heads were trained in; files from before do not say
+    white_level: int = 0  # the value that is white in images of more than 8 bits; 0: the full scale of their files
     precision: str = "fp32"  # what most of it computes in: fp32, or a variant's fp16 or int8
     typical_score: float = 0.0  # median score of the calibration normals; older files do not say, and 0 is near it
 
@@ -98,5 +99,5 @@ def _positive(text: str) -> int:
     return value
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"tile_overlap": int}  # alone may be 0
+_READERS: dict[str, Callable[[str], Any]] = {"tile_overlap": int, "white_level": int}  # these may be 0
 _KINDS: dict[Any, Callable[[str], Any]] = {str: str, float: _finite, int: _positive}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage
+from flawsmith.images import MAX_PIXELS, FloatImage, Reading
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.network import Network
 
@@ -65,6 +65,10 @@ class Predictor:
         self.tiling = self.metadata.tiling
         self.threshold = _chosen("threshold", threshold, self.metadata.threshold)
         self.pixel_threshold = _chosen("pixel_threshold", pixel_threshold, self.metadata.pixel_threshold)
+
+    def reading(self, max_pixels: int = MAX_PIXELS, limit: str = Reading.limit) -> Reading:
+        """How images are read for this model: on the scale of values that it has learned. See `images.Reading`."""
+        return Reading(max_pixels, self.metadata.white_level, limit)
 
     def predict(self, images: Sequence[FloatImage]) -> list[Prediction]:
         """Score RGB images `(3, H, W)` in [0, 1] of any sizes: memory grows with their number.

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event
 
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, count_pixels, read_image
+from flawsmith.images import FloatImage, Reading, count_pixels, read_image
 from flawsmith.inference import video
 from flawsmith.walk import NO_SUFFIX, SUFFIXES, count_sentence, find
 
@@ -155,7 +155,7 @@ def read_stream(
 
 
 def tasks_of(
-    files: Iterable[InputFile | Unreadable], every: int, max_pixels: int, stop: Event
+    files: Iterable[InputFile | Unreadable], every: int, reading: Reading, stop: Event
 ) -> Iterator[Task | Unreadable]:
     """What is to be decoded for these files: an image each, of a video each `every`-th frame.
 
@@ -165,10 +165,10 @@ def tasks_of(
         if isinstance(file, Unreadable):
             yield file
         elif file.path.suffix.lower() not in video.SUFFIXES:
-            yield Task(file.name, partial(count_pixels, file.path), partial(_load, file, max_pixels))
+            yield Task(file.name, partial(count_pixels, file.path), partial(_load, file, reading))
         else:
             try:
-                for frame in video.read_frames(file.path, every, max_pixels):
+                for frame in video.read_frames(file.path, every, reading):
                     if stop.is_set():
                         return
                     yield Task(f"{file.name}#{frame.index:06d}", frame.count_pixels, frame.convert, is_frame=True)
@@ -176,9 +176,9 @@ def tasks_of(
                 yield Unreadable(file.name, _renamed(error, file))
 
 
-def _load(file: InputFile, max_pixels: int) -> FloatImage:
+def _load(file: InputFile, reading: Reading) -> FloatImage:
     try:
-        return read_image(file.path, max_pixels)
+        return read_image(file.path, reading)
     except UserError as error:
         raise UserError(_renamed(error, file)) from error
 

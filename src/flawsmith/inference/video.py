@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage
+from flawsmith.images import FloatImage, Reading
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -45,11 +45,11 @@ def check_installed() -> None:
         raise UserError("Reading video needs PyAV, which is not installed here: pip install 'flawsmith[video]'.")
 
 
-def read_frames(path: Path, every: int, max_pixels: int) -> Iterator[Frame]:
+def read_frames(path: Path, every: int, reading: Reading) -> Iterator[Frame]:
     """Decode a video's first video stream and yield frames 0, `every`, 2 `every`, ...
 
     Raises:
-        UserError: PyAV is missing; the file is missing, no video, or its frames have more than `max_pixels`; or, after
+        UserError: PyAV is missing; the file is missing, no video, or its frames are too large for `reading`; or, after
             the frames before that place, it is damaged or ends before the length it declares.
     """
     check_installed()
@@ -64,10 +64,10 @@ def read_frames(path: Path, every: int, max_pixels: int) -> Iterator[Frame]:
                 raise UserError(f"{path} cannot be read as a video (it holds no picture); replace or remove it.")
             last = 0.0
             for picture in _decode(container, stream):
-                if picture.width * picture.height > max_pixels:
+                if picture.width * picture.height > reading.max_pixels:
                     raise UserError(
                         f"{path} has frames of {picture.width} x {picture.height} pixels, over the limit of "
-                        f"{max_pixels:,}; crop it first."
+                        f"{reading.max_pixels / 1e6:g} megapixels; crop it, or raise {reading.limit}."
                     )
                 if picture.is_corrupt:
                     raise UserError(f"{path} is damaged at frame {index}; the frames before it were read.")

@@ -234,7 +234,7 @@ class _Watch:
         self._predictor, self._folder, self._journal = predictor, folder, journal
         self._out = out.resolve()
         self._pictures, self._follower = pictures, follower
-        self._batch, self._workers, self._max_pixels = batch, workers, max_pixels
+        self._batch, self._workers, self._reading = batch, workers, predictor.reading(max_pixels, "--max-megapixels")
         self._seen: dict[tuple[int, int], tuple[int, int]] = {}  # device and inode: size and mtime at the last look
         self._doubtful: dict[str, tuple[Signature, float]] = {}  # could not be read at that time; maybe a stalled copy
         self._blocked: dict[str, str] = {}  # what could not be looked at the last time, and why
@@ -347,7 +347,7 @@ class _Watch:
             raise UserError(f"{arrival.name} has its line.")
         problem = image = None
         try:
-            image = read_image(arrival.path, self._max_pixels)
+            image = read_image(arrival.path, self._reading)
             arrival.state = "read"
         except UserError as error:
             problem = UserError(str(error).replace(str(arrival.path), arrival.name))

@@ -81,7 +81,7 @@ def run(layout: Layout, folder: Path, out: Path, model: Path | None = None, refe
         from flawsmith.detector.teacher import build_teacher
 
         teacher = build_teacher(layout.settings.teacher, layout.root)
-        settings, max_pixels = layout.settings.monitor, layout.settings.data.max_pixels
+        settings, max_pixels = layout.settings.monitor, layout.settings.data.reading.max_pixels
         return monitor_folder(predictor, teacher, known, folder, out, settings, max_pixels, name)
 
 
@@ -115,7 +115,7 @@ def monitor_folder(
         def readable() -> Iterator[tuple[str, FloatImage]]:
             for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
                 try:
-                    image = predictor.tiling.prepare(read_image(file.path, max_pixels))
+                    image = predictor.tiling.prepare(read_image(file.path, predictor.reading(max_pixels)))
                 except UserError as error:
                     unreadable.append(Unreadable(printable(file.name), _reason(error, file)))
                     continue
@@ -165,7 +165,7 @@ def _highest(
     for index in current.scores.argsort(kind="stable")[::-1][:count]:
         name = str(current.names[index])
         try:
-            image = read_image(paths[name], max_pixels)
+            image = read_image(paths[name], predictor.reading(max_pixels))
         except UserError as error:  # the line may have cleared it away meanwhile
             log.warning("Not drawn: %s", error)
             continue

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from flawsmith.errors import UserError
 from flawsmith.foreground import Foreground
-from flawsmith.images import FloatImage, Mask, read_image, read_mask, to_uint8
+from flawsmith.images import FloatImage, Mask, read_image, to_uint8
+from flawsmith.masks import read_mask
 
 PARTS = ("normal", "defect", "mask")
 FOREGROUND_SAMPLE = 24  # normal images from which the foreground is estimated

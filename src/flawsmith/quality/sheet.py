@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from flawsmith.errors import UserError
-from flawsmith.images import draw_outline, read_image, read_mask, resize_image, resize_mask, to_uint8
+from flawsmith.images import draw_outline, read_image, resize_image, resize_mask, to_uint8
+from flawsmith.masks import read_mask
 from flawsmith.quality.measures import PARTS, Measures, part_path
 from flawsmith.quality.verdict import Outcome, Verdict
 

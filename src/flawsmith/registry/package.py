@@ -82,7 +82,7 @@ def build_content(layout: Layout, sources: Sources, lineage: Lineage, folder: Pa
     shutil.copytree(sources.docs, folder / DOCS)
     write_json(folder / LINEAGE, lineage_json(lineage))
     (folder / DRAWN_LINEAGE).write_text(f"{render_lineage(lineage)}\n")
-    data, predictor = layout.settings.data, Predictor(sources.model)
+    data, predictor = layout.data, Predictor(sources.model)
     calibration = layout.split().calibration
     images = ((normal_name(path), load_prepared(path, data)) for path in calibration)
     teacher = build_teacher(layout.settings.teacher, layout.root)
@@ -95,12 +95,11 @@ def _health_images(layout: Layout, calibration: Sequence[Path]) -> dict[str, Flo
 
     All are at working resolution, the only one that triplets have.
     """
-    settings, count = layout.settings, layout.settings.promote.health_images
+    count = layout.settings.promote.health_images
     triplets = TripletFolder(layout.stage("synthesize"))
     ids = triplets.ids(VALIDATION)
     normals = {
-        f"normal-{path.stem}.png": load_prepared(path, settings.data)
-        for path in _spaced(calibration, count - count // 2)
+        f"normal-{path.stem}.png": load_prepared(path, layout.data) for path in _spaced(calibration, count - count // 2)
     }
     return normals | {f"defect-{name}.png": triplets.read(name)[1] for name in _spaced(ids, count // 2)}
 

@@ -109,7 +109,7 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
         from flawsmith.registry.serving import log_serving_model  # costs the seconds that MLflow's pyfunc takes
 
         with registry.fluent_run(run.run_id):
-            info = log_serving_model(sources.model, {CONTENT: content}, layout.settings.data.max_pixels)
+            info = log_serving_model(sources.model, {CONTENT: content}, layout.settings.data.reading.max_pixels)
         made = registry.add_version(
             info.model_uri, info.model_id, run.run_id, tags | {f"{PREFIX}.register_run": run.run_id}, _summary(tags)
         )

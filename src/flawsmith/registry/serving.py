@@ -23,7 +23,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array, Object, Property
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import MAX_PIXELS, FloatImage, decode_image
+from flawsmith.images import MAX_PIXELS, FloatImage, Reading, decode_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor
@@ -80,7 +80,7 @@ class SurfaceModel(PythonModel):
             raise mlflow.MlflowException(str(error), code) from None
 
     def _answer(self, content: object, row: str, kind: str) -> dict[str, Any]:
-        image = _decode(content, row, self._max_pixels)
+        image = _decode(content, row, self._predictor.reading(self._max_pixels))
         (prediction,) = self._predictor.predict([image])
         answer = describe(prediction, self._predictor, image.shape[1], image.shape[2])
         if kind == "array":
@@ -173,7 +173,7 @@ def fetch_artifact(model_uri: str, name: str, folder: Path) -> Path:
     return Path(mlflow.artifacts.download_artifacts(f"{model_uri}/{path}", dst_path=str(folder)))
 
 
-def _decode(content: object, row: str, max_pixels: int) -> FloatImage:
+def _decode(content: object, row: str, reading: Reading) -> FloatImage:
     if not isinstance(content, bytes | bytearray | memoryview):
         raise UserError(f"The image of {row} is {type(content).__name__}, not the bytes of an image file.")
-    return decode_image(io.BytesIO(content), f"The image of {row}", max_pixels)
+    return decode_image(io.BytesIO(content), f"The image of {row}", reading)

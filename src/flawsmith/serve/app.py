@@ -209,7 +209,9 @@ class Service:
     def _judge(self, loaded: Loaded, content: bytes, with_map: bool, with_overlay: bool) -> dict[str, Any]:
         predictor = loaded.predictor
         with self.telemetry.phases.labels("decode").time():
-            image = decode_image(io.BytesIO(content), "The image", self.limits.max_pixels)
+            image = decode_image(
+                io.BytesIO(content), "The image", predictor.reading(self.limits.max_pixels, "--max-megapixels")
+            )
         with self.telemetry.phases.labels("infer").time():
             (prediction,) = predictor.predict([image])
         with self.telemetry.phases.labels("draw").time():

@@ -19,7 +19,7 @@ from flawsmith.processes import is_main_process
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
-from flawsmith.surfaces import load_tiles, plan_tiles
+from flawsmith.surfaces import load_tiles, plan_tiles, tell_losses
 from flawsmith.tracking import stage_run
 
 STAGE = "ddpm-train"
@@ -30,7 +30,7 @@ RIM = 8  # pixels sampled around each crop and cut off, as synthesis uses the in
 
 def run(layout: Layout) -> None:
     """Train, sample, judge, write `unet.safetensors`, `config.json`, `losses.csv`, `samples.png`, `readiness.json`."""
-    settings, data = layout.settings.ddpm_train, layout.settings.data
+    settings, data = layout.settings.ddpm_train, layout.data
     train_folder = layout.surface().folder / "train"
     compute = Compute.choose(layout.settings.compute)
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
@@ -42,6 +42,7 @@ def run(layout: Layout) -> None:
         split = layout.split()
         if is_main_process():
             print(f"{layout.category}: train/good: {layout.surface().find_normals()}")
+            tell_losses(layout.surface().normals(), data, layout.category)
         fit, heldout = (load_tiles(plan_tiles(part, data), data) for part in (split.fit, split.calibration))
         identity = digest_json(
             {

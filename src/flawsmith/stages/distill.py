@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 def run(layout: Layout) -> None:
     """Train student and head, calibrate the maps, write `detector.safetensors`, `config.json`, `losses.csv`."""
     settings, teacher = layout.settings.distill, layout.settings.teacher
-    data = layout.settings.data
+    data = layout.data
     triplets = layout.stage("synthesize")
     verdict = layout.input("validate", "verdict.json")
     if not read_json(verdict)["passed"]:

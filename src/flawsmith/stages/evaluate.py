@@ -78,7 +78,7 @@ def run(layout: Layout) -> None:
         UserError: an earlier stage's output is missing, or the test set is not usable as it is.
         FlawsmithError: the detector answers NaN.
     """
-    settings, data, tiling = layout.settings.evaluate, layout.settings.data, Tiling.of(layout.settings.data)
+    settings, data, tiling = layout.settings.evaluate, layout.data, Tiling.of(layout.settings.data)
     weights = layout.input("distill", "detector.safetensors").parent
     split = layout.split()
     judged = judged_images(layout)
@@ -97,7 +97,7 @@ def run(layout: Layout) -> None:
             tiled_scorer(network.run, tiling),
             tiled_scorer(torch_scorer(baseline, device), tiling),
             judged.items,
-            normal_items(split.calibration, tiling, data.max_pixels),
+            normal_items(split.calibration, tiling, data.reading),
             numpy_generator(settings.seed, "bootstrap"),
             false_alarm_rate=settings.false_alarm_rate,
             bootstrap=settings.bootstrap,
@@ -137,7 +137,7 @@ def run_baseline(layout: Layout) -> None:
     Raises:
         UserError: the test set is not usable as it is, or there is neither it nor a held-out triplet.
     """
-    settings, data, tiling = layout.settings.evaluate, layout.settings.data, Tiling.of(layout.settings.data)
+    settings, data, tiling = layout.settings.evaluate, layout.data, Tiling.of(layout.settings.data)
     split, judged = layout.split(), judged_images(layout)
     device = Compute.choose(layout.settings.compute).device
     with stage_run(layout, BASELINE, _inputs(layout, judged), _params(layout)) as tracked, open_spools(2) as spools:
@@ -145,7 +145,7 @@ def run_baseline(layout: Layout) -> None:
         (result,) = measure(
             [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split)), device), tiling)],
             judged.items,
-            normal_items(split.calibration, tiling, data.max_pixels),
+            normal_items(split.calibration, tiling, data.reading),
             numpy_generator(settings.seed, "bootstrap"),
             [maps],
             masks,
@@ -171,7 +171,7 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
         UserError: the test set is not usable as it is, its part lacks good or defective images, or there is neither it
             nor a held-out triplet.
     """
-    data, part = layout.settings.data, layout.settings.evaluate.part
+    data, part = layout.data, layout.settings.evaluate.part
     surface = layout.surface()
     labelled = surface.labelled_test()
     if labelled:
@@ -182,7 +182,7 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
                 "to research and report by turns, so it takes two or more of a type; add images, or set "
                 "evaluate.part to `all`."
             )
-        return Judged(labelled_items(kept, Tiling.of(data), data.max_pixels, original), True, part, {})
+        return Judged(labelled_items(kept, Tiling.of(data), data.reading, original), True, part, {})
     manifest = layout.input("synthesize", "manifest.parquet")
     rows = _held_out(manifest)
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
@@ -193,7 +193,7 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
 
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBaseline:
     """The baseline that `evaluate.baseline` names for one category, from its fit images alone."""
-    settings, data = layout.settings.evaluate, layout.settings.data
+    settings, data = layout.settings.evaluate, layout.data
     device = Compute.choose(layout.settings.compute).device
     tiles = plan_tiles(paths, data)
 
@@ -228,7 +228,7 @@ def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
     if not defective or not ids:
         return None
     generator = numpy_generator(settings.evaluate.seed, "fidelity")
-    crops = gather_crops(defective, triplets, ids, layout.split(), settings.data, generator)
+    crops = gather_crops(defective, triplets, ids, layout.split(), layout.data, generator)
     teacher = build_teacher(settings.teacher, layout.root).to(Compute.choose(settings.compute).device)
     features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
     return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)

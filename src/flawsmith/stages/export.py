@@ -68,7 +68,7 @@ def run(layout: Layout) -> None:
                     f"{metrics_path} has no `{key}`; run `flawsmith evaluate --category {layout.category}` again."
                 )
         size = detector.config.image_size
-        images = load_images(sources, size, settings.data.max_pixels)
+        images = load_images(sources, size, layout.data.reading)
         maps = np.concatenate([run_detector(detector, image[None])[0] for image in images])
         low, high = map_range(maps, metrics["pixel_threshold"])
         metadata = ModelMetadata(
@@ -86,6 +86,7 @@ def run(layout: Layout) -> None:
             training_precision=metrics.get("training_precision", ""),
             scale=settings.data.scale,
             tile_overlap=settings.data.tile_overlap if settings.data.scale else 0,
+            white_level=layout.data.white_level,
         )
         with atomic_folder(layout.stage("export")) as folder:
             model = folder / MODEL
@@ -140,7 +141,7 @@ def _write_variants(layout: Layout, tracked: StageRun, folder: Path, parity: NDA
 
 
 def _samples(layout: Layout, parity: NDArray[np.float32]) -> Samples:
-    data, size = layout.settings.data, parity.shape[-1]
+    data, size = layout.data, parity.shape[-1]
     triplets = TripletFolder(layout.stage("synthesize"))
 
     def defect(identity: str) -> FloatImage:

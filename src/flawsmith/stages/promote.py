@@ -21,7 +21,7 @@ def run(
     """Compare, decide and act for one category; arguments and errors are those of `registry.promotion.promote`."""
 
     def compare(challenger: Predictor, champion: Predictor | None) -> tuple[Comparison, bool]:
-        rules, data, evaluate = layout.settings.promote, layout.settings.data, layout.settings.evaluate
+        rules, data, evaluate = layout.settings.promote, layout.data, layout.settings.evaluate
         judged, tiling = judged_images(layout, original=True), Tiling.of(data)
         if not judged.labelled:
             for model in (challenger, champion):
@@ -30,7 +30,7 @@ def run(
             challenger,
             champion,
             judged.items,
-            normal_items(layout.split().calibration, tiling, data.max_pixels, original=judged.labelled),
+            normal_items(layout.split().calibration, tiling, data.reading, original=judged.labelled),
             numpy_generator(rules.seed, "promote"),
             bootstrap=rules.bootstrap,
             aupro_limit=evaluate.aupro_limit,

@@ -61,7 +61,7 @@ def run(layout: Layout) -> None:
 
 def build_workshop(layout: Layout, compute: Compute) -> Workshop:
     """The fit normals, and the denoiser if the texture needs it, ready to make any triplet of this category."""
-    data = layout.settings.data
+    data = layout.data
     denoiser, scheduler = None, None
     if layout.settings.synthesize.texture == "diffusion":
         layout.input("ddpm-train", "unet.safetensors")

@@ -129,7 +129,7 @@ def weigh_maps(request: Request) -> list[dict[str, Any]]:
         UserError: there is no such detector, or weights do not fit it; as `judged_images`.
     """
     layout = request.layout
-    data, settings, split = layout.settings.data, layout.settings.evaluate, layout.split()
+    data, settings, split = layout.data, layout.settings.evaluate, layout.split()
     judged = judged_images(layout)
     detector = load_detector(request.detector)
     tiles, tiling = plan_tiles(split.calibration, data), Tiling.of(data)
@@ -145,7 +145,7 @@ def weigh_maps(request: Request) -> list[dict[str, Any]]:
         found = measure(
             scorers,
             judged.items,
-            normal_items(split.calibration, tiling, data.max_pixels),
+            normal_items(split.calibration, tiling, data.reading),
             numpy_generator(settings.seed, "bootstrap"),
             maps,
             masks,
