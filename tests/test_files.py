@@ -350,6 +350,21 @@ def test_a_folder_digest_depends_on_names_and_bytes_alone(tmp_path: Path) -> Non
     assert digest != digest_path(first)
 
 
+def test_a_folder_digest_covers_what_links_lead_to(tmp_path: Path) -> None:
+    share = tree(tmp_path / "share", {"sub/b.txt": b"2", "a.txt": b"1"})
+    plain = digest_path(share)
+    assert plain == "2b442318ef8271843e195da7273a22a8e4524bbc77fcedfc7e398035540c82aa"  # as it has always been
+    linked = tree(tmp_path / "linked", {"a.txt": b"1"})
+    (linked / "sub").symlink_to(share / "sub")
+    (linked / "up").symlink_to(tmp_path)  # a loop
+    assert digest_path(linked) == plain
+    (share / "sub" / "b.txt").write_bytes(b"3")
+    assert digest_path(linked) != plain
+    (linked / "c.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"linked: c\.txt is a link to nothing, so the folder has no digest"):
+        digest_path(linked)
+
+
 def test_a_file_digest_is_its_sha256(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc")

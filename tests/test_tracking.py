@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flawsmith.errors import UserError
+from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_path
 from flawsmith.layout import Layout
 from flawsmith.settings import Settings, load_settings
@@ -93,6 +93,14 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def layout(tmp_path: Path, empty_store: Path) -> Layout:
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
     return project(tmp_path)
+
+
+def test_a_run_whose_input_is_changed_meanwhile_has_failed(layout: Layout) -> None:
+    write(layout.root / "dvc.yaml", "stages: {distill: {deps: [data]}}")
+    with pytest.raises(FlawsmithError, match=r"data/tile/train/good/000\.png"), stage_run(layout, "distill", {}, {}):
+        write(layout.root / "data/tile/train/good/000.png", "other pixels")
+    [run_info] = runs_of(layout)
+    assert run_info.info.status == "FAILED"
 
 
 def test_a_run_holds_params_metrics_figures_and_digests(layout: Layout) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flawsmith.errors import UserError, name_file
+from flawsmith.walk import FILE, UNREADABLE, entries
 
 LONGEST_NAME = 255  # bytes; all common file systems take so many
 LOCK_SECONDS = 0.3  # a writer that is just ending is waited for
@@ -242,16 +243,21 @@ def digest_file(path: Path) -> str:
 
 
 def digest_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents (hidden and temporary files left out)."""
+    """SHA-256 of a file, or of a folder's relative names and contents, linked ones too (hidden files left out).
+
+    Raises:
+        UserError: it does not exist, or a part of it cannot be read.
+    """
     if path.is_file():
         return digest_file(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist, so it has no digest; run the stage that writes it first.")
     total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            total.update(f"{relative.as_posix()}\0{digest_file(file)}\n".encode())
+    for entry in sorted(entries(path), key=lambda entry: entry.name.split("/")):
+        if entry.kind == UNREADABLE:
+            raise UserError(f"{path}: {entry.name} {entry.why}, so the folder has no digest; mend or remove it.")
+        if entry.kind == FILE:
+            total.update(os.fsencode(f"{entry.name}\0{digest_file(Path(entry.path))}\n"))
     return total.hexdigest()
 
 

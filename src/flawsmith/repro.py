@@ -102,7 +102,7 @@ def stages_of(root: Path, settings: Settings, category: str) -> list[str]:
             "add it to `categories` there."
         )
     targets = []
-    for name, stage in _stages(root).items():
+    for name, stage in read_stages(root).items():
         variables = set(stage.get("matrix", {}))
         if variables == {"category"} or (variables == {"surface"} and category in settings.demo_data.surfaces):
             targets.append(f"{name}@{category}")
@@ -114,7 +114,7 @@ def stages_of(root: Path, settings: Settings, category: str) -> list[str]:
 def small_outputs(root: Path, category: str) -> list[Path]:
     """The category's results that belong to a commit (`cache: false` in dvc.yaml), relative to root, if they exist."""
     found = []
-    for stage in _stages(root).values():
+    for stage in read_stages(root).values():
         for entry in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
             if isinstance(entry, dict):
                 found += [path for path, how in entry.items() if isinstance(how, dict) and how.get("cache") is False]
@@ -122,7 +122,12 @@ def small_outputs(root: Path, category: str) -> list[Path]:
     return [path for path in paths if (root / path).is_file()]
 
 
-def _stages(root: Path) -> dict[str, dict[str, Any]]:
+def read_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The stages of dvc.yaml as it names them.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
     path = root / "dvc.yaml"
     try:
         stages = yaml.safe_load(path.read_text())["stages"]

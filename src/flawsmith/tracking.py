@@ -35,6 +35,7 @@ from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Artefact, Lineage, RunRecord, is_below, render_lineage, walk
 from flawsmith.processes import is_main_process
 from flawsmith.settings import Settings
+from flawsmith.standing import Standing
 
 __all__ = [
     "StageRun",
@@ -106,15 +107,22 @@ def stage_run(layout: Layout, stage: str, inputs: Mapping[str, Path], params: Ma
         that goes away while the stage runs costs a warning and the missing records, never the stage's work.
 
     Raises:
-        UserError: the store cannot be reached, or an input does not exist.
+        UserError: the store cannot be reached, an input does not exist, or DVC cannot see all that the stage reads.
+        FlawsmithError: when the block has ended: what the stage depends on was changed meanwhile.
     """
-    if layout.settings.tracking.mode == "off" or not is_main_process():
+    if not is_main_process():
         yield StageRun()
+        return
+    standing = Standing.of(layout, stage)
+    if layout.settings.tracking.mode == "off":
+        yield StageRun()
+        standing.check()
         return
     read = [_artefact(layout.root, name, path) for name, path in inputs.items()]
     run = _MlflowRun(layout, stage, read, params)
     try:
         yield run
+        standing.check()
         written = run.describe_outputs()
     except BaseException as error:
         run.end(

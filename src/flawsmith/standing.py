@@ -1,0 +1,118 @@
+"""What a stage depends on must stay as it is while it runs, and DVC must see all of it.
+
+DVC hashes a stage's dependencies after its command has ended: a source file, an image or a parameter that was changed
+meanwhile would stand in dvc.lock as what the result was made from. So each stage looks before and after, and fails
+rather than let DVC record that. And DVC does not look into linked folders inside a dependency: new images there would
+go unnoticed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.files import digest_file
+from flawsmith.layout import Layout
+from flawsmith.repro import read_stages
+from flawsmith.walk import FILE, entries, listed
+
+PARAMS = "params.yaml"
+UNHASHED = ("__pycache__", ".pyc", ".tmp")  # of .dvcignore, what may come into being while a stage runs
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The dependencies that dvc.yaml names of a stage, as they are at a moment: of source files the content, of data
+    size and time of change, of parameters the values. Where there is no dvc.yaml there is nothing to compare."""
+
+    layout: Layout
+    stage: str
+    seen: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, layout: Layout, stage: str) -> "Standing":
+        """Look at what a stage depends on.
+
+        Raises:
+            UserError: a dependency holds a linked folder.
+        """
+        return cls(layout, stage, _look(layout, stage))
+
+    def check(self) -> None:
+        """Look again.
+
+        Raises:
+            FlawsmithError: something has changed; it is named.
+        """
+        now = _look(self.layout, self.stage)
+        changed = sorted(name for name in self.seen.keys() | now.keys() if self.seen.get(name) != now.get(name))
+        if changed:
+            target = f"{self.stage}@{self.layout.category}"
+            raise FlawsmithError(
+                f"Changed while stage `{self.stage}` ran: {listed(changed)}. DVC would record the new content as what "
+                f"the result was made from; run `dvc repro {target}` again, or put the old content back and run "
+                f"`dvc commit {target}`."
+            )
+
+
+def _look(layout: Layout, stage: str) -> dict[str, Any]:
+    if not (layout.root / "dvc.yaml").is_file():
+        return {}
+    entry = read_stages(layout.root).get(stage, {})
+    seen: dict[str, Any] = {}
+    for text in entry.get("deps", []):
+        path = _place(layout, text)
+        if path is None:
+            continue
+        if path.is_file():
+            seen[str(path)] = _signature(path)
+        for name, file in _files_below(path) if path.is_dir() else ():
+            seen[f"{path}/{name}"] = _signature(file)
+    for key in entry.get("params", []):
+        seen[f"`{key}` in {PARAMS}"] = _parameter(layout.root / PARAMS, key)
+    return seen
+
+
+def _place(layout: Layout, text: str) -> Path | None:
+    """Where a dependency of dvc.yaml lies; None for that of a stage which this layout does not know."""
+    text = text.replace("${item.category}", layout.category).replace("${item.surface}", layout.category)
+    text = text.replace("${data.root}", layout.settings.data.root)
+    first, *rest = Path(text).parts
+    if first != "artifacts" or len(rest) < 2:
+        return layout.root / text
+    try:
+        return layout.stage(rest[1]).joinpath(*rest[2:])
+    except FlawsmithError:  # a study's layout knows those alone that its method runs
+        return None
+
+
+def _files_below(folder: Path) -> list[tuple[str, Path]]:
+    linked: list[str] = []
+    found = [(entry.name, Path(entry.path)) for entry in entries(folder, linked=linked) if entry.kind == FILE]
+    if linked:
+        raise UserError(
+            f"{folder / linked[0]} is a linked folder, and DVC does not see what lies in such a one: changed images "
+            "would go unnoticed. Copy the images there, link the whole folder of the category instead, or set "
+            "`data.root` in params.yaml to where they lie."
+        )
+    return [(name, path) for name, path in found if not any(text in name for text in UNHASHED)]
+
+
+def _signature(path: Path) -> object:
+    if path.suffix == ".py":  # an editor's or git's new time alone is no change
+        return digest_file(path)
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _parameter(path: Path, key: str) -> Any:
+    try:
+        value: Any = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
