@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flawsmith import surfaces
+from flawsmith import images, surfaces
 from flawsmith.errors import UserError
 from flawsmith.images import Reading, on_levels, read_image, read_size, resize_image, write_png
 from flawsmith.settings import DataSettings, load_settings
@@ -208,11 +208,42 @@ def test_masks_may_have_another_suffix_or_the_images_own_name(tmp_path: Path) ->
     assert surface.labelled_test()[1].mask_path == folder / "000_mask.bmp"
 
 
-def test_a_missing_mask_is_named(tmp_path: Path) -> None:
+def test_an_image_without_a_mask_has_a_verdict_alone(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     (surface.folder / "ground_truth" / "scratch" / "000_mask.png").unlink()
-    with pytest.raises(UserError, match=r"scratch/000\.png has no mask; expected .*scratch/000_mask\.png"):
+    good, bad = surface.labelled_test()
+    assert (good.has_pixel_labels, bad.is_defective, bad.has_pixel_labels) == (True, True, False)
+    assert not load_labelled(bad, Tiling(SIZE))[1].any()
+
+
+@pytest.mark.parametrize("folder", ["OK", "ok", "Good", "normal", "PASS"])
+def test_good_parts_have_many_names(tmp_path: Path, folder: str) -> None:
+    surface = labelled(tmp_path)
+    (surface.folder / "test" / "good").rename(surface.folder / "test" / folder)
+    found = {item.shown_name: item.defect for item in surface.labelled_test()}
+    assert found == {f"{folder}/000.png": GOOD, "scratch/000.png": "scratch"}
+
+
+@pytest.mark.parametrize(
+    "name", ["000_mask.PNG", "000.png", "000.TIF", "000_label.bmp", "000_GT.png", "000_Mask.jpg", "000-mask.png"]
+)
+def test_masks_are_found_by_common_names_in_any_case(tmp_path: Path, name: str) -> None:
+    surface = labelled(tmp_path)
+    folder = surface.folder / "ground_truth" / "scratch"
+    (folder / "000_mask.png").rename(folder / name)
+    assert surface.labelled_test()[1].mask_path == folder / name
+
+
+def test_masks_of_no_image_are_refused_or_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images._told.clear()
+    surface = labelled(tmp_path)
+    folder = surface.folder / "ground_truth" / "scratch"
+    (folder / "000_mask.png").rename(folder / "mask_of_000.png")
+    with pytest.raises(UserError, match=r"mask_of_000\.png is the mask of no image in test \(1 such in all\)"):
         surface.labelled_test()
+    picture(folder / "000_mask.png", 255)
+    assert surface.labelled_test()[1].mask_path == folder / "000_mask.png"
+    assert "mask_of_000.png is the mask of no image" in caplog.text
 
 
 @pytest.mark.parametrize(("removed", "missing"), [("good", "test/good"), ("scratch", "test/<defect>")])
@@ -226,15 +257,32 @@ def test_a_one_sided_test_set_is_refused(tmp_path: Path, removed: str, missing: 
 def test_an_empty_mask_is_refused(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.zeros((SIZE, SIZE), np.bool_))
-    with pytest.raises(UserError, match=r"000_mask\.png marks no pixel; move its image to test/good"):
+    with pytest.raises(UserError, match=r"000_mask\.png marks no pixel; correct it, or remove it"):
         load_labelled(surface.labelled_test()[1], Tiling(SIZE))
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     surface = labelled(tmp_path)
     write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.ones((4, 6), np.bool_))
-    with pytest.raises(UserError, match=r"is 6 x 4 pixels but 000\.png is 8 x 8"):
+    with pytest.raises(UserError, match="is 6 x 4 pixels but its image is 8 x 8"):
         load_labelled(surface.labelled_test()[1], Tiling(SIZE))
+
+
+def test_a_mask_of_the_same_proportions_is_scaled_and_what_is_odd_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images._told.clear()
+    surface = labelled(tmp_path)
+    half = np.full((SIZE // 2, SIZE // 2), 2, np.uint8)
+    half[0] = 0
+    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", half)
+    expected = np.ones((SIZE, SIZE), np.bool_)
+    expected[:2] = False
+    for _ in range(2):
+        np.testing.assert_array_equal(load_labelled(surface.labelled_test()[1], Tiling(SIZE))[1], expected)
+    assert len(caplog.messages) == 3
+    for words in ("every value but 0 marks a defect", "has not its image's size", "marks 75% of its image"):
+        assert words in caplog.text
 
 
 def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     <category>/train/good/**           normal images: split into fit (trains everything) and calibration (never trains)
     <category>/test/good/**            optional; normal images of the labelled test set
     <category>/test/<defect>/**        optional; defective images
-    <category>/ground_truth/<defect>/**/<stem>_mask.png
+    <category>/ground_truth/<defect>/**/<stem>_mask.png  optional; an image without a mask has a verdict alone
 
 What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
 
@@ -16,11 +16,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from flawsmith.errors import UserError
 from flawsmith.images import (
@@ -36,12 +37,14 @@ from flawsmith.images import (
     tell_once,
     to_uint8,
 )
-from flawsmith.masks import read_mask
+from flawsmith.masks import inspect_mask
 from flawsmith.settings import DataSettings
 from flawsmith.tiling import Place, Tiling
 from flawsmith.walk import SUFFIXES, Found, find
 
 GOOD = "good"
+GOOD_NAMES = {GOOD, "ok", "okay", "normal", "pass"}  # folders of `test`, in any case
+MASK_WORDS = ("_mask", "", "_label", "_gt", "-mask", "_groundtruth", "_ground_truth", "_seg")  # behind an image's stem
 PARTS = ("all", "research", "report")
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give; files hold them in 16
 MIN_FIT_IMAGES = 8  # fewer show no surface, only themselves; the README recommends 30
@@ -77,15 +80,27 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One test image: `defect` is "good" for a normal one; `mask_path` is None then.
+    """One test image: `defect` is "good" for a normal one; `mask_path` is None then, and where nobody drew a mask.
 
-    `inside` is the folder it lies in below that of its type, with forward slashes; empty if in none.
+    `inside` is the folder it lies in below that of its type, with forward slashes; empty if in none. `folder` is that
+    of its type where it is named otherwise (`OK` for good ones).
     """
 
     path: Path
     defect: str
     mask_path: Path | None
     inside: str = ""
+    folder: str = ""
+
+    @property
+    def shown_name(self) -> str:
+        """Its place below `test`."""
+        return f"{self.folder or self.defect}/{self.name}"
+
+    @property
+    def has_pixel_labels(self) -> bool:
+        """Whether it is known of its every pixel whether it is defective."""
+        return not self.is_defective or self.mask_path is not None
 
     @property
     def name(self) -> str:
@@ -181,30 +196,50 @@ class Surface:
         """The labelled test set, or an empty tuple if there is none. For the evaluate stage alone.
 
         Raises:
-            UserError: a defective image has no mask, or `test` holds only one of good and defective images.
+            UserError: `test` holds only one of good and defective images, or masks that belong to none of its images.
         """
         test = self.find_test()
         found: list[LabelledImage] = []
         for path in test.images:
-            defect, *folders, _ = test.name_of(path).split("/")
-            inside = "/".join(folders)
-            mask = None if defect == GOOD else self._mask_of(path, defect, inside)
-            found.append(LabelledImage(path, defect, mask, inside))
+            folder, *folders, _ = test.name_of(path).split("/")
+            defect = GOOD if folder.casefold() in GOOD_NAMES else folder
+            found.append(LabelledImage(path, defect, None, "/".join(folders), folder))
         if found and len({item.is_defective for item in found}) < 2:
             missing = f"test/{GOOD}" if found[0].is_defective else "test/<defect>"
             raise UserError(
                 f"{self.folder} has a labelled test set without any image in {missing}; a score needs good and "
                 "defective images: add them, or remove the folder `test`."
             )
-        return tuple(found)
+        return self._with_masks(found)
 
-    def _mask_of(self, path: Path, defect: str, inside: str) -> Path:
-        folder = self.folder / "ground_truth" / defect / inside
-        for suffix in SUFFIXES:
-            for stem in (f"{path.stem}_mask", path.stem):
-                if (folder / f"{stem}{suffix}").is_file():
-                    return folder / f"{stem}{suffix}"
-        raise UserError(f"{path} has no mask; expected {folder / (path.stem + '_mask.png')}.")
+    def _with_masks(self, images: Sequence[LabelledImage]) -> tuple[LabelledImage, ...]:
+        """The images with their masks as far as there are any: in the same folder of `ground_truth`, by the image's
+        stem, with or without one of MASK_WORDS behind it, in any case."""
+        drawn = find(self.folder / "ground_truth")
+        drawn.check()
+        masks: dict[str, Path] = {}
+        for mask in drawn.images:
+            place = PurePosixPath(drawn.name_of(mask).casefold())
+            if place.parts[0] not in GOOD_NAMES:
+                masks.setdefault(str(place.with_suffix("")), mask)
+        found, used = [], set()
+        for item in images:
+            stem = PurePosixPath(item.shown_name.casefold()).with_suffix("")
+            keys = (f"{stem}{word}" for word in MASK_WORDS) if item.is_defective else iter(())
+            key = next((key for key in keys if key in masks), "")
+            found.append(replace(item, mask_path=masks.get(key)))
+            used.add(key)
+        foreign = [path for key, path in masks.items() if key not in used]
+        if foreign:
+            sentence = (
+                f"{foreign[0]} is the mask of no image in test ({len(foreign)} such in all); a mask lies in the folder "
+                "of its image's type and is named like it, as ground_truth/scratch/001_mask.png is for "
+                "test/scratch/001.jpg."
+            )
+            if len(foreign) == len(masks):
+                raise UserError(sentence)
+            tell_once(f"foreign masks {self.category}", sentence)
+        return tuple(found)
 
 
 def normal_name(path: Path) -> str:
@@ -398,12 +433,37 @@ def load_labelled(
     shown = image if original else tiling.prepare(image)
     if item.mask_path is None:
         return shown, np.zeros(tiling.shape(*image.shape[1:]), np.bool_)
-    mask = read_mask(item.mask_path, reading)
-    if mask.shape != image.shape[1:]:
-        raise UserError(
-            f"{item.mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels but {item.path.name} is "
-            f"{image.shape[2]} x {image.shape[1]}; a mask must have its image's size."
-        )
+    return shown, tiling.prepare_mask(load_mask(item.mask_path, image.shape[1:], item.defect, reading))
+
+
+def load_mask(path: Path, shape: tuple[int, ...], defect: str, reading: Reading = READING) -> Mask:
+    """The mask of an image of this shape `(H, W)`; what is assumed is told once for each kind and type of defect.
+
+    Raises:
+        UserError: it has another shape that is not a multiple of the image's, or marks nothing.
+    """
+    mask, assumed = inspect_mask(path, reading)
+    where = f"{path.parents[2].name}/{defect}"
+    if assumed:
+        kind = " ".join(assumed.split()[:2])
+        tell_once(f"mask {where} {kind}", f"{path}: {assumed}; so in all masks like it.")
+    height, width = shape
+    if mask.shape != (height, width):
+        if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
+            raise UserError(
+                f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels but its image is {width} x {height}; a mask must "
+                "have its image's size, or at least its proportions."
+            )
+        tell_once(f"mask {where} size", f"{path} has not its image's size and is scaled to it, as are all like it.")
+        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     if not mask.any():
-        raise UserError(f"{item.mask_path} marks no pixel; move its image to test/{GOOD} or correct the mask.")
-    return shown, tiling.prepare_mask(mask)
+        raise UserError(
+            f"{path} marks no pixel; correct it, or remove it if nobody has drawn it: its image then counts without "
+            "a mask."
+        )
+    if mask.mean() > 0.5:
+        tell_once(
+            f"mask {where} large",
+            f"{path} marks {mask.mean():.0%} of its image as defective; if that is the background, invert the mask.",
+        )
+    return mask

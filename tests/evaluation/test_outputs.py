@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flawsmith.evaluation.assess import KEYS, LIMITING
+from flawsmith.evaluation.assess import KEYS, LIMITING, assess
 from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, sheet, verdict_text
 from flawsmith.evaluation.intervals import share_interval
-from flawsmith.evaluation.memory import assess_synthetic
+from flawsmith.evaluation.memory import assess_synthetic, contrast_scorer, synthetic_item
 from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
 from flawsmith.evaluation.report import (
     Subject,
@@ -240,3 +240,56 @@ def test_parity_images_of_a_tiled_model_are_tiles_that_show_the_defect(result, t
         assert tile.shape == (3, 32, 32)
         if item.is_defective:
             np.testing.assert_allclose(tile, shares[max(shares)], atol=0.5 / 255)
+
+
+def assessed(masks):
+    """The toy evaluation where only the defects named have masks."""
+
+    def item(index):
+        made = synthetic_item(index, 48)
+        if not made.is_defective or made.defect in masks:
+            return made
+        image, mask = made.load()
+        return replace(made, load=lambda: (image, np.zeros_like(mask)), has_pixel_labels=False)
+
+    return assess(
+        contrast_scorer,
+        lambda batch: contrast_scorer(batch, sigma=0.7),
+        [item(index) for index in range(16)],
+        [synthetic_item(4 * index, 48) for index in range(10_000, 10_040)],
+        np.random.default_rng(0),
+        false_alarm_rate=0.05, bootstrap=20, aupro_limit=0.3, batch=8, gallery=16,
+    )  # fmt: skip
+
+
+def test_without_masks_images_are_measured_and_pixels_are_not_and_every_output_says_so(result, tmp_path):
+    bare = assessed(())
+    write_data(tmp_path, bare, True)
+    write_report(tmp_path, bare, subject(True))
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    for key in KEYS:
+        assert (content[key] is None) == key.startswith(("pixel", "aupro")), key
+        assert (content["by_defect"]["disc"].get(key) is None) == (key != "image_auroc"), key
+    assert content["image_auroc"] == round(result.detector.values["image_auroc"].value, 6)
+    assert (content["n_defective"], content["n_with_mask"]) == (8, 0)
+    assert json.loads((tmp_path / "summary" / "detector.json").read_text())["aupro"] is None
+    assert set(np.load(tmp_path / "draws.npz")) == {"image_auroc", "image_ap", "image_f1_max"}
+    assert rows(tmp_path / "curves" / "pro.csv") == []
+    assert "Pixels are not measured, since no defective image has a mask." in summary(bare)
+    page = (tmp_path / "report.html").read_text()
+    assert "Pixels are not measured" in page
+    assert "nan" not in re.sub(r"data:image/[^\"]*", "", page).lower().replace("finance", "")
+    assert not (tmp_path / "figures" / "pixel_curves.png").exists()
+
+
+def test_where_some_have_masks_pixels_are_measured_on_those(result):
+    half = assessed(("disc",))
+    content = metrics_content(half, True)
+    whole = metrics_content(result, True)
+    assert content["by_defect"]["disc"]["pixel_auroc"] == pytest.approx(
+        whole["by_defect"]["disc"]["pixel_auroc"], abs=1e-3
+    )
+    assert content["by_defect"]["stroke"]["aupro"] is None
+    assert 0 < content["aupro"] < 1
+    assert content["n_with_mask"] == 4
+    assert "measured on the good images and the 4 of 8 defective ones that have a mask" in summary(half)

@@ -17,7 +17,7 @@ from flawsmith.evaluation.scoring import (
     torch_scorer,
     triplet_items,
 )
-from flawsmith.images import write_png
+from flawsmith.images import READING, write_png
 from flawsmith.surfaces import Surface
 from flawsmith.tiling import Tiling
 from flawsmith.triplets import TripletFolder
@@ -124,7 +124,7 @@ def write_surface(folder, normals=6, defects=("dent", "scratch")):
 
 def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):
     surface = write_surface(tmp_path / "tiles")
-    items = labelled_items(surface.labelled_test(), Tiling(32), 10**6)
+    items = labelled_items(surface.labelled_test(), Tiling(32), READING)
     assert [item.name for item in items][:2] == ["dent/000.png", "dent/001.png"]
     assert sum(item.is_defective for item in items) == 6
     for item in items:
@@ -134,7 +134,7 @@ def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):
         assert mask.any() == item.is_defective
         if item.is_defective:
             assert image[:, mask].mean() > image[:, ~mask].mean() + 0.2
-    normals = normal_items(surface.normals(), Tiling(32), 10**6)
+    normals = normal_items(surface.normals(), Tiling(32), READING)
     assert len(normals) == 6
     assert not normals[0].load()[1].any()
     assert normals[1].name == "001.png"

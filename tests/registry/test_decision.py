@@ -397,3 +397,17 @@ def test_stricter_rules_promote_no_more(made: Evidence, step: float) -> None:
         max_megabytes=RULES.max_megabytes * (1 - step),
     )
     assert decide(made, RULES).promote >= decide(made, strict).promote
+
+
+@pytest.mark.parametrize("evidence", [FIRST, SECOND], ids=["first", "second"])
+def test_without_masks_images_decide_and_the_pixels_are_said_to_be_unchecked(evidence: Evidence) -> None:
+    nan = Estimate(math.nan, math.nan, math.nan)
+    bare = standing(evidence, "aupro", nan)
+    differences = {key: nan if key != "image_auroc" else value for key, value in bare.comparison.differences.items()}
+    bare = replace(bare, comparison=replace(bare.comparison, differences=differences, has_masks=False))
+    decision = decide(bare, RULES)
+    assert decision.promote
+    details = {check.name: check.detail for check in decision.checks if check.name.startswith("aupro")}
+    assert set(details.values()) == {"AUPRO is not checked: no defective test image has a mask"}
+    assert len(details) == (1 if evidence is FIRST else 2)
+    assert not decide(standing(bare, "image_auroc", Estimate(0.1, 0.1, 0.1)), RULES).promote

@@ -28,6 +28,7 @@ from flawsmith.surfaces import GOOD
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
 DEFECT_KEYS = ("image_auroc", "pixel_auroc", "aupro")
+NO_CURVE = metrics.Curve(np.zeros(0), np.zeros(0), np.zeros(0))  # of pixels, without any mask
 FAILURES = 8  # of each class, shown whatever the gallery's size
 LIMITING = 6  # calibration normals shown
 SAMPLED_PIXELS = 2**20  # of each class, to choose the bins from
@@ -39,7 +40,7 @@ class Performance:
     """One detector on one test set.
 
     Attributes:
-        values: each of KEYS with its interval.
+        values: each of KEYS with its interval; those of pixels are NaN where no defective image has a mask.
         by_defect: defect type → each of DEFECT_KEYS, that type's images against all good ones.
         draws: each of KEYS under each resample, `(B,)`; resamples are the same for every detector of one `assess`.
         defect_draws: the same for `by_defect`.
@@ -88,6 +89,7 @@ class Example:
     image: FloatImage
     mask: Mask
     anomaly_map: NDArray[np.float32]
+    has_pixel_labels: bool = True
 
     @property
     def is_wrong(self) -> bool:
@@ -212,10 +214,12 @@ def measure(
         raise UserError("An evaluation needs good and defective images; add the missing ones to the test set.")
     calibrations = score_items(scorers, calibration, batch, title="calibration")
     groups = [item.defect for item in items]
-    weights = resample_counts(groups, bootstrap, generator)
+    known = np.asarray([item.has_pixel_labels for item in items])
+    strata = [item.defect + ("" if item.has_pixel_labels else " without mask") for item in items]
+    weights = resample_counts(strata, bootstrap, generator)  # each keeps as many masks as there are
     scores = score_items(scorers, items, batch, maps, masks, title="test images")
     return tuple(
-        _perform(groups, found, calibrated, spool, masks, weights, false_alarm_rate, aupro_limit)
+        _perform(groups, known, found, calibrated, spool, masks, weights, false_alarm_rate, aupro_limit)
         for found, calibrated, spool in zip(scores, calibrations, maps, strict=True)
     )
 
@@ -264,6 +268,7 @@ def _errors(scores: NDArray[np.float32], defective: NDArray[np.bool_], threshold
 
 def _perform(
     groups: Sequence[str],
+    known: NDArray[np.bool_],
     scores: Scores,
     calibration: Scores,
     maps: Spool,
@@ -279,9 +284,10 @@ def _perform(
     flagged = flags(scores.scores, threshold.value)
 
     with open_spools(1) as (counts,):
-        edges = metrics.bin_edges(*_sample_pixels(maps, masks))
+        edges = metrics.bin_edges(*_sample_pixels(maps, masks, known))
         for index in range(len(maps)):
-            counts.append(metrics.pixel_counts(*_pair(maps, masks, index), edges))
+            counted = metrics.pixel_counts(*_pair(maps, masks, index), edges)
+            counts.append(counted if known[index] else np.zeros_like(counted))
         once = np.ones((1, len(groups)), np.uint16)
         points = _measure(names, types, scores.scores, counts, once, aupro_limit)
         parts = [
@@ -300,8 +306,8 @@ def _perform(
         draws={key: draws["", key] for key in KEYS},
         defect_draws={name: {key: draws[name, key] for key in DEFECT_KEYS} for name in types},
         image_curve=metrics.curve(image_counts[0][0], image_counts[1][0]),
-        pixel_curve=metrics.curve(normal, inside),
-        region_curve=metrics.curve(normal, overlap),
+        pixel_curve=metrics.curve(normal, inside) if inside.any() else NO_CURVE,
+        region_curve=metrics.curve(normal, overlap) if inside.any() else NO_CURVE,
         scores=scores,
         calibration=calibration,
         threshold=threshold,
@@ -330,9 +336,11 @@ def _measure(
 
     def add(name: str, members: NDArray[np.bool_], pixels: NDArray[np.float64]) -> None:
         image = metrics.ranking(*metrics.counts_by_score(scores[members], names[members] != GOOD, weights[:, members]))
-        pixel = metrics.ranking(pixels[:, 0], pixels[:, 1])
-        overlap = metrics.aupro(pixels[:, 0], pixels[:, 2], aupro_limit)
-        for key, value in zip(KEYS, (*image, *pixel, overlap), strict=True):
+        pixel: tuple[NDArray[np.float64], ...] = (np.full(len(weights), np.nan),) * 4
+        if pixels[:, 1].any():
+            overlap = metrics.aupro(pixels[:, 0], pixels[:, 2], aupro_limit)
+            pixel = (*metrics.ranking(pixels[:, 0], pixels[:, 1]), overlap)
+        for key, value in zip(KEYS, (*image, *pixel), strict=True):
             if not name or key in DEFECT_KEYS:
                 found[name, key] = value
 
@@ -359,15 +367,19 @@ def _weighted_counts(counts: Spool, members: NDArray[np.bool_], weights: NDArray
     return total
 
 
-def _sample_pixels(maps: Spool, masks: Spool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Every k-th defect-free and every m-th defect pixel of the whole set, at most SAMPLED_PIXELS of each."""
-    inside = sum(int(np.count_nonzero(masks.read(index))) for index in range(len(masks)))
-    everything = maps.elements
+def _sample_pixels(
+    maps: Spool, masks: Spool, known: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Every k-th defect-free and every m-th defect pixel of the images that have both labelled, at most SAMPLED_PIXELS
+    of each."""
+    indices = np.flatnonzero(known).tolist()
+    inside = sum(int(np.count_nonzero(masks.read(index))) for index in indices)
+    everything = sum(maps.read(index).size for index in indices) if len(indices) < len(maps) else maps.elements
     # odd steps share no factor with the usual powers of two of an image's width, so they walk through all columns
     steps = [-(-total // SAMPLED_PIXELS) | 1 for total in (everything - inside, inside)]
     seen = [0, 0]
     picked: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
-    for index in range(len(maps)):
+    for index in indices:
         anomaly_map, mask = _pair(maps, masks, index)
         for side, values in enumerate((anomaly_map[~mask], anomaly_map[mask])):
             picked[side].append(values[-seen[side] % steps[side] :: steps[side]].copy())
@@ -404,4 +416,5 @@ def _example(item: Item, score: np.float32, performance: Performance, anomaly_ma
         image=image,
         mask=mask,
         anomaly_map=anomaly_map,
+        has_pixel_labels=item.has_pixel_labels,
     )

@@ -29,10 +29,24 @@ def scored_on(labelled: bool, part: str = "all") -> str:
     return "labelled test set" if part == "all" else f"labelled test set, {part} half"
 
 
+def pixel_note(items: Sequence[Item]) -> str:
+    """What the figures of pixels leave out, in a sentence; "" if nothing."""
+    defective = [item for item in items if item.is_defective]
+    masks = sum(item.has_pixel_labels for item in defective)
+    if masks == len(defective):
+        return ""
+    if not masks:
+        return "Pixels are not measured, since no defective image has a mask."
+    return (
+        f"Pixels are measured on the good images and the {masks} of {len(defective)} defective ones that have a mask."
+    )
+
+
 def metrics_content(
     result: Assessment, labelled: bool, part: str = "all", fidelity: Fidelity | None = None
 ) -> dict[str, Any]:
-    """metrics.json: flat keys, each with `<key>_ci`; rates at the threshold; the baseline; fidelity where measured.
+    """metrics.json: flat keys, each with `<key>_ci`, null where not measured (pixels without masks); rates at the
+    threshold; the baseline; fidelity where measured.
 
     Metrics are rounded to 6 decimals; thresholds are exact, since a verdict hangs on them.
     """
@@ -74,6 +88,7 @@ def performance_content(performance: Performance, items: Sequence[Item], labelle
         "scored_on": scored_on(labelled, part),
         "n_good": len(items) - defective,
         "n_defective": defective,
+        "n_with_mask": sum(item.is_defective and item.has_pixel_labels for item in items),
         "n_calibration": len(performance.calibration.scores),
         "false_alarm_rate": performance.threshold.target_rate,
         "expected_false_alarm_rate": round(performance.threshold.expected_rate, 6),
@@ -87,7 +102,8 @@ def write_draws(path: Path, performance: Performance) -> None:
     draws may be subtracted one by one: a paired bootstrap over images.
     """
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **{key: performance.draws[key] for key in KEYS})  # type: ignore[arg-type]
+        measured = {key: performance.draws[key] for key in KEYS if not is_missing(performance.values[key])}
+        np.savez(stream, **measured)  # type: ignore[arg-type]
 
 
 def write_performance(folder: Path, performance: Performance, items: Sequence[Item], labelled: bool, part: str) -> None:
@@ -119,14 +135,18 @@ def write_data(
     detector, baseline, words = result.detector, result.baseline, scored_on(labelled, part)
     # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns
     for name, performance in (("detector", detector), ("knn-baseline", baseline)):
-        headline = {key: round(performance.values[key].value, 4) for key in KEYS}
+        headline = {
+            key: None if is_missing(performance.values[key]) else round(performance.values[key].value, 4)
+            for key in KEYS
+        }
         write_json(folder / "summary" / f"{name}.json", headline)
     for roc, pr, ours, theirs in (
         ("roc.csv", "pr.csv", detector.image_curve, baseline.image_curve),
         ("curves/pixel_roc.csv", "curves/pixel_pr.csv", detector.pixel_curve, baseline.pixel_curve),
     ):
         _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in (ours, theirs)], words)
-        precision = [curve.precision[np.searchsorted(curve.recall, GRID)] for curve in (ours, theirs)]
+        precision = [curve.precision[np.searchsorted(curve.recall, GRID)] if len(curve.recall) else curve.precision
+                     for curve in (ours, theirs)]  # fmt: skip
         _write_curve(folder / pr, "recall", "precision", precision, words)
     overlap = [_recall_at(curve) for curve in (detector.region_curve, baseline.region_curve)]
     _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, words)
@@ -193,18 +213,27 @@ def _performance_content(performance: Performance) -> dict[str, Any]:
 def _flat(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, estimate in estimates.items():
-        flat[key] = round(estimate.value, 6)
-        flat[f"{key}_ci"] = [round(estimate.low, 6), round(estimate.high, 6)]
+        missing = is_missing(estimate)
+        flat[key] = None if missing else round(estimate.value, 6)
+        flat[f"{key}_ci"] = None if missing else [round(estimate.low, 6), round(estimate.high, 6)]
     return flat
+
+
+def is_missing(estimate: Estimate) -> bool:
+    """Whether a figure was not measured, for want of masks; a value that went wrong has bounds."""
+    return bool(np.isnan(estimate).all())
 
 
 def _recall_at(curve: Curve) -> NDArray[np.float64]:
     """The recall reached without a higher false positive rate than each of GRID: a curve's step, no interpolation."""
+    if not len(curve.recall):
+        return curve.recall
     return curve.recall[np.searchsorted(curve.false_positive_rate, GRID, side="right") - 1]
 
 
 def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64]], words: str) -> None:
-    rows = ([float(place), float(ours), float(theirs)] for place, ours, theirs in zip(GRID, *values, strict=True))
+    places = GRID[: len(values[0])]  # none, of pixels without masks
+    rows = ([float(place), float(ours), float(theirs)] for place, ours, theirs in zip(places, *values, strict=True))
     write_csv(path, [x, y, f"baseline_{y}", "scored_on"], ([*row, words] for row in rows))
 
 

@@ -47,6 +47,7 @@ class Comparison:
     champion: Standing | None
     differences: Mapping[str, Estimate]
     defect_differences: Mapping[str, Estimate]
+    has_masks: bool = True  # of any defective image; without them no figure of pixels is a number
 
 
 def compare_models(
@@ -93,6 +94,7 @@ def compare_models(
     paired = champion is not None
     return Comparison(
         counts=dict(sorted(Counter(item.defect for item in pooled).items())),
+        has_masks=any(item.is_defective and item.has_pixel_labels for item in items),
         calibration_images=len(calibration),
         challenger=standings[0],
         champion=standings[1] if paired else None,

@@ -1,5 +1,6 @@
 """The report a person reads: one HTML file with every picture inside, and the figures as PNG files beside it."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from flawsmith.evaluation.figures import (
     verdict_text,
 )
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.evaluation.outputs import scored_on
+from flawsmith.evaluation.outputs import pixel_note, scored_on
 from flawsmith.files import atomic_file
 from flawsmith.images import write_png
 from flawsmith.pages import DARK, LIGHT, Theme, data_uri, jpeg_uri, render
@@ -65,8 +66,9 @@ def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: F
     drawings: dict[str, Callable[[Theme], bytes]] = {
         "scores": lambda theme: histogram_png(result, title, theme),
         "curves": lambda theme: curves_png(result, title, theme),
-        "pixel_curves": lambda theme: pixel_curves_png(result, title, subject.aupro_limit, theme),
     }
+    if len(result.detector.pixel_curve.recall):
+        drawings["pixel_curves"] = lambda theme: pixel_curves_png(result, title, subject.aupro_limit, theme)
     light = {name: draw(LIGHT) for name, draw in drawings.items()}
     for name, picture in light.items():
         with atomic_file(folder / "figures" / f"{name}.png") as path:
@@ -98,7 +100,9 @@ def render_report(
     """The HTML text. `figures` maps a name to its data URIs for light and dark."""
     detector, scale = result.detector, HeatScale.of(result.detector)
     counts = Counter(item.defect for item in result.items)
-    lows = [performance.values[key].low for performance in (detector, result.baseline) for key in HEADLINE]
+    measured = [key for key in KEYS if math.isfinite(detector.values[key].value)]
+    headline = [key for key in HEADLINE if key in measured]
+    lows = [performance.values[key].low for performance in (detector, result.baseline) for key in headline]
     axis = min(0.9, int(10 * min(lows)) / 10)
     return render(
         Path(__file__).with_name("report.html"),
@@ -110,8 +114,8 @@ def render_report(
         title=figure_title(result, subject),
         scored_on=scored_on(subject.labelled, subject.part),
         names=NAMES,
-        keys=KEYS,
-        headline=HEADLINE,
+        keys=measured,
+        headline=headline,
         axis=axis,
         place=lambda value, start: round(100 * (max(value, start) - start) / (1 - start), 2),
         good=counts["good"],
@@ -140,8 +144,8 @@ def summary(result: Assessment) -> str:
     defective = sum(item.is_defective for item in result.items)
     return (
         f"At its threshold the detector finds {found} of {defective} defective images "
-        f"and flags {false} of {len(result.items) - defective} good ones."
-    )
+        f"and flags {false} of {len(result.items) - defective} good ones. {pixel_note(result.items)}"
+    ).rstrip()
 
 
 def compare(result: Assessment) -> str:
@@ -151,6 +155,8 @@ def compare(result: Assessment) -> str:
     open_: list[str] = []
     for key in HEADLINE:
         advantage = result.advantage[key]
+        if math.isnan(advantage.value):
+            continue
         side = better if advantage.low > 0 else worse if advantage.high < 0 else open_
         side.append(f"{NAMES[key][0]} ({_signed(advantage.value)})")
     parts = [
@@ -196,7 +202,7 @@ def _card(example: Example, scale: HeatScale) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}"
+    return f"{value:.3f}" if math.isfinite(value) else "no mask"
 
 
 def _short(value: float) -> str:
@@ -211,7 +217,7 @@ def _signed(value: float) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.low:.3f}\N{EN DASH}{estimate.high:.3f}"
+    return f"{estimate.low:.3f}\N{EN DASH}{estimate.high:.3f}" if math.isfinite(estimate.low) else ""
 
 
 def _percent(value: float) -> str:

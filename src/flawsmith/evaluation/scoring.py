@@ -40,6 +40,7 @@ class Item:
     name: str
     defect: str
     load: Callable[[], tuple[FloatImage, Mask]]
+    has_pixel_labels: bool = True  # False: nobody has drawn its mask, which is empty
 
     @property
     def is_defective(self) -> bool:
@@ -52,9 +53,10 @@ def labelled_items(
     """The labelled test set at working resolution, or the images as they are (`original`); nothing is read yet."""
     return tuple(
         Item(
-            f"{image.defect}/{image.name}",
+            image.shown_name,
             image.defect,
             partial(load_labelled, image, tiling, reading, original),
+            image.has_pixel_labels,
         )
         for image in images
     )

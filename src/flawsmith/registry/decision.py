@@ -112,7 +112,9 @@ def _absolute(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
         _at_least(
             "image_auroc_floor", auroc.value, rules.min_image_auroc, f"image AUROC {_interval(auroc)} on {kind} images"
         ),
-        _at_least("aupro_floor", overlap.value, rules.min_aupro, f"AUPRO {_interval(overlap)} on {kind} images"),
+        _at_least("aupro_floor", overlap.value, rules.min_aupro, f"AUPRO {_interval(overlap)} on {kind} images")
+        if evidence.comparison.has_masks
+        else _unchecked("aupro_floor", rules.min_aupro),
         _at_most(
             "false_alarm_rate",
             alarms.value,
@@ -134,7 +136,9 @@ def _relative(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
         ]
     checks = [
         _not_worse("image_auroc_difference", comparison.differences["image_auroc"], rules.margin, "image AUROC"),
-        _not_worse("aupro_difference", comparison.differences["aupro"], rules.pixel_margin, "AUPRO"),
+        _not_worse("aupro_difference", comparison.differences["aupro"], rules.pixel_margin, "AUPRO")
+        if comparison.has_masks
+        else _unchecked("aupro_difference", -rules.pixel_margin),
     ]
     checks += [
         _not_worse(
@@ -171,6 +175,10 @@ def _at_most(name: str, value: float, bound: float, what: str) -> Check:
     return Check(
         name, passed, _finite(value), bound, f"{what}{'' if passed else ', over the limit'} ({bound:g} or less)"
     )
+
+
+def _unchecked(name: str, bound: float) -> Check:
+    return Check(name, True, None, bound, "AUPRO is not checked: no defective test image has a mask")
 
 
 def _interval(estimate: Estimate, sign: bool = False) -> str:

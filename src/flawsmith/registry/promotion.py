@@ -32,6 +32,7 @@ from flawsmith.tracking import StageRun, current_actor, current_flow_run, git_st
 log = logging.getLogger(__name__)
 
 COMPLETE = "complete"  # the tag of a version whose lineage has no gap
+NOT_MEASURED = "not measured: no defective image has a mask"
 IN_PROGRESS = timedelta(minutes=10)  # a change whose alias has not followed yet: younger is at work, older has died
 
 Compare = Callable[[Predictor, Predictor | None], tuple[Comparison, bool]]
@@ -477,8 +478,7 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Any, digest
         "parity": "; ".join(package.parity_objections(read_json(sources.parity), digest)) or "proven",
         "labelled": json.dumps(metrics["labelled"]),
         "image_auroc": f"{metrics['image_auroc']:.4f}",
-        "pixel_auroc": f"{metrics['pixel_auroc']:.4f}",
-        "aupro": f"{metrics['aupro']:.4f}",
+        **{key: NOT_MEASURED if metrics[key] is None else f"{metrics[key]:.4f}" for key in ("pixel_auroc", "aupro")},
         "threshold": repr(metadata.threshold),
         "pixel_threshold": repr(metadata.pixel_threshold),
         "false_alarm_rate": f"{metadata.false_alarm_rate:g}",

@@ -6,6 +6,7 @@ report.html. `run_baseline` judges the kNN baseline alone, which needs the data 
 """
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -21,7 +22,7 @@ from flawsmith.detector.model import load_detector
 from flawsmith.detector.teacher import build_teacher, pooled_features
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import KEYS, Assessment, assess, measure
+from flawsmith.evaluation.assess import KEYS, Assessment, Performance, assess, measure
 from flawsmith.evaluation.crops import gather_crops
 from flawsmith.evaluation.fidelity import Fidelity, compare
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
@@ -157,7 +158,7 @@ def run_baseline(layout: Layout) -> None:
         with atomic_folder(layout.stage(BASELINE)) as folder:
             write_performance(folder, result, judged.items, judged.labelled, judged.part)
         out = layout.stage(BASELINE)
-        tracked.log_metrics({key: result.values[key].value for key in KEYS})
+        tracked.log_metrics(_measured(result))
         tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv"})
 
 
@@ -223,7 +224,7 @@ def _normal_of(row: Mapping[str, Any]) -> str:
 def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
     """How much the triplets' defects resemble the real ones that are judged; None where either are too few."""
     settings = layout.settings
-    defective = [item for item in judged.items if item.is_defective] if judged.labelled else []
+    defective = [item for item in judged.items if item.is_defective and item.has_pixel_labels and judged.labelled]
     triplets, ids = TripletFolder(layout.stage("synthesize")), _triplet_ids(layout)
     if not defective or not ids:
         return None
@@ -262,7 +263,8 @@ def _inputs(layout: Layout, judged: Judged) -> dict[str, Path]:
     """What an evaluation reads besides a model, for the record."""
     folder = layout.surface().folder
     if judged.labelled:
-        return {"data": folder / "train", "test": folder / "test", "ground_truth": folder / "ground_truth"}
+        masks = {"ground_truth": folder / "ground_truth"} if (folder / "ground_truth").exists() else {}
+        return {"data": folder / "train", "test": folder / "test", **masks}
     return {"data": folder / "train", "synthesize": layout.stage("synthesize")}
 
 
@@ -273,9 +275,14 @@ def _params(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def _tracked_values(result: Assessment) -> dict[str, float]:
-    values = {key: result.detector.values[key].value for key in KEYS}
-    values |= {f"baseline_{key}": result.baseline.values[key].value for key in KEYS}
+    values = _measured(result.detector)
+    values |= {f"baseline_{key}": value for key, value in _measured(result.baseline).items()}
     values["test_detection_rate"] = result.detector.test_detections.value
     values["test_false_alarm_rate"] = result.detector.test_false_alarms.value
     values["threshold"] = result.detector.threshold.value
     return values
+
+
+def _measured(performance: Performance) -> dict[str, float]:
+    values = {key: performance.values[key].value for key in KEYS}
+    return {key: value for key, value in values.items() if math.isfinite(value)}

@@ -1,6 +1,7 @@
 """A study's rows, from what lies in its store: results.json and results.parquet."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def _row(cell: Cell, store: Store, failures: Mapping[tuple[str, str, str], Failu
     done = broken is None and store.is_done(last)
     if done:
         found = read_json(store.output(last) / "metrics.json")
-        metrics = {key: float(found[key]) for key in (*KEYS, FALSE_ALARMS, DETECTIONS)}
+        metrics = {key: _number(found[key]) for key in (*KEYS, FALSE_ALARMS, DETECTIONS)}
         by_defect = {name: float(values["image_auroc"]) for name, values in found["by_defect"].items()}
         if found["labelled"]:
             draws = _read_draws(store.output(last) / "draws.npz")
@@ -86,6 +87,11 @@ def _row(cell: Cell, store: Store, failures: Mapping[tuple[str, str, str], Failu
         detector=str(costs.get("distill", {}).get("output", "")),
         evaluation=_relative(store, last) if done else "",
     )
+
+
+def _number(value: float | None) -> float:
+    """NaN for a figure of pixels where no image has a mask."""
+    return math.nan if value is None else float(value)
 
 
 def _read_draws(path: Path) -> dict[str, NDArray[np.float64]]:
@@ -107,7 +113,7 @@ def row_content(row: Row, commit: str, changed: bool) -> dict[str, Any]:
         "seed": cell.seed,
         "part": cell.part,
         "grid": dict(cell.grid),
-        **{key: row.metrics.get(key) for key in KEYS},
+        **{key: value if math.isfinite(value := row.metrics.get(key, math.nan)) else None for key in KEYS},
         "image_auroc_by_defect": dict(row.by_defect),
         "false_alarm_rate": row.metrics.get(FALSE_ALARMS),
         "detection_rate": row.metrics.get(DETECTIONS),
