@@ -193,6 +193,7 @@ def test_an_interrupt_of_the_real_command_exits_130(params_path: Path) -> None:
         (["--set", "=3"], "section.key=value"),
         (["--set", "distill.batch=[1"], "not valid YAML"),
         (["--category", "../etc"], "plain folder name"),
+        (["--category", "Teil 7"], "plain folder name"),
     ],
 )
 def test_bad_arguments_are_the_users_fault(run: Run, params_path: Path, arguments: list[str], words: str) -> None:

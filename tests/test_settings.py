@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from flawsmith import settings as settings_module
 from flawsmith.errors import UserError
@@ -20,6 +21,7 @@ from flawsmith.settings import (
     load_settings,
     parse_section,
     parse_settings,
+    read_yaml,
     section_values,
     settings_digest,
 )
@@ -156,16 +158,59 @@ def test_a_section_must_be_a_mapping(section: str, value: object) -> None:
     [
         ([], "empty"),
         ("metal", "must be a list"),
-        (["a", "a"], "twice"),
-        (["../up"], "plain folder name"),
-        (["a\\b"], "plain folder name"),
-        ([".hidden"], "plain folder name"),
-        ([""], "plain folder name"),
-        ([7], "must be text"),
+        (["a", "a"], "names 'a' twice"),
+        ([815], "holds 815, which YAML reads as int, not as text; write the name of the folder in quotes"),
+        ([1000.0], "reads as float"),
+        ([None], "reads as NoneType"),
+        ([["a"]], "reads as list"),
+        (["Plate", "plate"], "differ only by case"),
+        (["part-1", "part_1"], "differ only by case or by"),
+        (["a" * 101], "has 101 characters"),
+        (["part.dvc"], "ends as files do that DVC"),
+        *(
+            ([name], "no plain folder name")
+            for name in (
+                "",
+                ".",
+                "..",
+                ".hidden",
+                "../up",
+                "a/b",
+                "a\\b",
+                "Teil 7",
+                "a@b",
+                "a:b",
+                "-c",
+                "a.",
+                "a\n",
+                "Größe_ü",
+                "$HOME",
+                "a*",
+                "a;b",
+                "'a'",
+                "\uff41",
+            )
+        ),
     ],
 )
 def test_bad_categories(categories: object, reason: str) -> None:
     assert reason in refusal({**shipped(), "categories": categories})
+
+
+def test_categories_that_every_tool_can_carry() -> None:
+    names = ["0815", "1e3", "true", "Teil.7-B_v2", "_a", "x.yaml", "a" * 100]
+    assert parse_settings({**shipped(), "categories": names}, "params.yaml").categories == tuple(names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0815", "4711", "0123", "0o17", "0x1F", "0b11", "1_000", "1e3", "1e-3", "+1e-2", "1.", ".5", ".5e-3", "-.inf",
+     ".nan", "12:30", "1.5:30", "on", "off", "yes", "n", "true", "~", "null", "2026-11-30", "'0815'", '"1e3"', "1__",
+     "0o", "08.5", "+", "1e", "0815a", "[0815, on]", "{a: 017}"],
+)  # fmt: skip
+def test_yaml_means_what_it_means_to_dvc(text: str) -> None:
+    theirs = YAML(typ="safe").load(f"key: {text}")
+    assert repr(read_yaml(f"key: {text}")) == repr(theirs)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +262,6 @@ def test_true_is_no_whole_number() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2E-4", 2e-4), ("1.5e-3", 1.5e-3), ("+1e-2", 1e-2)])
 def test_exponents_mean_numbers_as_they_do_for_dvc(params_path: Path, text: str, value: float) -> None:
-    # PyYAML (YAML 1.1) reads `1e-3` as text, DVC (YAML 1.2) as a number: a user must not have to know
     content = shipped()
     content["ddpm-train"]["learning_rate"] = "HERE"
     params_path.write_text(yaml.safe_dump(content).replace("HERE", text))

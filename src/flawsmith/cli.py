@@ -726,13 +726,15 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """
     import yaml
 
+    from flawsmith.settings import read_yaml
+
     replaced: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not (equals and key.strip()):
             raise UserError(f"--set {pair}: write it as section.key=value, e.g. --set distill.batch=4.")
         try:
-            replaced[key.strip()] = yaml.safe_load(text)
+            replaced[key.strip()] = read_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"--set {pair}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
     return replaced

@@ -28,6 +28,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SAMPLE_STEPS = 40  # reverse steps of a plain sample (`ddpm-train`), none of which takes less than one of T
 NORM_GROUPS = 8  # of the UNet, which divide its channels
+LONGEST_CATEGORY = 100  # characters: file names and MLflow's experiments are made from it
 FEATHER_REACH = 2  # pixels beyond synthesize.feather that a blended defect may still change
 
 
@@ -376,7 +377,7 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
             missing, or a value has the wrong type or lies outside its bounds.
     """
     try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506 a SafeLoader
+        content = read_yaml(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; run the command where params.yaml lies, or pass --params.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -397,7 +398,8 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's readers keep one without a word."""
+    """Reads as DVC does (YAML 1.2), so that a params.yaml means one thing to both: PyYAML alone takes 0815 and 1e3 for
+    text, 0123 for 83 and a bare `on` for true. Refuses a key that stands twice, of which YAML's readers keep one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -407,6 +409,39 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"`{key}` stands twice; remove one", node.value[place][0].start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        text = node.value.replace("_", "")
+        digits = text.lstrip("+-")
+        base = {"0b": 2, "0o": 8, "0x": 16}.get(digits[:2])
+        return int(text, base) if base else int(text)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in ("bool", "int", "float")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (  # as in ruamel.yaml, which DVC reads with
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0b[01_]+|0o[0-7_]+|[0-9][0-9_]*|0x[0-9a-fA-F_]+)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?[0-9][0-9_]*(\.[0-9_]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|[-+]?\.[0-9][0-9_]*([eE][-+][0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+
+
+def read_yaml(text: str) -> Any:
+    """What a text of YAML says, read as DVC reads it.
+
+    Raises:
+        yaml.YAMLError: it is none, or a key stands twice.
+    """
+    return yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
 
 
 def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
@@ -420,14 +455,7 @@ def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
             raise UserError(
                 f"{source}: section `{key}` is missing; add it (the params.yaml in flawsmith's repository has all)."
             )
-    categories = _convert("categories", content["categories"], tuple[str, ...], {}, source)
-    if not categories:
-        raise UserError(f"{source}: `categories` is empty; name at least one folder of data.root.")
-    for name in categories:
-        if not name or "/" in name or "\\" in name or name.startswith("."):
-            raise UserError(f"{source}: category `{name}` must be a plain folder name.")
-    if len(set(categories)) < len(categories):
-        raise UserError(f"{source}: `categories` names a category twice.")
+    categories = check_categories(content["categories"], source)
     sections = {
         name.replace("-", "_"): parse_section(name, content[name], section, source)
         for name, section in SECTIONS.items()
@@ -435,6 +463,49 @@ def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
     settings = Settings(categories=categories, **sections)
     _check_together(settings, source)
     return settings
+
+
+def check_categories(names: Any, source: str) -> tuple[str, ...]:
+    """The categories, if each is a name that a folder, DVC, the shell, MLflow and Prefect can carry.
+
+    Raises:
+        UserError: one is not, or two would be one to some of them.
+    """
+    if isinstance(names, list):
+        for name in names:
+            if not isinstance(name, str):
+                raise UserError(
+                    f"{source}: `categories` holds {name}, which YAML reads as {type(name).__name__}, not as text; "
+                    'write the name of the folder in quotes, for example ["0815"].'
+                )
+    categories: tuple[str, ...] = _convert("categories", names, tuple[str, ...], {}, source)
+    alike: dict[str, str] = {}
+    for name in categories:
+        if fault := _name_fault(name):
+            raise UserError(f"{source}: category {name!r} {fault}; rename its folder and the category.")
+        other = alike.setdefault(re.sub(r"[-_.]+", "-", name.lower()), name)
+        if other == name and categories.count(name) > 1:
+            raise UserError(f"{source}: `categories` names {name!r} twice; remove one.")
+        if other != name:
+            raise UserError(
+                f"{source}: categories {other!r} and {name!r} differ only by case or by `-`, `_` and `.`, which some "
+                "file systems and Prefect do not tell apart; rename one."
+            )
+    return categories
+
+
+def _name_fault(name: str) -> str:
+    """Why a category cannot be called so, as the end of a sentence; empty if it can."""
+    if not _NAME.fullmatch(name):
+        return (
+            "is no plain folder name: it may hold A-Z, a-z, 0-9, `_`, `-` and `.` alone, and begins and ends with a "
+            "letter, a digit or `_`"
+        )
+    if len(name) > LONGEST_CATEGORY:
+        return f"has {len(name)} characters, over the limit of {LONGEST_CATEGORY}"
+    if name.lower().endswith(_TAKEN):
+        return f"ends as files do that DVC, git or Python keep for themselves ({', '.join(_TAKEN)})"
+    return ""
 
 
 def parse_section(name: str, content: Any, section: type, source: str) -> Any:
@@ -492,11 +563,6 @@ def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], sour
     choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    # DVC reads YAML 1.2, PyYAML 1.1: there `1e-3` is text and a bare `on` is true
-    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        value = float(value)
-    if choices == ("on", "off") and isinstance(value, bool):
-        value = "on" if value else "off"
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{source}: `{name}` must be {_KINDS[kind]}, not {value!r}.")
     if choices and value not in choices:
@@ -508,7 +574,8 @@ def _convert(name: str, value: Any, kind: Any, metadata: Mapping[str, Any], sour
     return value
 
 
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
+_TAKEN = (".dvc", ".tmp", ".pyc", ".egg-info", "__pycache__", "thumbs.db")
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 

@@ -17,6 +17,7 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file
 from flawsmith.layout import Layout
 from flawsmith.repro import read_stages
+from flawsmith.settings import read_yaml
 from flawsmith.walk import FILE, entries, listed
 
 PARAMS = "params.yaml"
@@ -110,7 +111,7 @@ def _signature(path: Path) -> object:
 
 def _parameter(path: Path, key: str) -> Any:
     try:
-        value: Any = yaml.safe_load(path.read_text())
+        value: Any = read_yaml(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return None
     for part in key.split("."):

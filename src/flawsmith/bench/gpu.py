@@ -33,7 +33,7 @@ from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
-from flawsmith.settings import SECTIONS
+from flawsmith.settings import SECTIONS, read_yaml
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
 
 MINUTES = 10.0  # target for everything together
@@ -54,7 +54,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
         UserError: it is missing, no YAML, or no mapping of sections to keys. Unknown keys are refused by the settings.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name a preset with --overlay.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ import yaml
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file, digest_json, digest_path
 from flawsmith.layout import Layout
-from flawsmith.settings import SECTIONS, Settings, deciding_values, load_settings, section_values
+from flawsmith.settings import SECTIONS, Settings, deciding_values, load_settings, read_yaml, section_values
 from flawsmith.surfaces import PARTS
 
 KNN = "knn"
@@ -163,7 +163,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         if not (equals and "." in key and values):
             raise UserError(form)
         try:
-            parsed = yaml.safe_load(f"[{values}]")
+            parsed = read_yaml(f"[{values}]")
         except yaml.YAMLError as error:
             raise UserError(form) from error
         if any(value is None for value in parsed):
