@@ -70,7 +70,8 @@ class FeatureBank:
     def _compute(self, first: int, end: int) -> list[Features]:
         with torch.inference_mode():
             batch = as_batch(self.images[first:end], self.compute.device)
-            with self.compute.autocast():
+            # not in bfloat16, which moves deep features by several percent: a model that is used sees those of float32
+            with self.compute.exactly():
                 levels = [level.half().cpu() for level in self.teacher(batch)]
         # cloned outside inference mode, so that autograd may use them
         return [tuple(level[row].clone() for level in levels) for row in range(len(batch))]
