@@ -15,13 +15,13 @@ from flawsmith.doctor import (
     check_versions,
     check_weights_file,
     dvc_cache,
-    normalised,
     parse_constraints,
     release,
     render_checks,
     run_checks,
     worst_status,
 )
+from flawsmith.extras import normalised
 from flawsmith.settings import Settings, load_settings
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"

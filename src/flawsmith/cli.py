@@ -105,7 +105,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted.", INTERRUPTED)
     except Exception as error:
-        if refused := refusal(error):
+        from flawsmith.extras import explain
+
+        if refused := refusal(error) or explain(error):
             _fail(str(refused), refused.exit_code)
         reason = " ".join(str(error).split())
         shown = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flawsmith.errors import FlawsmithError
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.extras import normalised, packages_of_extras
 from flawsmith.settings import Settings
 
 Status = Literal["ok", "warn", "fail"]
@@ -46,25 +47,27 @@ class Check:
 
 
 def run_checks(settings: Settings, root: Path) -> list[Check]:
-    """Look at everything; takes a few seconds, because PyTorch and MLflow are imported."""
+    """Look at everything that is installed; takes a few seconds, because PyTorch and MLflow are imported."""
     versions = _installed_versions()
+    trains, decides = "torch" in versions, "dvc" in versions
     constraints = root / "constraints.txt"
     return [
         check_python(sys.version_info[:2]),
         *check_versions(versions, constraints.read_text() if constraints.is_file() else None),
-        _look_at_torchvision(),
-        _look_at_device(),
-        _look_at_weights(settings, root),
+        *check_extras(versions, packages_of_extras()),
+        _look_at_inference(),
+        *([_look_at_torchvision(), _look_at_device(), _look_at_weights(settings, root)] if trains else []),
         *(
             _look_at_folder(name, folder)
-            for name, folder in (
-                ("data", root / settings.data.root),
-                ("artifacts", root / "artifacts"),
-                ("DVC cache", dvc_cache(root)),
+            for name, folder, is_used in (
+                ("data", root / settings.data.root, trains),
+                ("artifacts", root / "artifacts", trains),
+                ("DVC cache", dvc_cache(root), decides),
             )
+            if is_used
         ),
-        _look_at_tracking(settings, root),
-        *(_look_at_tool(tool, remedy) for tool, remedy in TOOLS),
+        *([_look_at_tracking(settings, root)] if trains else []),
+        *(_look_at_tool(tool, remedy) for tool, remedy in TOOLS if decides or tool != "dvc"),
         check_space("disk", shutil.disk_usage(root).free, ENOUGH_DISK, LITTLE_DISK),
         check_space("memory", _available_memory(), ENOUGH_MEMORY, LITTLE_MEMORY),
     ]
@@ -133,11 +136,30 @@ def check_versions(versions: Mapping[str, str], constraints: str | None) -> list
     ]
     if off:
         more = f" and {len(off) - 5} more" if len(off) > 5 else ""
-        remedy = "pip install -c constraints.txt -e '.[pipeline,serve,video,dev]'"
+        remedy = "pip install -c constraints.txt -e '.[train,pipeline,serve,video,dev]'"
         checks.append(Check("versions", "warn", f"not as tested: {', '.join(off[:5])}{more}", remedy))
     else:
         same = sum(name in versions for name in tested)
         checks.append(Check("versions", "ok", f"{same} packages as in constraints.txt"))
+    return checks
+
+
+def check_extras(versions: Mapping[str, str], packages: Mapping[str, Sequence[str]]) -> list[Check]:
+    """Which extras are installed, by normalised names; one that is not is no fault, but what needs it does not run."""
+    checks = []
+    for extra, serves in EXTRAS.items():
+        lacking = [name for name in packages.get(extra, ()) if name not in versions]
+        some = f"{', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}"
+        checks.append(
+            Check(
+                extra,
+                "warn",
+                f"lacks {some}; without them {serves} cannot be used here",
+                f"pip install 'flawsmith[{extra}]'",
+            )
+            if lacking
+            else Check(extra, "ok", f"installed: {serves}")
+        )
     return checks
 
 
@@ -146,11 +168,6 @@ def parse_constraints(text: str) -> dict[str, str]:
     lines = (line.partition("#")[0].partition(";")[0].strip() for line in text.splitlines())
     pairs = (line.split("==", 1) for line in lines if "==" in line)
     return {normalised(name): version.strip() for name, version in pairs}
-
-
-def normalised(name: str) -> str:
-    """A package's name in the one spelling that pip compares (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name.strip().partition("[")[0]).lower()
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -186,6 +203,12 @@ def dvc_cache(root: Path) -> Path:
     return root / ".dvc" / "cache"
 
 
+EXTRAS = {
+    "train": "the pipeline's stages",
+    "pipeline": "DVC, MLflow and Prefect",
+    "serve": "`flawsmith serve`",
+    "video": "videos in `flawsmith predict`",
+}
 TOOLS = (
     ("git", "install git; runs are otherwise recorded without a revision"),
     ("dvc", "pip install 'flawsmith[pipeline]'; `dvc repro` runs the stages"),
@@ -201,6 +224,20 @@ def _look_at_tool(tool: str, remedy: str) -> Check:
 def _installed_versions() -> dict[str, str]:
     pairs = ((item.metadata["Name"], item.version) for item in importlib.metadata.distributions())
     return {normalised(name): version for name, version in pairs if name and version}
+
+
+def _look_at_inference() -> Check:
+    """Where exported models may compute; whether a GPU's libraries load shows when a model is opened."""
+    try:
+        import onnxruntime
+
+        from flawsmith.inference.providers import demanded, offered
+
+        return Check(
+            "inference", "ok", f"onnxruntime {onnxruntime.__version__}, {demanded()} of {', '.join(offered())}"
+        )
+    except (ImportError, UserError) as error:
+        return Check("inference", "fail", str(error), 'see docs/predict.md, "Where it computes"')
 
 
 def _look_at_torchvision() -> Check:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
-from line_samples import call, plate
+from line_samples import call, environment, plate
 
 from flawsmith.errors import UserError
 from flawsmith.inference import providers
@@ -147,6 +149,13 @@ def test_the_command_says_where_it_computed_and_so_do_its_results(model: Path, t
     done = call(model, tmp_path / "a.png", "--out", tmp_path / "out", "--provider", "gpu")
     assert done.returncode == 2
     assert "must be one of auto" in done.stderr
+
+
+def test_nothing_is_left_in_the_home_folder_and_nobody_is_called(model: Path, tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from flawsmith.inference.network import Network; Network(Path({str(model)!r}))"
+    variables = {key: value for key, value in environment().items() if key != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], env=variables | {"HOME": str(tmp_path / "home")}, check=True)
+    assert not (tmp_path / "home").exists()
 
 
 def test_versions_are_told_of_onnxruntimes_other_builds_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flawsmith.errors import UserError
+from flawsmith.extras import missing
 from flawsmith.images import FloatImage, Reading
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Frame:
 def check_installed() -> None:
     """Raise a UserError where PyAV is missing."""
     if find_spec("av") is None:
-        raise UserError("Reading video needs PyAV, which is not installed here: pip install 'flawsmith[video]'.")
+        raise missing("av", "video")
 
 
 def read_frames(path: Path, every: int, reading: Reading) -> Iterator[Frame]:

@@ -2,7 +2,7 @@
 
     mlflow models serve -m models:/flawsmith-bottle@champion --env-manager local --port 5001
     curl -H 'Content-Type: application/json' http://127.0.0.1:5001/invocations \
-         -d '{"dataframe_records": [{"image": "'$(base64 -w0 part.png)'"}], "params": {"map": "none"}}'
+         -d '{"dataframe_records": [{"image": "'$(base64 <part.png | tr -d '[:space:]')'"}], "params": {"map": "none"}}'
 
 A version holds `model.onnx`, this package (it is on no index) and `served.py`, which MLflow runs to get the model. The
 process that serves imports no torch. Importing this module costs the seconds that MLflow takes: import it where needed.
