@@ -49,7 +49,7 @@ fmt: install ## let ruff fix and format
 	ruff format .
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000, over the local store
-	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
+	DO_NOT_TRACK=1 mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
 
 bench-synthesis: install ## triplets a second, training speed over matmul speed; ARGS='--category C --data DIR'
 	python -m flawsmith.bench.synthesis $(ARGS)

@@ -21,7 +21,7 @@ import typer
 
 from flawsmith import __version__
 from flawsmith.errors import FlawsmithError, UserError, refusal
-from flawsmith.processes import world_size
+from flawsmith.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
     from flawsmith.inference.folder import FolderReport
@@ -179,8 +179,12 @@ def _add_stage(name: str, meaning: str) -> None:
         if world_size() > 1 and name != "ddpm-train":
             raise UserError(f"Several processes can share ddpm-train alone; run `flawsmith {name}` without a launcher.")
         run = import_module(f"flawsmith.stages.{name.replace('-', '_')}").run
+        from flawsmith.progress import stage as shown
+
+        place = list(STAGES).index(name) + 1, len(STAGES)
         for layout in layouts:
-            run(layout)
+            with shown(name, layout.category, place, is_main_process()):
+                run(layout)
 
     app.command(name, help=meaning, rich_help_panel=STAGE_PANEL)(stage)
 

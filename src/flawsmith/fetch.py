@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder
+from flawsmith.progress import bar
 from flawsmith.walk import SUFFIXES
 
 PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-ad/downloads"
@@ -251,12 +250,10 @@ class ResumingDownloader:
 
     def _copy(self, answer: Any, stream: IO[bytes], have: int, total: int | None) -> None:
         name = self.part.name.removesuffix(".part")
-        with tqdm(
-            desc=name, initial=have, total=total, unit="B", unit_scale=True, disable=None if self.progress else True
-        ) as bar:
+        with bar(what=name, total=total, unit="B", done=have, is_shown=self.progress) as shown:
             for chunk in answer.iter_content(CHUNK):
                 stream.write(chunk)
-                bar.update(len(chunk))
+                shown.update(len(chunk))
 
     def _check_space(self, total: int | None, have: int) -> None:
         """The archive's rest, and its images, which xz hardly shrinks, must fit."""

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
-from tqdm import tqdm
 
 from flawsmith import files, images
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, digest_file
 from flawsmith.images import FloatImage, Reading, read_image, resize_image
+from flawsmith.progress import bar
 
 THUMB = 64  # side of what is compared, in pixels
 COARSE = 2.0  # px of it; sigma of what is taken away: light and shape, which honest parts of a kind share
@@ -121,7 +121,7 @@ def try_looks(
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
         found = pool.map(one, paths)
         for path, (digest, seen, sentence) in zip(
-            paths, tqdm(found, "looking at images", len(paths), unit="image", disable=None, leave=False), strict=True
+            paths, bar(found, "looking at images", len(paths), unit="image", leave=False), strict=True
         ):
             if seen is None:
                 bad[path] = sentence

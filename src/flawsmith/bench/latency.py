@@ -30,7 +30,6 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from flawsmith import __version__
 from flawsmith.bench import latency_peers, latency_worker
@@ -42,6 +41,7 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.export.onnx import export_onnx
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
+from flawsmith.progress import bar
 from flawsmith.settings import Settings
 
 OURS, PEERS = "flawsmith", ("efficientad", "patchcore")
@@ -322,7 +322,7 @@ def time_setting(
             row |= dict.fromkeys(("p50_ms", "p95_ms", "p99_ms", "images_per_second", "peak_mb", "model_mb", "skipped"))
             row |= {"runs": 0, "rounds": 0}
             rows.append(row)
-            progress.set_postfix_str(f"{setting.name} {one.model} {one.runtime}")
+            progress.set_postfix(row=f"{setting.name} {one.model} {one.runtime}")
             expected = expected_seconds(known, one, setting)
             if expected is not None and NEEDED_RUNS * expected > share:
                 row["skipped"] = f"a run takes some {expected:.1f} s; --seconds leaves {share:.1f} s"
@@ -344,7 +344,7 @@ def time_setting(
             for one, worker in workers.items():
                 wanted, runs = plans[one]
                 if number < wanted:
-                    progress.set_postfix_str(f"{setting.name} {one.model} {one.runtime}")
+                    progress.set_postfix(row=f"{setting.name} {one.model} {one.runtime}")
                     answer = worker.ask(str(runs))
                     seen[one].append(answer["seconds"])
                     rows[who.index(one)]["peak_mb"] = answer["peak_mb"]
@@ -392,7 +392,7 @@ def bench(
     waiting = sum(weight * len(who) for weight, (_, who) in zip(weights, work, strict=True))
     left = seconds
     rows: list[dict[str, Any]] = []
-    with tqdm(total=sum(len(who) for _, who in work), unit="row", disable=None) as progress:
+    with bar(total=sum(len(who) for _, who in work), unit="row") as progress:
         for weight, (setting, who) in zip(weights, work, strict=True):
             shares = [max(LEAST_SHARE, left * weight / waiting)] * len(who)
             began, made = time.monotonic(), files.seconds

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.memory import NormalMemory, as_places
@@ -21,6 +20,7 @@ from flawsmith.detector.model import Detector, feature_products
 from flawsmith.detector.symmetry import evenly
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.devices import Compute
+from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint, Rows, check_finite
 from flawsmith.schedule import learning_rate
@@ -431,7 +431,7 @@ def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, compute: 
     best = _Best()
     parts = {"module": module, "optimizer": optimizer, "best": best}
     first, rows = resume.load(parts)
-    progress = tqdm(range(first, steps), f"distill {phase.name}", initial=first, total=steps, disable=None)
+    progress = bar(range(first, steps), f"distill {phase.name}", steps, "step", done=first)
     for step in progress:
         if best.stale >= settings.patience:
             break

@@ -90,6 +90,12 @@ def symmetry_distances(
     return distances
 
 
+def images_asked(normals: int) -> int:
+    """How many images `symmetry_distances` asks about, to find the symmetry of so many normals."""
+    held = -(-normals // HELD_OUT)
+    return held + (normals - held) * len(SYMMETRIES[ASKED[-1]]) if normals >= FEWEST else 0
+
+
 def choose_symmetry(distances: Mapping[str, float]) -> str:
     """The symmetry that brings held-out normals nearest, if by GAIN or more, else `none`; of several as good the one
     that shows most, since more normals will come than were looked at. `none` without distances."""

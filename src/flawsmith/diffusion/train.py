@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flawsmith.devices import Compute
 from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.resume import ResumePoint, Rows, check_finite
 from flawsmith.schedule import learning_rate
@@ -66,12 +66,13 @@ def train_denoiser(
             "file system that all hosts share."
         )
 
-    progress = tqdm(
+    progress = bar(
         range(first, settings.steps),
         "ddpm-train",
-        initial=first,
-        total=settings.steps,
-        disable=None if accelerator.is_main_process else True,
+        settings.steps,
+        "step",
+        done=first,
+        is_shown=accelerator.is_main_process,
     )
     for step in progress:
         clean, noise, timestep = _batch(images, settings, step)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.images import FloatImage, Mask, Reading, resize_image, resize_mask
+from flawsmith.progress import bar
 from flawsmith.surfaces import GOOD, LabelledImage, load_labelled, normal_name
 from flawsmith.tiling import Run, Tiling
 from flawsmith.triplets import VALIDATION, TripletFolder
@@ -196,7 +196,7 @@ def score_items(
         FlawsmithError: a detector answered NaN, or maps or scores of the wrong shape.
     """
     rows: list[list[tuple[np.float32, ...]]] = [[] for _ in scorers]
-    with tqdm(total=len(items), desc=title, unit="image", disable=None) as progress:
+    with bar(what=title, total=len(items), unit="image") as progress:
         for loaded in _batches(items, batch):
             images = loaded[0].image[None] if len(loaded) == 1 else np.stack([one.image for one in loaded])
             if masks is not None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from threading import Event
 from typing import TextIO
 
-from tqdm import tqdm
-
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder, restore
 from flawsmith.images import MAX_PIXELS, tell_once
@@ -31,6 +29,7 @@ from flawsmith.inference.writers import (
     picture_name,
     picture_names,
 )
+from flawsmith.progress import bar
 
 WORKERS = 2  # threads that decode
 
@@ -124,7 +123,7 @@ def predict_folder(
             rows.append(stack.enter_context(LineRows(lines, is_followed=True)))
         name_of = _naming(files) if pictures is not None else picture_name
         total = None if is_stream or has_video else len(files) + len(given.unreadable)
-        progress = stack.enter_context(tqdm(total=total, desc=predictor.metadata.category, unit="image", disable=None))
+        progress = stack.enter_context(bar(what=predictor.metadata.category, total=total, unit="image"))
         tasks = tasks_of(source, every, predictor.reading(max_pixels, "--max-megapixels"), stop)
         ahead = stack.enter_context(Readahead(tasks, workers, batch + workers, stop))
         for item, prediction in judge(ahead, predictor, batch, is_live=is_stream):

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder, restore
 from flawsmith.images import MAX_PIXELS, FloatImage, read_image
@@ -24,6 +22,7 @@ from flawsmith.layout import Layout
 from flawsmith.monitoring.drift import DriftReport, judge
 from flawsmith.monitoring.reference import Measurement, load_reference, measure
 from flawsmith.monitoring.report import CSV, HTML, JSON, Picture, Watched, write_outputs
+from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import MonitorSettings
 from flawsmith.walk import count_sentence, printable
@@ -113,7 +112,7 @@ def monitor_folder(
         unreadable = [Unreadable(printable(item.file), printable(item.reason)) for item in given.unreadable]
 
         def readable() -> Iterator[tuple[str, FloatImage]]:
-            for file in tqdm(files, desc=predictor.metadata.category, unit="image", disable=None):
+            for file in bar(files, predictor.metadata.category, unit="image"):
                 try:
                     image = predictor.tiling.prepare(read_image(file.path, predictor.reading(max_pixels)))
                 except UserError as error:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
 from flawsmith.errors import UserError
 from flawsmith.foreground import Foreground
 from flawsmith.images import FloatImage, Mask, read_image, to_uint8
 from flawsmith.masks import read_mask
+from flawsmith.progress import bar
 
 PARTS = ("normal", "defect", "mask")
 FOREGROUND_SAMPLE = 24  # normal images from which the foreground is estimated
@@ -90,7 +90,7 @@ def measure_folder(folder: Path, listed: Sequence[str], scale: Scale) -> list[Me
     foreground = _estimate_foreground(folder, [triplet_id for triplet_id, _ in ids])
     rows = [
         _measure_files(folder, triplet_id, in_manifest, scale, foreground)
-        for triplet_id, in_manifest in tqdm(ids, desc="validate", unit="triplet", disable=None)
+        for triplet_id, in_manifest in bar(ids, "validate", unit="triplet")
     ]
     return count_duplicates(rows)
 

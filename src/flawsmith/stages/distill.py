@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -18,13 +18,22 @@ from torch import Tensor
 from flawsmith.detector.distill import LOSS_COLUMNS, Origins, Provenance, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
-from flawsmith.detector.symmetry import AUTO, SYMMETRIES, choose_symmetry, evenly, symmetry_distances, turned
+from flawsmith.detector.symmetry import (
+    AUTO,
+    SYMMETRIES,
+    choose_symmetry,
+    evenly,
+    images_asked,
+    symmetry_distances,
+    turned,
+)
 from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import Compute
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, sole_writer, write_csv
 from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
+from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
 from flawsmith.resume import ResumePoint
 from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
@@ -140,13 +149,14 @@ def _find_symmetry(normals: _Normals, teacher: Teacher, settings: DistillSetting
     distances: dict[str, float] = {}
     if settings.memory:
         share = len(normals.sample) / len(normals.tiles)
-        distances = symmetry_distances(
-            lambda images: _places(teacher, images),
-            normals.looked_at,
-            settings.memory,
-            settings.memory_dimensions,
-            share,
-        )
+        with bar(what="distill symmetry", total=images_asked(len(normals.sample)), unit="image") as shown:
+            distances = symmetry_distances(
+                lambda images: _places(teacher, images, shown.update),
+                normals.looked_at,
+                settings.memory,
+                settings.memory_dimensions,
+                share,
+            )
     return choose_symmetry(distances), distances
 
 
@@ -154,21 +164,28 @@ def _fill_memory(detector: Detector, normals: _Normals, elements: Sequence[int])
     """Show the memory all normals and ask them how much energy counts; return the image behind each key, (M,) places in
     `normals.images`, or None if the detector has no memory."""
     device = detector.teacher.mean.device
-    shown = remember(detector, _batches(normals.shown(elements), device), len(normals.tiles) * len(elements))
+    count = len(normals.tiles) * len(elements)
+    images = bar(normals.shown(elements), "distill memory", count, "image")
+    shown = remember(detector, _batches(images, device), count)
     if shown is None or detector.memory is None:
         return None
     owners = image_of(normals.tiles, normals.images, normals.twins)[shown.cpu() // len(elements)]
     own_keys = ((owners == image).to(device) for image in image_of(normals.sample, normals.images, normals.twins))
     detector.memory.fit_exponent(
-        (_places(detector.teacher, image[None]), own) for image, own in zip(normals.looked_at, own_keys, strict=True)
+        (_places(detector.teacher, image[None]), own)
+        for image, own in zip(bar(normals.looked_at, "distill energy", unit="image"), own_keys, strict=True)
     )
     return owners
 
 
-def _places(teacher: Teacher, images: NDArray[np.uint8]) -> Tensor:
+def _places(teacher: Teacher, images: NDArray[np.uint8], on_batch: Callable[[int], Any] = lambda count: None) -> Tensor:
     """What the memory compares, of images (N, 3, S, S)."""
+    found = []
     with torch.no_grad():
-        return torch.cat([as_places(teacher(batch)[-1]) for batch in _batches(images, teacher.mean.device)])
+        for batch in _batches(images, teacher.mean.device):
+            found.append(as_places(teacher(batch)[-1]))
+            on_batch(len(batch))
+    return torch.cat(found)
 
 
 def _pixels(tiles: Sequence[Tile], data: DataSettings) -> Iterator[NDArray[np.uint8]]:

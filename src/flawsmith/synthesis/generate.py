@@ -17,7 +17,6 @@ import torch
 from diffusers import DDPMScheduler
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm.auto import tqdm
 
 from flawsmith.devices import CPU, Compute
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
@@ -25,6 +24,7 @@ from flawsmith.diffusion.unet import Denoiser
 from flawsmith.errors import UserError
 from flawsmith.foreground import Foreground
 from flawsmith.images import Mask
+from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import SynthesizeSettings
 from flawsmith.synthesis.controls import cutpaste_texture, noise_mask, own_texture, rectangle_mask
@@ -290,7 +290,7 @@ def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
         UserError: too many candidates left no visible change.
     """
     made, tried, index = 0, 0, 0
-    with tqdm(total=count, desc=f"synthesize {role}", disable=None) as progress:
+    with bar(what=f"synthesize {role}", total=count, unit="triplet") as progress:
         while made < count:
             results = [triplet for batch in workshop.chunk(role, index) for triplet in workshop.make(batch)]
             tried += len(results)

@@ -1,0 +1,172 @@
+"""How far long work is: a bar where somebody watches, lines with the time where a log is all that stays.
+
+    with stage("distill", "bottle", (4, 6)):
+        for step in bar(range(600), "student", unit="step"):
+            ...
+
+On a terminal a bar is tqdm's. Elsewhere (cron, CI, a worker's log) a line comes every EVERY seconds, by a thread, so
+that one long step is no silence:
+
+    2026-11-30 13:05:10 stage 4 of 6, distill bottle: student 240 of 600 steps (40 %), about 95 s left, loss=0.0123
+
+Nothing of this is part of a result.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+EVERY = 20.0  # seconds between two lines
+
+Item = TypeVar("Item")
+ItemOut = TypeVar("ItemOut", covariant=True)
+
+
+class Bar(Protocol[ItemOut]):
+    """What of tqdm is used here."""
+
+    def __iter__(self) -> Iterator[ItemOut]: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: object) -> Any: ...
+
+    def update(self, n: int = 1) -> Any: ...
+
+    def set_postfix(self, *, refresh: bool = True, **values: str) -> Any: ...
+
+
+def bar(
+    items: Iterable[Item] | None = None,
+    what: str = "",
+    total: int | None = None,
+    unit: str = "",
+    done: int = 0,
+    is_shown: bool = True,
+    leave: bool = True,
+) -> Bar[Item]:
+    """Show how many of `items` are through, or what `update` counts; `done` of `total` were before.
+
+    Args:
+        what: is done, in a word or two.
+        total: how many there are in all, where `items` cannot tell.
+        unit: what is counted, in the singular; "B" for bytes.
+        is_shown: False for all but one of several processes.
+        leave: whether a terminal keeps the bar when it is full.
+    """
+    if not sys.stderr.isatty():
+        return _Lines(items, what, total, unit, done, is_shown)
+    from tqdm.auto import tqdm
+
+    is_bytes = unit == "B"
+    shown: Any = tqdm(
+        items, what, total, leave, initial=done, unit=unit or "it", unit_scale=is_bytes, disable=not is_shown
+    )
+    return cast("Bar[Item]", shown)
+
+
+@contextmanager
+def stage(name: str, category: str, place: tuple[int, int], is_shown: bool = True) -> Iterator[None]:
+    """Name the `place`-th of so many stages in every line while it runs, and say how long it took once it is done."""
+    if not is_shown:
+        yield
+        return
+    about = f"stage {place[0]} of {place[1]}, {name} {category}"
+    began = time.monotonic()
+    if sys.stderr.isatty():
+        yield
+    else:
+        with _speaking(lambda: f"{about}: at work for {_time(time.monotonic() - began)}", about):
+            yield
+    _say(f"{about}: done in {time.monotonic() - began:.0f} s")
+
+
+class _Lines(Generic[Item]):
+    """A bar that is heard of in lines."""
+
+    def __init__(
+        self, items: Iterable[Item] | None, what: str, total: int | None, unit: str, done: int, is_shown: bool
+    ) -> None:
+        self._items, self._what, self._unit, self._is_shown = items, what, unit, is_shown
+        self._total = total if total is not None or not isinstance(items, Sized) else len(items)
+        self._first = self._done = done
+        self._postfix = ""
+        self._began = time.monotonic()
+        self._open = ExitStack()
+
+    def __enter__(self) -> "_Lines[Item]":
+        if self._is_shown:
+            self._open.enter_context(_speaking(self.describe))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __iter__(self) -> Iterator[Item]:
+        with self:
+            for item in self._items or ():
+                yield item
+                self._done += 1
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+
+    def set_postfix(self, *, refresh: bool = True, **values: str) -> None:
+        self._postfix = "".join(f", {name}={value}" for name, value in values.items())
+
+    def describe(self) -> str:
+        """How far it is, and how long the rest takes at the pace so far."""
+        unit = f" {self._unit}{'' if self._unit == 'B' else 's'}" if self._unit else ""
+        if not self._total:
+            return f"{self._what} {self._done}{unit} so far{self._postfix}"
+        new, seconds = self._done - self._first, time.monotonic() - self._began
+        left = f", about {_time(seconds / new * (self._total - self._done))} left" if new else ""
+        share = f"{100 * self._done / self._total:.0f} %"
+        return f"{self._what} {self._done} of {self._total}{unit} ({share}){left}{self._postfix}"
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    describe: Callable[[], str]
+    about: str  # what the lines of those within it begin with
+
+
+_speakers: list[_Speaker] = []  # outermost first
+_beats: list[threading.Event] = []  # at most one: it ends the thread that lets them speak
+
+
+@contextmanager
+def _speaking(describe: Callable[[], str], about: str = "") -> Iterator[None]:
+    """Let the innermost of all that are open say a line every EVERY seconds while the block runs."""
+    speaker, is_first = _Speaker(describe, about), not _beats
+    _speakers.append(speaker)
+    if is_first:
+        _beats.append(threading.Event())
+        threading.Thread(target=_speak, args=(_beats[0],), daemon=True).start()
+    try:
+        yield
+    finally:
+        if is_first:
+            _beats.pop().set()
+        _speakers.remove(speaker)
+
+
+def _speak(over: threading.Event) -> None:
+    while not over.wait(EVERY):
+        open_ = list(_speakers)
+        if open_:
+            _say(": ".join([*(outer.about for outer in open_[:-1] if outer.about), open_[-1].describe()]))
+
+
+def _say(line: str) -> None:
+    with suppress(ValueError, OSError):  # nobody listens any more, which is no reason to stop
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=sys.stderr, flush=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
