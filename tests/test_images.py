@@ -408,16 +408,25 @@ def test_a_file_is_known_by_its_content_and_only_the_four_formats_are_decoded(tm
         read_image(path)
 
 
-def tiff(pixels: bytes, bits: int, photometric: int = 1, sample_format: int = 1, samples: int = 1) -> bytes:
-    """An uncompressed little-endian TIFF of H x W in one strip, for what Pillow does not write."""
-    tags = [(256, 4, W), (257, 4, H), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 0),
-            (277, 3, samples), (278, 4, H), (279, 4, len(pixels)), (339, 3, sample_format)]  # fmt: skip
+def tiff(
+    pixels: bytes,
+    bits: int,
+    photometric: int = 1,
+    sample_format: int = 1,
+    samples: int = 1,
+    order: str = "<",
+    compressed: bool = False,
+) -> bytes:
+    """A TIFF of H x W in one strip, for what Pillow does not write."""
+    pixels = zlib.compress(pixels) if compressed else pixels
+    tags = [(256, 4, W), (257, 4, H), (258, 3, bits), (259, 3, 8 if compressed else 1), (262, 3, photometric),
+            (273, 4, 0), (277, 3, samples), (278, 4, H), (279, 4, len(pixels)), (339, 3, sample_format)]  # fmt: skip
     start = 8 + 2 + 12 * len(tags) + 4
-    content = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     for tag, kind, value in tags:
         value = start if tag == 273 else value
-        content += struct.pack("<HHI", tag, kind, 1)
-        content += struct.pack("<HH", value, 0) if kind == 3 else struct.pack("<I", value)
+        content += struct.pack(f"{order}HHI", tag, kind, 1)
+        content += struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
     return content + struct.pack("<I", 0) + pixels
 
 
@@ -456,8 +465,9 @@ def test_what_a_header_says_of_the_values_is_honoured(tmp_path: Path, content: b
     [
         (tiff(TWELVE.astype("<i2").tobytes(), 16, sample_format=2), "set data.white_level"),
         (tiff(TWELVE.astype("<i4").tobytes(), 32, sample_format=2), "set data.white_level"),
-        (tiff(GRAY.tobytes(), 8, sample_format=2), "8-bit L values, signed"),
-        (tiff(bytes(H * W * 2), 10), "cannot be read as an image"),
+        (tiff(GRAY.tobytes(), 8, sample_format=2), "would be misread"),
+        (tiff(TWELVE.astype(">f4").tobytes(), 32, sample_format=3, order=">", compressed=True), "would be misread"),
+        (tiff(bytes(H * W * 2), 10), "TIFF of 1 to 8, 12, 16 or 32 bits"),
         (tiff(bytes(H * W * 2), 14), "cannot be read as an image"),
     ],
 )

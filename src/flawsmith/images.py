@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from flawsmith.damage import find_damage
@@ -259,6 +259,8 @@ def _named(path: Path | str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
+        if isinstance(error, UnidentifiedImageError):
+            error = ValueError("no PNG, JPEG, BMP, or TIFF of 1 to 8, 12, 16 or 32 bits a sample")
         reason = re.sub(r"<_io\.[^>]*>", "the file", str(error)).replace(str(path), "the file") or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
 
@@ -363,11 +365,15 @@ def _header(image: ImageFile.ImageFile, stream: BinaryIO, name: Path | str) -> V
     tags: Any = getattr(image, "tag_v2", None)
     if tags is not None:  # a TIFF
         declared, is_signed = max(tags.get(258, (1,))), max(tags.get(339, (1,))) == 2
-        is_odd = declared > 8 and len(image.getbands()) > 1 and (tags.get(284, 1) == 2 or raw - _COLOURS_OF_16_BITS)
-        if is_odd or (is_signed and not is_deep):
+        is_colour = declared > 8 and len(image.getbands()) > 1
+        # what libtiff has decompressed is in this machine's order, which Pillow knows of unsigned 16 bits alone
+        is_turned = image.mode in ("I", "F") and tags.prefix == b"MM" and image.tile[0][0] == "libtiff"
+        is_misread = is_turned or (is_signed and not is_deep)
+        is_misread |= is_colour and (tags.get(284, 1) == 2 or bool(raw - _COLOURS_OF_16_BITS))
+        if is_misread:
             raise UserError(
-                f"{name} is a TIFF of {declared}-bit {image.mode} values, signed, in planes or multiplied by alpha, "
-                "which is not read; export it as 8 or 16 bit RGB or gray."
+                f"{name} is a TIFF whose values ({declared} bits, {image.mode}; signed, in planes, multiplied by alpha "
+                "or compressed big-endian) would be misread; export it as 8 or 16 bit RGB or gray."
             )
         if 0 in tags.get(273, tags.get(324, (1,))) or 0 in tags.get(279, tags.get(325, (1,))):
             raise UserError(f"{name} is damaged (strips of its pixels are missing); replace or remove it.")

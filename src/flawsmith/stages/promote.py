@@ -4,6 +4,8 @@ flawsmith promote --category C. No stage of dvc.yaml: it changes the registry, w
 models are finished when they come here, so reading the test set is an evaluation: nothing is trained or tuned on it.
 """
 
+import logging
+
 from flawsmith.errors import UserError
 from flawsmith.evaluation.paired import Comparison, compare_models
 from flawsmith.evaluation.scoring import normal_items
@@ -13,6 +15,8 @@ from flawsmith.randomness import numpy_generator
 from flawsmith.registry.promotion import Outcome, promote
 from flawsmith.stages.evaluate import judged_images
 from flawsmith.tiling import Tiling
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -26,6 +30,14 @@ def run(
         if not judged.labelled:
             for model in (challenger, champion):
                 _demand_scale(model, data.scale)
+        if champion is not None and champion.metadata.white_level != data.white_level:
+            log.warning(
+                "%s: the champion has learned images whose white is %d (0: the files' full scale) and is judged on "
+                "images whose white is %d, as the challenger has learned them.",
+                layout.category,
+                champion.metadata.white_level,
+                data.white_level,
+            )
         comparison = compare_models(
             challenger,
             champion,
