@@ -20,6 +20,7 @@ help: ## list the targets
 
 repro: install ## run the pipeline (what is up to date is skipped); ARGS='distill@brushed_metal' for a part of it
 	dvc repro $(ARGS)
+	@flawsmith result
 
 up: install ## Prefect, MLflow and a worker on this machine; ARGS='--workers 2 --checkout . --checkout ../second' for two
 	python -m flows.stack up $(ARGS)

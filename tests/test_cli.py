@@ -14,6 +14,7 @@ import pytest
 
 from flawsmith import __version__, cli, doctor
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
+from flawsmith.files import write_json
 from flawsmith.settings import SECTIONS, load_settings
 from flawsmith.study.plan import METHODS
 
@@ -330,6 +331,28 @@ def test_fetch_knows_its_datasets(run: Run, params_path: Path) -> None:
     code, _, err = run("fetch", "mvtec-ad", "--category", "botle", "--params", params_path)
     assert code == 2
     assert "bottle" in one_line(err)
+
+
+def test_the_result_is_three_lines(run: Run, params_path: Path) -> None:
+    stages = params_path.parent / "artifacts" / "brushed_metal"
+    code, out, _ = run("result", "--params", params_path, "--category", "brushed_metal")
+    assert (code, out.splitlines()) == (
+        0, ["brushed_metal: no detector yet.", "Report: none yet", "Next:   make repro"]
+    )  # fmt: skip
+    write_json(stages / "validate" / "verdict.json", {"passed": False})
+    _, out, _ = run("result", "--params", params_path, "--category", "brushed_metal")
+    assert "the quality gate refused the triplets" in out
+    rates = {"test_detection_rate": 0.966667, "test_false_alarm_rate": 0.05, "n_defective": 30, "n_good": 20}
+    write_json(stages / "evaluate" / "metrics.json", {**rates, "scored_on": "labelled test set"})
+    model = stages / "export" / "model.onnx"
+    model.parent.mkdir()
+    model.touch()
+    _, out, _ = run("result", "--params", params_path, "--category", "brushed_metal")
+    assert out.splitlines() == [
+        "brushed_metal: the detector finds 29 of 30 defective images and flags 1 of 20 good ones (labelled test set).",
+        f"Report: {stages / 'evaluate' / 'report.html'}",
+        f"Next:   flawsmith predict {model} FOLDER --out results",
+    ]
 
 
 def test_explain_needs_one_category(run: Run, params_path: Path) -> None:

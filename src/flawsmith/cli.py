@@ -411,6 +411,15 @@ def monitor(
 
 
 @app.command(rich_help_panel=USE_PANEL)
+def result(category: CategoryOption = None, params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None) -> None:
+    """Say what the last run of the pipeline came to: verdict, report, next command. The end of `make repro`."""
+    from flawsmith.conclusion import conclude
+
+    for layout in _layouts(params, category, overrides):
+        print(*conclude(layout), sep="\n")
+
+
+@app.command(rich_help_panel=USE_PANEL)
 def explain(
     triplet_id: Annotated[str, typer.Argument(metavar="TRIPLET_ID", help="As in manifest.parquet, e.g. fit-00012.")],
     category: OneCategoryOption = None,

@@ -1,0 +1,47 @@
+"""What a run of the pipeline came to, in three lines: verdict, report, next command."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from flawsmith.files import read_json
+from flawsmith.layout import Layout
+
+
+def conclude(layout: Layout) -> list[str]:
+    """The three lines of one category, from what its stages have left.
+
+    Raises:
+        UserError: a result cannot be read.
+    """
+    metrics, model = layout.stage("evaluate") / "metrics.json", layout.stage("export") / "model.onnx"
+    report = layout.stage("evaluate") / "report.html"
+    if not (metrics.is_file() and model.is_file()):
+        gate = layout.stage("validate") / "verdict.json"
+        is_refused = gate.is_file() and not read_json(gate)["passed"]
+        said = "the quality gate refused the triplets, so there is no detector" if is_refused else "no detector yet"
+        report = gate.with_name("docs") / "index.html" if is_refused else report
+        following = "correct `synthesize` or `validate` in params.yaml, then make repro" if is_refused else "make repro"
+        return [
+            f"{layout.category}: {said}.",
+            f"Report: {report if report.is_file() else 'none yet'}",
+            f"Next:   {following}",
+        ]
+    found = read_json(metrics)
+    hits, alarms = (
+        round((found[rate] or 0) * found[count])
+        for rate, count in (("test_detection_rate", "n_defective"), ("test_false_alarm_rate", "n_good"))
+    )
+    return [
+        f"{layout.category}: the detector finds {hits} of {found['n_defective']} defective images and flags "
+        f"{alarms} of {found['n_good']} good ones ({found['scored_on']}).",
+        f"Report: {report}",
+        f"Next:   {_command()} predict {shlex.quote(str(model))} FOLDER --out results",
+    ]
+
+
+def _command() -> str:
+    """This program as one calls it from here: an environment below this folder need not be active."""
+    here = Path(os.path.relpath(sys.argv[0]))
+    return "flawsmith" if ".." in here.parts else shlex.quote(str(here))
