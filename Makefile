@@ -35,8 +35,8 @@ nightly: install ## retrain every category now, on the stack's workers, and foll
 test: lint types ## lint, types, and on all cores every test but those of the whole stack; ARGS='-k settings' for some
 	pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder $(ARGS)
 
-stack-test: install ## the tests that need real servers and workers: a few minutes
-	pytest -m stack tests/stack $(ARGS)
+stack-test: install ## the tests that need real servers and workers, two files at a time
+	pytest -m stack tests/stack --numprocesses 2 $(ARGS)
 
 lint: install ## ruff: rules and formatting
 	ruff check .

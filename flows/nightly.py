@@ -39,7 +39,7 @@ from flawsmith.settings import load_settings
 from flows.artifacts import ENDINGS, nightly_report, slug
 
 RETRAIN, NIGHTLY = "retrain/retrain", "nightly/nightly"
-POLL_SECONDS = 5.0
+POLL_SECONDS = 2.0
 SERVER_ERROR = 500  # an HTTP status from here on may pass
 TRIES = 2  # a crashed sub-run is started once more
 GOOD = frozenset({"promoted", "kept", "unchanged", "skipped"})
@@ -94,8 +94,8 @@ def nightly(categories: list[str] | None = None, hours: float = 20.0) -> State[A
     parts = [Part(name) for name in dict.fromkeys(names)]
     until = time.monotonic() + hours * 3600
     with get_client(sync_client=True) as client:
-        while waiting := [part for part in parts if not part.over]:
-            for part in waiting:
+        while True:
+            for part in (part for part in parts if not part.over):
                 before = part.state
                 if time.monotonic() > until:
                     part.trouble = f"not over after {hours:g} hours"
@@ -103,6 +103,8 @@ def nightly(categories: list[str] | None = None, hours: float = 20.0) -> State[A
                     _advance(client, part)
                 if part.state != before:
                     log.info("%s: %s", part.category, part.state)
+            if all(part.over for part in parts):
+                break
             time.sleep(POLL_SECONDS)
         rows = [_row(client, part) for part in parts]
     create_markdown_artifact(nightly_report(rows), "nightly", "the night, a line a category")

@@ -454,7 +454,9 @@ def lineage(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
 ) -> None:
-    """Walk back by content from a model (or any output) to the data it came from. Exit 1 if a link is missing.
+    """Walk back by content from a model (or any output) to the data it came from, by dvc.lock and the recorded runs.
+
+    Exit 1 if a link is missing or a file is not what dvc.lock says.
 
     Example: flawsmith lineage brushed_metal@champion
     """

@@ -292,7 +292,8 @@ def changed(root: Path, targets: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError, FlawsmithError: DVC cannot say.
     """
-    finished = stream(["dvc", "status", "--json", *targets], root, lambda line: None, keep_stdout=True)
+    command = ["dvc", "--wait-for-lock", "status", "--json", *targets]
+    finished = stream(command, root, lambda line: None, keep_stdout=True)
     if finished.status != 0:
         raise failure("`dvc status`", finished)
     found: dict[str, str] = {}

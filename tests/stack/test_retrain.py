@@ -108,12 +108,12 @@ def test_a_schedule_fires_and_the_run_goes_from_nothing_to_the_registry(stack: S
     planned = {"schedule": schedule, "active": True, "parameters": parameters, "slug": "soon"}
     head, index = git_state(checkout)
     (made,) = stack.api(f"deployments/{retrain}/schedules", [planned])
-    run = wait_for("the scheduled run", lambda: next(iter(runs(stack)), None), 240)
+    run = wait_for("the scheduled run", lambda: next(iter(runs(stack)), None))
     assert run["auto_scheduled"]
     assert abs(datetime.fromisoformat(run["expected_start_time"]) - due) < timedelta(seconds=1)
     remove_schedule(stack, retrain, made["id"])
     ended = wait_for_end(stack, run)
-    assert ended["state_name"] in ("Completed", "Kept"), ended["state"]["message"]
+    assert ended["state_name"] == "Completed", ended["state"]["message"]
     shown = artifacts(stack, ended)
     stages = json.loads(shown["brushed-metal-stages"])
     assert [row["DVC"] for row in stages] == ["ran"] * 7
@@ -223,9 +223,6 @@ def test_the_gate_s_refusal_is_a_state_and_a_report_and_is_not_tried_again(
     tasks = stack.api("task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
     assert {item["name"]: item["run_count"] for item in tasks}[f"validate@{CATEGORY}"] == 1
     assert not any(item["name"].startswith("distill") for item in tasks)
-    # and nobody takes a refused run for one without heartbeat
-    time.sleep(WINDOW + 15)
-    assert stack.api(f"flow_runs/{run['id']}")["state_name"] == "QualityGateFailed"
 
 
 def test_drift_starts_a_retraining_of_its_category(
@@ -237,8 +234,16 @@ def test_drift_starts_a_retraining_of_its_category(
         f"emit_event('flawsmith.drift', resource={{'prefect.resource.id': 'flawsmith.category.{CATEGORY}'}})"
     )
     subprocess.run([sys.executable, "-c", code], env=stack.environment(), check=True, capture_output=True)
-    run = wait_for("a run", lambda: next((item for item in runs(stack) if item["id"] not in before), None), 240)
+    run = wait_for("a run", lambda: next((item for item in runs(stack) if item["id"] not in before), None))
     assert run["parameters"]["category"] == CATEGORY
     ended = wait_for_end(stack, run)
     stages = json.loads(artifacts(stack, ended)["brushed-metal-stages"])
     assert {row["DVC"] for row in stages} == {"unchanged"}, "what has not changed is not computed again"
+
+
+def test_nobody_takes_a_refused_run_for_one_without_heartbeat(stack: Stack, recovered: tuple[Any, Any, int]) -> None:
+    """Last of all: what was to be waited for has mostly passed by now."""
+    _, run, _ = recovered
+    due = datetime.fromisoformat(run["end_time"]) + timedelta(seconds=WINDOW + 15)
+    time.sleep(max(0.0, (due - datetime.now(UTC)).total_seconds()))
+    assert stack.api(f"flow_runs/{run['id']}")["state_name"] == "QualityGateFailed"

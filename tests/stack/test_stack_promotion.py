@@ -56,7 +56,7 @@ def test_a_champion_is_made_defended_and_rolled_back(plant: Any, stack: Stack) -
     plant.train(noise=0.25)  # worse
     register(plant.layout)
     refused = cli(plant, stack, "promote")
-    out, errors = refused.communicate(timeout=300)
+    out, errors = refused.communicate()
     assert refused.returncode == 1, errors
     answer = json.loads(out)
     assert (answer["outcome"], answer["version"], answer["previous_champion"]) == ("refused", "2", "1")
@@ -68,7 +68,7 @@ def test_a_champion_is_made_defended_and_rolled_back(plant: Any, stack: Stack) -
     assert plant.registry.champion() == "3"
 
     back = cli(plant, stack, "rollback", "--reason", "alarms at every part")
-    out, errors = back.communicate(timeout=300)
+    out, errors = back.communicate()
     assert back.returncode == 0, errors
     assert json.loads(out)["version"] == "1"
     assert plant.registry.champion() == "1"
@@ -82,7 +82,7 @@ def test_two_processes_that_promote_at_once_leave_one_champion_and_no_silent_los
         register(plant.layout)
     versions = [version.number for version in plant.registry.versions()[-2:]]
     running = [cli(plant, stack, "promote", "--version", version) for version in versions]
-    ended = [(process, *process.communicate(timeout=300)) for process in running]
+    ended = [(process, *process.communicate()) for process in running]
     found = history(plant.layout)
     winners = [entry for entry in found["trail"] if entry["kind"] == "promotion" and not entry["lost"]]
     assert found["champion"] == winners[-1]["version"]
