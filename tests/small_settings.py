@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "min_changed": 0.2, "validation_fraction": 0.25,
     },
     "validate": {
+        "max_sample_distance": [50.0, 100.0], "min_sample_novelty": [0.0, 0.0],
         "min_triplets": 4, "mask_area": [0.00005, 0.5], "min_change_inside": 0.0, "min_visible_share": 0.0,
         "max_change_outside": 1.0, "ssim": [-1.0, 1.0], "worst": 4,
     },

@@ -186,6 +186,18 @@ class SynthesizeSettings:
 class ValidateSettings:
     """`validate`: bounds of the quality gate; each names the severity of what breaks it."""
 
+    max_sample_distance: tuple[float, float] = setting(
+        "way of the DDPM's plain samples from real surface (0) to coloured noise (1): above the first a warning, above "
+        "the second critical",
+        0.0,
+        100.0,
+    )
+    min_sample_novelty: tuple[float, float] = setting(
+        "distance of its samples to the training crops over that of unseen crops: below the first critical, below the "
+        "second a warning",
+        0.0,
+        100.0,
+    )
     min_triplets: int = setting("critical: fewest triplets", 1)
     mask_area: tuple[float, float] = setting("critical: bounds of a mask's share of the image", 0.0, 1.0)
     visible_change: float = setting(

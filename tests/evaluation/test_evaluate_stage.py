@@ -17,6 +17,7 @@ from flawsmith.evaluation import fidelity
 from flawsmith.evaluation.assess import KEYS
 from flawsmith.evaluation.crops import MAX_CROPS
 from flawsmith.export.onnx import export_network, export_onnx
+from flawsmith.files import write_json
 from flawsmith.images import read_image, write_png
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
@@ -76,6 +77,8 @@ def layout(tmp_path, params_path, monkeypatch):
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"toy")
     (weights.parent / "config.json").write_text('{"precision": "float32"}')
+    warned = {"name": "ddpm_ready", "passed": False}
+    write_json(made.stage("validate") / "verdict.json", {"expectations": [warned], "ddpm": "Not ready: 31 %."})
     monkeypatch.setattr(evaluate, "load_detector", lambda folder: ToyDetector().eval())
     monkeypatch.setattr(evaluate, "export_network", export_once)
     fitted: list[list[Path]] = []
@@ -126,7 +129,9 @@ def test_labelled_surface_leaves_its_files(layout):
         assert values == {key: pytest.approx(source[key], abs=1e-4) for key in KEYS}
     assert len(list((out / "parity").iterdir())) == 8
     assert fitted == [list(made.split().fit)]
-    assert str(made.root) not in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert str(made.root) not in report
+    assert "passed the quality gate with warnings (ddpm_ready). Not ready: 31 %." in report
 
 
 def set_settings(layout, **evaluate_settings):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from triplet_sets import COUNT, Report, settings, write_manifest
+from triplet_sets import COUNT, Report, judge, make_set, settings, write_manifest
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_path
@@ -15,7 +15,7 @@ from flawsmith.layout import Layout
 from flawsmith.quality.expectations import check, tidy_page
 from flawsmith.quality.gate import read_manifest_ids, to_frame
 from flawsmith.quality.measures import Measures
-from flawsmith.quality.verdict import rules
+from flawsmith.quality.verdict import ddpm_rules, rules
 from flawsmith.stages.validate import run
 
 SETS = ("good", "broken", "odd", "empty")
@@ -111,7 +111,9 @@ def test_report_is_whole_whatever_the_verdict(report: Report) -> None:
     ]  # fmt: skip
     with Image.open(report.folder / "worst.png") as sheet:
         sheet.verify()
-    leftovers = [path for path in report.folder.parent.iterdir() if path.name not in ("synthesize", "validate")]
+    leftovers = [
+        path for path in report.folder.parent.iterdir() if path.name not in ("ddpm-train", "synthesize", "validate")
+    ]
     assert leftovers == []
 
 
@@ -119,7 +121,8 @@ def test_report_is_whole_whatever_the_verdict(report: Report) -> None:
 def test_data_docs_list_the_suite_and_need_no_network(report: Report) -> None:
     docs = report.folder / "docs"
     index, suite = (docs / "index.html").read_text(), (docs / "expectations" / "triplets.html").read_text()
-    for rule in rules(report.layout.settings.validate):
+    of_ddpm = ddpm_rules(report.layout.settings.validate) if report.verdict["triplets"] else ()
+    for rule in (*of_ddpm, *rules(report.layout.settings.validate)):
         assert f"<td>{rule.name}</td><td>{rule.severity}</td>" in index
         assert rule.column in suite
     for page in docs.rglob("*.html"):
@@ -140,12 +143,52 @@ def test_same_measures_give_the_same_pages_quietly(
     good: Report, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    frame = pd.read_parquet(good.folder / "measures.parquet")
-    verdict = check(frame, rules(good.layout.settings.validate), tmp_path / "docs")
+    frame = pd.read_parquet(good.folder / "measures.parquet").assign(relative_distance=0.2, neighbour_ratio=1.5)
+    bounds = good.layout.settings.validate
+    verdict = check(frame, (*ddpm_rules(bounds), *rules(bounds)), tmp_path / "docs", good.verdict["ddpm"])
     assert verdict.to_json() == good.verdict
     assert digest_path(tmp_path / "docs") == digest_path(good.folder / "docs")
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]  # no home of Great Expectations
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("ddpm", "failing", "severity"),
+    [
+        ((1.55, 1.5), ["ddpm_not_noise", "ddpm_ready"], "critical"),  # pure noise
+        ((0.5, 1.5), ["ddpm_ready"], "warning"),
+        ((0.2, 0.1), ["ddpm_no_copies", "ddpm_novel"], "critical"),  # training images repeated
+        ((0.2, 0.4), ["ddpm_novel"], "warning"),
+    ],
+)
+def test_good_triplets_of_a_ddpm_that_is_not_ready(
+    tmp_path: Path, ddpm: tuple[float, float], failing: list[str], severity: str
+) -> None:
+    report = judge(tmp_path, ddpm=ddpm)
+    assert report.verdict["severity"] == severity
+    assert list(report.failing()) == failing
+    assert report.verdict["ddpm"] in (report.folder / "docs" / "index.html").read_text()
+    observed = {item["name"]: item["observed"] for item in report.verdict["expectations"]}
+    assert (observed["ddpm_ready"], observed["ddpm_novel"]) == ddpm
+    assert (report.error is not None) == (severity == "critical")
+    if report.error:
+        assert failing[0] in str(report.error)
+        assert report.verdict["ddpm"] in str(report.error)
+
+
+def test_triplets_of_no_ddpm_ask_for_no_readiness(tmp_path: Path) -> None:
+    changed = replace(settings().synthesize, texture="own")
+    layout = Layout(replace(settings(), synthesize=changed), "tile", tmp_path)
+    make_set(layout.stage("synthesize"))
+    run(layout)
+    assert not [item for item in Report(layout, None).verdict["expectations"] if item["name"].startswith("ddpm")]
+
+
+def test_missing_readiness_is_a_user_error(tmp_path: Path) -> None:
+    layout = Layout(settings(), "tile", tmp_path)
+    make_set(layout.stage("synthesize"))
+    with pytest.raises(UserError, match=r"readiness\.json does not exist; run `flawsmith ddpm-train"):
+        run(layout)
 
 
 def test_missing_manifest_is_a_user_error(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import ndimage
 
 from flawsmith.errors import QualityGateError
-from flawsmith.files import read_json
+from flawsmith.files import read_json, write_json
 from flawsmith.images import FloatImage, Mask, read_image, write_png
 from flawsmith.layout import Layout
 from flawsmith.masks import read_mask
@@ -99,9 +99,21 @@ def settings(**overrides: object) -> Settings:
     return load_settings(PARAMS, chosen | {f"validate.{key}": value for key, value in overrides.items()})
 
 
-def judge(root: Path, prepare: Callable[[Path], None], **overrides: object) -> Report:
-    """Write a good set, let `prepare` spoil it, run the stage."""
+def write_readiness(layout: Layout, distance: float, novelty: float) -> None:
+    """What ddpm-train leaves of a model whose samples lie there."""
+    found = {"relative_distance": distance, "neighbour_ratio": novelty, "verdict": f"Samples lie at {distance:.0%}."}
+    write_json(layout.stage("ddpm-train") / "readiness.json", found)
+
+
+def judge(
+    root: Path,
+    prepare: Callable[[Path], None] = lambda folder: None,
+    ddpm: tuple[float, float] = (0.2, 1.5),
+    **overrides: object,
+) -> Report:
+    """Write a good set, let `prepare` spoil it, run the stage; `ddpm` is how its samples fared."""
     layout = Layout(settings(**overrides), "tile", root)
+    write_readiness(layout, *ddpm)
     make_set(layout.stage("synthesize"))
     prepare(layout.stage("synthesize"))
     try:

@@ -47,6 +47,7 @@ EVEN = Estimate(0.0, -0.01, 0.01)
 ABSOLUTE = {
     "parity_certificate",
     "quality_gate",
+    "ddpm_ready",
     "lineage",
     "not_rolled_back",
     "image_auroc_floor",
@@ -76,6 +77,7 @@ SECOND = Evidence(
     labelled=True,
     parity=(),
     gate=(),
+    ddpm=("Ready: plain samples are 23% of the way", 0.23, 0.75),
     missing_links=(),
     rolled_back="",
 )
@@ -113,6 +115,7 @@ def by_defect(evidence: Evidence, name: str, estimate: Estimate) -> Evidence:
 Change = Callable[[Evidence], Evidence]
 SPOILT: dict[str, tuple[Change, str]] = {  # check → how to fail it alone, and the figure its reason must show
     "parity_certificate": (lambda e: replace(e, parity=("of another file",)), "of another file"),
+    "ddpm_ready": (lambda e: replace(e, ddpm=("Not ready: 155 %", 1.55, 0.75)), "155 %"),
     "quality_gate": (lambda e: replace(e, gate=("mask_share (9 of 400 triplets)",)), "9 of 400"),
     "lineage": (lambda e: replace(e, missing_links=("artifacts/plate/distill",)), "artifacts/plate/distill"),
     "not_rolled_back": (lambda e: replace(e, rolled_back="misses oil stains"), "misses oil stains"),

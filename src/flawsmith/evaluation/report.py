@@ -57,6 +57,8 @@ class Subject:
     image_size: int
     teacher: str
     part: str = "all"
+    gate: str = ""  # what the quality gate said of the triplets and the DDPM behind them
+    warned: bool = False  # and whether that is a warning
 
 
 def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: Fidelity | None = None) -> None:

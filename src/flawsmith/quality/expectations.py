@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,11 @@ ID = "triplet_id"
 STYLE = Path(__file__).with_name("data_docs.css")
 
 
-def check(frame: pd.DataFrame, suite: Sequence[Rule], docs: Path) -> Verdict:
+def check(frame: pd.DataFrame, suite: Sequence[Rule], docs: Path, ddpm: str | None = None) -> Verdict:
     """Check every rule on the measures, one row a triplet, and write the Data Docs to the new folder `docs`.
 
-    The verdict rests on the worst severity that failed. The checkpoint's own `success` is not used: it is False as
-    well where only a warning failed.
+    `ddpm` says in words whether the DDPM was ready. The verdict rests on the worst severity that failed. The
+    checkpoint's own `success` is not used: it is False as well where only a warning failed.
     """
     with _quiet(), tempfile.TemporaryDirectory(prefix="flawsmith-gx-") as home:
         result = _run_checkpoint(frame, suite, home)
@@ -46,6 +47,7 @@ def check(frame: pd.DataFrame, suite: Sequence[Rule], docs: Path) -> Verdict:
     if worst is not None:
         reported = "critical" if str(worst.value) == "critical" else "warning"
     verdict = decide([_outcome(rule, by_name[rule.name], frame) for rule in suite], len(frame), reported)
+    verdict = replace(verdict, ddpm=ddpm)
     _write_index(docs, verdict)
     return verdict
 
@@ -84,6 +86,8 @@ def _expectation(rule: Rule) -> "Expectation":
     shared: dict[str, Any] = {"severity": rule.severity, "meta": {"rule": rule.name}}
     if rule.kind == "row count":
         return gxe.ExpectTableRowCountToBeBetween(min_value=rule.low, max_value=rule.high, **shared)
+    if rule.kind == "of all":  # the same in every row
+        return gxe.ExpectColumnMaxToBeBetween(column=rule.column, min_value=rule.low, max_value=rule.high, **shared)
     shared |= {"column": rule.column, "mostly": rule.mostly}
     if rule.kind == "unique":
         return gxe.ExpectColumnValuesToBeUnique(**shared)
@@ -99,6 +103,8 @@ def _outcome(rule: Rule, result: Any, frame: pd.DataFrame) -> Outcome:
     observed: float | tuple[float, float] | None = None
     if rule.kind == "row count":
         observed = len(frame)
+    elif rule.kind == "of all":
+        observed = float(frame[rule.column].iloc[0]) if len(frame) else None
     elif rule.kind == "range":
         low, high = float(frame[rule.column].min()), float(frame[rule.column].max())
         observed = None if math.isnan(low) else (low, high)
@@ -160,7 +166,7 @@ def _write_index(docs: Path, verdict: Verdict) -> None:
 {STYLE.read_text()}</style></head><body>
 <h1>Triplet quality: {state}</h1>
 <p class="lead">{verdict.triplets} triplets. A critical failure stops the pipeline before anything is trained;
-a warning does not. <a href="{VALIDATION}">Validation result</a>,
+a warning does not. {escape(verdict.ddpm or "")} <a href="{VALIDATION}">Validation result</a>,
 <a href="expectations/{SUITE}.html">expectation suite {SUITE}</a>.</p>
 <table><tr><th></th><th>expectation</th><th>severity</th><th>demand</th><th>bounds</th><th>must hold for</th>
 <th>observed</th><th>failing triplets</th></tr>
@@ -183,7 +189,7 @@ def _index_row(outcome: Outcome) -> str:
     if isinstance(outcome.observed, tuple):
         observed = " to ".join(f"{value:.4g}" for value in outcome.observed)
     else:
-        observed = "" if outcome.observed is None else f"{outcome.observed:.0f}"
+        observed = "" if outcome.observed is None else f"{outcome.observed:.4g}"
     ids = ", ".join(outcome.failing_ids[:5]) + (", ..." if len(outcome.failing_ids) > 5 else "")
     failing = f"{len(outcome.failing_ids)}: {ids}" if outcome.failing_ids else ""
     cells = [rule.name, rule.severity, rule.meaning, bounds, f"{100 * rule.mostly:g} %", observed, failing]

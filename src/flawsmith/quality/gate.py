@@ -6,12 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from flawsmith.errors import QualityGateError
-from flawsmith.files import atomic_file, write_json
+from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith.images import write_png
 from flawsmith.quality.expectations import check
 from flawsmith.quality.measures import Measures, Scale, measure_folder
 from flawsmith.quality.sheet import draw_sheet, rank_worst
-from flawsmith.quality.verdict import Verdict, rules
+from flawsmith.quality.verdict import DISTANCE, NOVELTY, Verdict, ddpm_rules, rules
 from flawsmith.settings import ValidateSettings
 from flawsmith.triplets import read_manifest
 
@@ -34,10 +34,13 @@ def to_frame(rows: list[Measures]) -> pd.DataFrame:
     return frame.astype({name: KINDS[field.type] for name, field in names.items()})
 
 
-def inspect_triplets(triplets: Path, report: Path, settings: ValidateSettings, side: int) -> Verdict:
+def inspect_triplets(
+    triplets: Path, report: Path, settings: ValidateSettings, side: int, readiness: Path | None = None
+) -> Verdict:
     """Judge the triplets in the folder `triplets`, whose images must have the side `side` (pixels).
 
-    Writes measures.parquet, verdict.json, docs/ (Data Docs) and worst.png into the existing folder `report`.
+    `readiness` is the readiness.json of the DDPM behind them, None if they were made without one. Writes
+    measures.parquet, verdict.json, docs/ (Data Docs) and worst.png into the existing folder `report`.
 
     Raises:
         UserError: the manifest cannot be read.
@@ -47,7 +50,14 @@ def inspect_triplets(triplets: Path, report: Path, settings: ValidateSettings, s
     frame = to_frame(rows)
     with atomic_file(report / "measures.parquet") as temporary:
         frame.to_parquet(temporary, index=False)
-    verdict = check(frame, rules(settings), report / "docs")
+    suite, ddpm = rules(settings), None
+    if readiness is not None:
+        found = read_json(readiness)
+        ddpm = str(found["verdict"])
+        if rows:
+            frame = frame.assign(**{name: float(found[name]) for name in (DISTANCE, NOVELTY)})
+            suite = (*ddpm_rules(settings), *suite)
+    verdict = check(frame, suite, report / "docs", ddpm)
     write_json(report / "verdict.json", verdict.to_json())
     write_png(report / "worst.png", draw_sheet(triplets, rank_worst(rows, verdict, settings.worst)))
     return verdict
@@ -60,8 +70,13 @@ def enforce(verdict: Verdict, category: str, report: Path) -> None:
         QualityGateError: it did not pass.
     """
     if not verdict.passed:
+        unready = any(
+            not item.passed and item.rule.kind == "of all" and item.rule.severity == "critical"
+            for item in verdict.outcomes
+        )
+        remedy = f"{verdict.ddpm} Or correct" if unready else "Then correct"
         raise QualityGateError(
             f"The triplets of '{category}' failed the quality gate: {verdict.reason()}; "
-            f"read {report / 'docs' / 'index.html'} and {report / 'worst.png'}, then correct `synthesize` or the "
+            f"read {report / 'docs' / 'index.html'} and {report / 'worst.png'}. {remedy} `synthesize` or the "
             "bounds in `validate` of params.yaml."
         )

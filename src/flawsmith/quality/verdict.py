@@ -11,17 +11,18 @@ from typing import Any, Literal
 from flawsmith.settings import ValidateSettings
 
 Severity = Literal["critical", "warning"]
-Kind = Literal["row count", "unique", "true", "not null", "range"]
+Kind = Literal["row count", "unique", "true", "not null", "range", "of all"]
 
 IDS_SHOWN = 20  # ids of failing triplets a rule in the verdict; measures.parquet holds them all
 NAMES_SHOWN = 4  # failed rules in the error's sentence
 
+DISTANCE, NOVELTY = "relative_distance", "neighbour_ratio"  # of readiness.json
 MEASURED = ("mask_area", "components", "change_inside", "change_outside", "visible_share", "ssim", "foreground_overlap")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One demand on a column of the measures (or on the number of rows)."""
+    """One demand on a column of the measures, on their number, or (`of all`) on one figure that is true of them all."""
 
     name: str
     kind: Kind
@@ -33,8 +34,23 @@ class Rule:
     mostly: float = 1.0  # share of the triplets that must satisfy it
 
 
+def ddpm_rules(settings: ValidateSettings) -> tuple[Rule, ...]:
+    """What is demanded of the DDPM behind diffused defects: its samples are surface, and no copies of it.
+
+    The columns are the fields of readiness.json.
+    """
+    near, far = settings.max_sample_distance
+    copied, close = settings.min_sample_novelty
+    return (
+        Rule("ddpm_not_noise", "of all", "critical", "the DDPM's samples are far from noise", DISTANCE, high=far),
+        Rule("ddpm_no_copies", "of all", "critical", "the DDPM repeats no training image", NOVELTY, low=copied),
+        Rule("ddpm_ready", "of all", "warning", "the DDPM's samples pass for real surface", DISTANCE, high=near),
+        Rule("ddpm_novel", "of all", "warning", "the DDPM's samples are as new as unseen images", NOVELTY, low=close),
+    )
+
+
 def rules(settings: ValidateSettings) -> tuple[Rule, ...]:
-    """The suite: in order of what to look at first when several fail."""
+    """The suite for every triplet, in order of what to look at first when several fail."""
     true = {
         "in_manifest": "every triplet on disk is listed in the manifest",
         "on_disk": "every triplet of the manifest has its three files",
@@ -99,7 +115,8 @@ class Outcome:
     Attributes:
         passed: whether the demand is met, `mostly` taken into account.
         failing_ids: triplets that break it, in the order of the measures; they may be few enough to pass.
-        observed: the number of rows, or [smallest, largest] value of the column, or None if it holds none.
+        observed: the number of rows, or [smallest, largest] value of the column, or None if it holds none; of a rule
+            `of all`, the figure.
     """
 
     rule: Rule
@@ -116,6 +133,7 @@ class Verdict:
     severity: Severity | None  # of the worst failure
     triplets: int
     outcomes: tuple[Outcome, ...]
+    ddpm: str | None = None  # whether the DDPM behind them was ready, in words; None if there is none
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the same for the same triplets: no times, no run ids."""
@@ -123,6 +141,7 @@ class Verdict:
             "passed": self.passed,
             "severity": self.severity,
             "triplets": self.triplets,
+            "ddpm": self.ddpm,
             "expectations": [
                 {
                     "name": outcome.rule.name,
@@ -149,6 +168,9 @@ class Verdict:
     def _named(self, outcome: Outcome) -> str:
         if outcome.rule.kind == "row count":
             return f"{outcome.rule.name} ({self.triplets} triplets, at least {outcome.rule.low} are needed)"
+        if outcome.rule.kind == "of all":
+            bound = f"{outcome.rule.high:g} at most" if outcome.rule.low is None else f"{outcome.rule.low:g} at least"
+            return f"{outcome.rule.name} ({outcome.rule.column} is {outcome.observed:.3g}, {bound} is allowed)"
         example = f", e.g. {outcome.failing_ids[0]}" if outcome.failing_ids else ""
         return f"{outcome.rule.name} ({len(outcome.failing_ids)} of {self.triplets} triplets{example})"
 

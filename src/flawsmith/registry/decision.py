@@ -35,6 +35,7 @@ class Evidence:
         labelled: the images are a labelled test set; otherwise held-out synthetic triplets stand in for it.
         parity: objections against the parity certificate, in words; empty if it proves this very file.
         gate: objections against the quality gate's verdict on the triplets that trained it; empty if passed.
+        ddpm: what the gate knew of the DDPM behind those triplets: in words, its samples' distance, the critical bound.
         missing_links: what of the challenger's lineage is not proven, in words; empty if all is.
         rolled_back: why this very content was rolled back earlier; empty if it never was.
     """
@@ -45,6 +46,7 @@ class Evidence:
     labelled: bool
     parity: Sequence[str]
     gate: Sequence[str]
+    ddpm: tuple[str, float | None, float | None]
     missing_links: Sequence[str]
     rolled_back: str
 
@@ -90,9 +92,11 @@ def _integrity(evidence: Evidence) -> list[Check]:
     def words(name: str, objections: Sequence[str], good: str, proof: bool = True) -> Check:
         return Check(name, not objections, float(len(objections)), 0.0, "; ".join(objections) or good, proof)
 
+    said, distance, bound = evidence.ddpm
     return [
         words("parity_certificate", evidence.parity, "the ONNX file is proven to answer as the trained model"),
         words("quality_gate", evidence.gate, "the triplets that trained it passed the quality gate"),
+        Check("ddpm_ready", distance is None or bound is None or distance <= bound, distance, bound, said, proof=True),
         words("lineage", evidence.missing_links, "every link from the model back to the data is proven"),
         words(
             "not_rolled_back",

@@ -169,6 +169,8 @@ def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[
         return ()
     failed = [
         f"{item['name']} ({item['failing']} of {verdict.get('triplets')} triplets)"
+        if item["failing"] or item["observed"] is None
+        else f"{item['name']} ({item['meaning']}: {item['observed']})"
         for item in verdict.get("expectations", ())
         if not item["passed"] and item["severity"] == "critical"
     ]
@@ -189,6 +191,14 @@ def lineage_objections(chain: Mapping[str, Any]) -> tuple[str, ...]:
 def knows(chain: Mapping[str, Any], path: Path) -> bool:
     """Whether a file's content, by either of its digests, is among those behind a model."""
     return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), repro.dvc_digest(path)})
+
+
+def ddpm_standing(verdict: Mapping[str, Any]) -> tuple[str, float | None, float | None]:
+    """What the gate knew of the DDPM behind the triplets: in words, its samples' distance, and the critical bound."""
+    found = next((item for item in verdict.get("expectations", ()) if item["name"] == "ddpm_not_noise"), None)
+    if found is None:
+        return "no DDPM made the triplets, or its readiness was not recorded", None, None
+    return str(verdict.get("ddpm")), found["observed"], found["bounds"][1]
 
 
 def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: int) -> list[float]:

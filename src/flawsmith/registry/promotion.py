@@ -320,8 +320,9 @@ def _evidence(
         for version, path, latency in zip([item for item in (target, known) if item], paths, latencies, strict=True)
     ]
     chain = read_json(new / package.LINEAGE)
-    verdict = new / package.VERDICT
-    gate = package.gate_objections(read_json(verdict), is_known=package.knows(chain, verdict))
+    path = new / package.VERDICT
+    verdict = read_json(path)
+    gate = package.gate_objections(verdict, is_known=package.knows(chain, path))
     return Evidence(
         challenger=facts[0],
         champion=facts[1] if len(facts) > 1 else None,
@@ -329,6 +330,7 @@ def _evidence(
         labelled=labelled,
         parity=package.parity_objections(read_json(new / package.PARITY), target.digest),
         gate=gate,
+        ddpm=package.ddpm_standing(verdict),
         missing_links=package.lineage_objections(chain),
         rolled_back=rolled_back,
     )
@@ -475,6 +477,7 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Any, digest
         "lineage": COMPLETE if not missing else f"not proven: {', '.join(missing)}",
         "gate": f"{'passed' if verdict['passed'] else 'failed'}; {verdict['triplets']} triplets; worst failure: "
         f"{verdict['severity'] or 'none'}",
+        "ddpm": package.ddpm_standing(verdict)[0],
         "parity": "; ".join(package.parity_objections(read_json(sources.parity), digest)) or "proven",
         "labelled": json.dumps(metrics["labelled"]),
         "image_auroc": f"{metrics['image_auroc']:.4f}",

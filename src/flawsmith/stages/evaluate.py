@@ -1,8 +1,9 @@
 """evaluate: how good the detector is, beside a kNN baseline; the only stage that opens the labelled test set.
 
-flawsmith evaluate --category C: reads distill/ and data/C (synthesize/ where there is no labelled test set), writes
-metrics.json, draws.npz, roc.csv, pr.csv, curves/, scores.csv, calibration_scores.csv, figures/, gallery/, parity/ and
-report.html. `run_baseline` judges the kNN baseline alone, which needs the data and no trained model.
+flawsmith evaluate --category C: reads distill/, validate/verdict.json and data/C (synthesize/ where there is no
+labelled test set), writes metrics.json, draws.npz, roc.csv, pr.csv, curves/, scores.csv, calibration_scores.csv,
+figures/, gallery/, parity/ and report.html. `run_baseline` judges the kNN baseline alone, which needs the data and no
+trained model.
 """
 
 import logging
@@ -241,7 +242,7 @@ def _triplet_ids(layout: Layout) -> list[str]:
 
 def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, layout: Layout, judged: Judged) -> None:
     """Everything the stage leaves."""
-    settings = layout.settings
+    settings, (gate, warned) = layout.settings, _gate(layout)
     subject = Subject(
         category=layout.category,
         labelled=judged.labelled,
@@ -250,6 +251,8 @@ def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, l
         image_size=settings.data.image_size,
         teacher=settings.teacher.backbone,
         part=judged.part,
+        gate=gate,
+        warned=warned,
     )
     precision = read_json(layout.input("distill", "config.json")).get("precision", "")
     write_data(folder, result, judged.labelled, judged.part, fidelity, precision)
@@ -257,6 +260,14 @@ def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, l
         folder / "parity", judged.items, settings.evaluate.parity_images, Tiling.of(layout.settings.data)
     )
     write_report(folder, result, subject, fidelity)
+
+
+def _gate(layout: Layout) -> tuple[str, bool]:
+    """What the quality gate said of the triplets, in words, and whether it warned."""
+    verdict = read_json(layout.input("validate", "verdict.json"))
+    warnings = [item["name"] for item in verdict["expectations"] if not item["passed"]]
+    said = f"with warnings ({', '.join(warnings)})" if warnings else "without a warning"
+    return f"The triplets passed the quality gate {said}. {verdict.get('ddpm') or ''}".strip(), bool(warnings)
 
 
 def _inputs(layout: Layout, judged: Judged) -> dict[str, Path]:

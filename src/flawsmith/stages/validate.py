@@ -1,7 +1,7 @@
 """validate: judge the triplets before anything learns from them; a critical failure stops the pipeline here.
 
-flawsmith validate --category C: reads synthesize/, writes measures.parquet, verdict.json, docs/ and worst.png. The
-report is in place whatever the verdict.
+flawsmith validate --category C: reads synthesize/ and, where the defects are diffused, ddpm-train/readiness.json;
+writes measures.parquet, verdict.json, docs/ and worst.png. The report is in place whatever the verdict.
 """
 
 import logging
@@ -21,16 +21,24 @@ def run(layout: Layout) -> None:
 
     Raises:
         QualityGateError: a critical expectation failed; the report says which.
-        UserError: there is no manifest.
+        UserError: there is no manifest, or no readiness.json where the defects are diffused.
     """
     settings = layout.settings.validate
     triplets, report = layout.input("synthesize", "manifest.parquet").parent, layout.stage("validate")
+    inputs, readiness = {"synthesize": triplets}, None
+    if layout.settings.synthesize.texture == "diffusion":
+        readiness = inputs["readiness"] = layout.input("ddpm-train", "readiness.json")
     with (
-        stage_run(layout, "validate", {"synthesize": triplets}, section_values(settings)) as tracked,
+        stage_run(layout, "validate", inputs, section_values(settings)) as tracked,
         atomic_folder(report, keep_on=QualityGateError) as folder,
     ):
-        verdict = inspect_triplets(triplets, folder, settings, layout.settings.data.image_size)
-        tracked.log_metrics({f"failing_{item.rule.name}": len(item.failing_ids) for item in verdict.outcomes})
+        verdict = inspect_triplets(triplets, folder, settings, layout.settings.data.image_size, readiness)
+        tracked.log_metrics(
+            {
+                f"failing_{item.rule.name}": not item.passed if item.rule.kind == "of all" else len(item.failing_ids)
+                for item in verdict.outcomes
+            }
+        )
         for name in ("verdict.json", "worst.png", "docs"):
             tracked.log_artifact(folder / name)
         log.info("%s: %d triplets, worst failure: %s", layout.category, verdict.triplets, verdict.severity or "none")

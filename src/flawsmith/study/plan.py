@@ -29,8 +29,8 @@ STAGES = (*PIPELINE, KNN)
 DIGITS = 20  # of a digest in a folder's name: 80 bits
 PACKAGE = Path(__file__).parents[1]
 
-# Of ddpm-train, what dvc.yaml lists for readiness.json alone, which no later stage reads: a study of teachers, or a
-# change to the teacher's code, need not train the diffusion model again.
+# Of ddpm-train, what dvc.yaml lists for readiness.json alone, which no later stage but the gate reads: a study of
+# teachers, or a change to the teacher's code, need not train the diffusion model again.
 REPORTED_ONLY = {"ddpm-train": ("teacher", "detector/teacher.py")}
 SEED_KEYS = ("data.split_seed", *(f"{stage}.seed" for stage in PIPELINE if stage != "validate"))
 # Keys that a study sets itself, and what to use instead.
