@@ -15,7 +15,7 @@ import pytest
 from flawsmith import __version__, cli, doctor
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
 from flawsmith.files import write_json
-from flawsmith.settings import SECTIONS, load_settings
+from flawsmith.settings import SECTIONS
 from flawsmith.study.plan import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -80,11 +80,15 @@ def test_named_categories_need_not_stand_in_the_params(run: Run, recorder: Recor
 
 def test_demo_data_renders_the_named_surfaces(run: Run, recorder: Recorder, params_path: Path) -> None:
     assert run("demo-data", "--params", params_path)[0] == 0
-    assert [arguments[2] for _, arguments in recorder.calls] == list(load_settings(params_path).demo_data.surfaces)
+    assert [arguments[2:] for _, arguments in recorder.calls] == [("brushed_metal", False)]
     recorder.calls.clear()
-    assert run("demo-data", "--params", params_path, "--surface", "woven_fabric")[0] == 0
-    (name, (_, root, surface)) = recorder.calls[0]
+    assert run("demo-data", "--params", params_path, "--surface", "woven_fabric", "--if-category")[0] == 0
+    (name, (_, root, surface, if_category)) = recorder.calls[0]
     assert (name, root, surface) == ("flawsmith.stages.demo_data", params_path.parent, "woven_fabric")
+    assert if_category
+    code, _, err = run("demo-data", "--params", params_path, "--set", "categories=[mine]")
+    assert code == 2
+    assert "`categories` names no embedded surface (brushed_metal, woven_fabric); name one with --surface" in err
 
 
 def test_every_stage_of_the_command_line_exists() -> None:

@@ -21,7 +21,7 @@ DVC_YAML = """
 stages:
   demo-data:
     matrix:
-      surface: ${surfaces}
+      surface: [wool]
     cmd: mkdir -p data/${item.surface} && echo demo > data/${item.surface}/image
     outs:
       - data/${item.surface}
@@ -84,7 +84,7 @@ def project(tmp_path: Path, quiet_dvc: None) -> Path:
     (folder / "learn.sh").write_text(LEARN)
     (folder / "validate.sh").write_text(PASSES)
     (folder / ".gitignore").write_text("/artifacts/*/model\n/artifacts/*/report\n/data/*\n!/data/*.dvc\n")
-    (folder / "params.yaml").write_text("categories: [steel, wool]\nsurfaces: [wool]\n")
+    (folder / "params.yaml").write_text("categories: [steel, wool]\n")
     (folder / "data" / "steel").mkdir(parents=True)
     (folder / "data" / "steel" / "image").write_text("a picture")
     run(folder, "dvc", "add", "--quiet", "data/steel")

@@ -156,19 +156,27 @@ def _front(
 def demo_data(
     surface: Annotated[
         list[str] | None,
-        typer.Option("--surface", metavar="NAME", help="brushed_metal or woven_fabric. Default: demo-data.surfaces."),
+        typer.Option("--surface", metavar="NAME", help="brushed_metal or woven_fabric. Default: those in params."),
     ] = None,
+    if_category: Annotated[
+        bool,
+        typer.Option("--if-category", help="Only if it is one of `categories`, else an empty folder (as DVC asks)."),
+    ] = False,
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
 ) -> None:
     """Render the embedded surfaces into data/SURFACE: normal images and a labelled test set."""
-    replaced = parse_overrides(overrides or [])
-    if surface:
-        replaced["demo-data.surfaces"] = surface
-    settings = _settings(params, replaced)
+    from flawsmith.demo.render import KINDS
+
+    settings = _settings(params, parse_overrides(overrides or []))
+    names = surface or [name for name in settings.categories if name in KINDS]
+    if not names:
+        raise UserError(
+            f"{params}: `categories` names no embedded surface ({', '.join(KINDS)}); name one with --surface."
+        )
     run = import_module("flawsmith.stages.demo_data").run
-    for name in dict.fromkeys(settings.demo_data.surfaces):
-        run(settings, params.parent, name)
+    for name in dict.fromkeys(names):
+        run(settings, params.parent, name, if_category)
 
 
 def _add_stage(name: str, meaning: str) -> None:

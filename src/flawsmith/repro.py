@@ -104,7 +104,7 @@ def stages_of(root: Path, settings: Settings, category: str) -> list[str]:
     targets = []
     for name, stage in read_stages(root).items():
         variables = set(stage.get("matrix", {}))
-        if variables == {"category"} or (variables == {"surface"} and category in settings.demo_data.surfaces):
+        if variables == {"category"} or (variables == {"surface"} and category in stage["matrix"]["surface"]):
             targets.append(f"{name}@{category}")
         elif not variables:
             targets.append(name)

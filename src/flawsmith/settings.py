@@ -88,9 +88,8 @@ class ComputeSettings:
 
 @dataclass(frozen=True)
 class DemoDataSettings:
-    """`demo-data`: the embedded surfaces."""
+    """`demo-data`: the embedded surfaces (brushed_metal, woven_fabric) that `categories` names."""
 
-    surfaces: tuple[str, ...] = setting("which surfaces to render", choices=("brushed_metal", "woven_fabric"))
     seed: int = setting("seed of everything rendered", 0)
     image_size: int = setting("side of the rendered images in pixels", 128, 2048)
     train_good: int = setting("normal images for training and calibration", 4, 100_000)

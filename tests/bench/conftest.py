@@ -7,7 +7,7 @@ from small_settings import SMALL, Sections, write_params
 
 DEMO: Sections = {
     "demo-data": {
-        "surfaces": ["brushed_metal"], "image_size": 128, "train_good": 12, "test_good": 2, "test_per_defect": 1
+        "image_size": 128, "train_good": 12, "test_good": 2, "test_per_defect": 1
     },
     "synthesize": {"windows": [32, 48], "batch": 2, "min_changed": 0.0},
 }  # fmt: skip

@@ -16,7 +16,7 @@ from small_settings import SHIPPED, SMALL, write_params
 ROOT = Path(__file__).parents[2]
 CATEGORY = "brushed_metal"
 
-DEMO = {"surfaces": [CATEGORY], "image_size": 128, "train_good": 12, "test_good": 2, "test_per_defect": 1}
+DEMO = {"image_size": 128, "train_good": 12, "test_good": 2, "test_per_defect": 1}
 
 # Loaded by every `flawsmith` process of the project: notes which files below data/<category> it opens or lists and
 # which checkpoints it puts in place, and kills it with SIGKILL, on wish, just before the n-th checkpoint.

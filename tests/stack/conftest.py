@@ -152,7 +152,7 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
     ) -> Any:
         folder = base / name
         project = small_projects.Project.create(folder)
-        project.set_params({"demo-data": {"surfaces": list(categories)}, **LENIENT})
+        project.set_params(LENIENT)
         params = yaml.safe_load((folder / "params.yaml").read_text())
         params["categories"] = list(categories)
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

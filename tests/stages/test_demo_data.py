@@ -16,7 +16,7 @@ PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 @pytest.fixture
 def settings() -> Settings:
-    small = DemoDataSettings(("brushed_metal",), seed=1, image_size=128, train_good=4, test_good=1, test_per_defect=1)
+    small = DemoDataSettings(seed=1, image_size=128, train_good=4, test_good=1, test_per_defect=1)
     return replace(load_settings(PARAMS), demo_data=small)
 
 
@@ -55,6 +55,22 @@ def test_a_crash_in_the_first_run_leaves_no_category(
     with pytest.raises(RuntimeError, match="out of disk"):
         run(settings, tmp_path, "brushed_metal")
     assert list((tmp_path / settings.data.root).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("categories", "root", "rendered"),
+    [(("brushed_metal", "mine"), "data", True), (("mine",), "data", False), (("brushed_metal",), "shop", False)],
+)
+def test_for_dvc_a_surface_is_rendered_in_the_project_and_only_where_it_is_read(
+    settings: Settings, tmp_path: Path, categories: tuple[str, ...], root: str, rendered: bool
+) -> None:
+    shop = tmp_path / "elsewhere" / "shop"
+    shop.mkdir(parents=True)
+    data = replace(settings.data, root="data" if root == "data" else str(shop))
+    run(replace(settings, categories=categories, data=data), tmp_path / "project", "brushed_metal", if_category=True)
+    folder = tmp_path / "project" / "data" / "brushed_metal"  # DVC wants it to exist
+    assert sorted(path.name for path in folder.iterdir()) == (["ground_truth", "test", "train"] if rendered else [])
+    assert not list(shop.iterdir())
 
 
 def test_an_unknown_surface_is_refused_and_a_folder_of_its_name_left_alone(settings: Settings, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from flawsmith.demo.render import KINDS
 from flawsmith.devices import has_fast_bf16
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
@@ -173,7 +174,7 @@ def prepare(
     name = category or first_category(data, DEMO_SURFACE)
     layout = Layout(bench_settings(params, name, data, overrides), name, scratch)
     if not (Path(layout.settings.data.root) / name).is_dir():
-        if data is not None or name not in layout.settings.demo_data.surfaces:
+        if data is not None or name not in KINDS:
             raise UserError(f"{layout.settings.data.root}/{name} does not exist; name another --data or --category.")
         layout = replace(layout, settings=bench_settings(params, name, scratch / "data", overrides))
         print(f"rendering the demo's {name} ...", flush=True)

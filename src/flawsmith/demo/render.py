@@ -53,9 +53,7 @@ def kind_of(surface: str) -> Kind:
         UserError: there is none of that name.
     """
     if surface not in KINDS:
-        raise UserError(
-            f"demo-data cannot render `{surface}`; `demo-data.surfaces` in params.yaml may name {', '.join(KINDS)}."
-        )
+        raise UserError(f"demo-data cannot render `{surface}`; there are {', '.join(KINDS)}.")
     return KINDS[surface]
 
 

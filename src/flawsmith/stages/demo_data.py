@@ -8,17 +8,25 @@ from flawsmith.layout import Layout
 from flawsmith.settings import Settings, section_values
 from flawsmith.tracking import stage_run
 
-STAGE = "demo-data"
+STAGE, DATA = "demo-data", "data"
 
 
-def run(settings: Settings, root: Path, surface: str) -> None:
+def run(settings: Settings, root: Path, surface: str, if_category: bool = False) -> None:
     """Render `surface` below `root` (where params.yaml lies); the folder appears whole or not at all.
+
+    It lies in the project, in `data`, also where `data.root` names a user's own place. With `if_category` it is
+    rendered if it is a category that is read from there; else its folder is left empty, for DVC wants one.
 
     Raises:
         UserError: there is no such surface.
     """
     kind_of(surface)  # before a folder of a user's own of that name could be touched
-    target = root / settings.data.root / surface
+    target = root / DATA / surface
+    is_read = surface in settings.categories and (root / settings.data.root).resolve() == target.parent.resolve()
+    if if_category and not is_read:
+        target.mkdir(parents=True, exist_ok=True)
+        print(f"{surface}: no category that is read from {target.parent}, so nothing is rendered.")
+        return
     with stage_run(Layout(settings, surface, root), STAGE, {}, {STAGE: section_values(settings.demo_data)}) as tracked:
         with atomic_folder(target) as folder:
             write_category(folder, surface, settings.demo_data)
