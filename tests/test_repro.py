@@ -184,6 +184,7 @@ def test_status_1_of_the_gate_without_a_verdict_is_no_refusal(project: Path) -> 
         ("kill -9 $$", InfrastructureError, "signal 9"),
         ("exit 137", InfrastructureError, "signal 9"),
         ("echo 'flawsmith: unexpected OSError: gone' >&2; exit 1", InfrastructureError, "unexpected OSError"),
+        ("echo 'flawsmith: x: full (No space left on device)' >&2; exit 2", InfrastructureError, "No space left"),
         ("echo 'flawsmith: no such layer' >&2; exit 1", FlawsmithError, "no such layer"),
     ],
 )

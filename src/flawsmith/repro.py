@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from flawsmith.errors import FlawsmithError, QualityGateError, UserError
+from flawsmith.errors import DISK_FULL, FlawsmithError, QualityGateError, UserError
 from flawsmith.files import digest_file, digest_json, read_json
 from flawsmith.lineage import Artefact, RunRecord, is_below
 from flawsmith.processes import Finished, stream
@@ -183,7 +183,7 @@ def failure(what: str, finished: Finished, artifacts: Path | None = None) -> Fla
     sentence = f"{what} failed: {said.strip() or f'exit status {status}, and not a word'}"
     if own and own[-1].startswith(UNEXPECTED):
         return InfrastructureError(sentence)
-    if own and STORE_DOWN in own[-1]:
+    if own and (STORE_DOWN in own[-1] or DISK_FULL in own[-1]):
         return InfrastructureError(sentence)
     if reported or not errors:
         if status == UserError.exit_code:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from flawsmith.files import write_json
+from flawsmith.progress import bar
 from flawsmith.study.plan import Task
 from flawsmith.study.runner import BUSY
 from flawsmith.study.store import Failure, Store
@@ -45,6 +47,8 @@ def run_tasks(
     running: dict[tuple[str, str, str], _Child] = {}
     finished = {task.key for task in tasks if store.is_done(task)}
     failures: dict[tuple[str, str, str], Failure] = {}
+    shown = ExitStack()
+    progress = shown.enter_context(bar(what="study", total=len(tasks), unit="stage", done=len(finished), leave=False))
     try:
         while True:
             for key, child in list(running.items()):
@@ -58,6 +62,7 @@ def run_tasks(
                     continue
                 if store.is_done(task):
                     finished.add(task.key)
+                    progress.update()
                     log.info(
                         "[%d/%d] %s: %s, %.1f s", len(finished), len(tasks), task.category, task.stage,
                         store.cost(task)["seconds"],
@@ -75,6 +80,7 @@ def run_tasks(
                 return failures
             time.sleep(POLL_SECONDS)
     finally:
+        shown.close()
         _end(list(running.values()))
 
 
