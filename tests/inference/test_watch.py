@@ -152,6 +152,17 @@ def test_a_broken_file_gets_one_line_and_the_watch_goes_on(model: Path, line: Pa
         assert row["error"].startswith(f"{row['file']} cannot be read as an image")
 
 
+def test_linked_folders_are_watched_and_links_to_nothing_told(model: Path, line: Path, tmp_path: Path) -> None:
+    plate(tmp_path / "nas" / "c.png")
+    (line / "cam2").symlink_to(tmp_path / "nas")
+    (line / "gone.png").symlink_to("nowhere.png")
+    (line / "d.gif").touch()
+    done = call(model, "--watch", line, "--out", tmp_path / "out", "--watch-idle", 1, "--poll", POLL)
+    assert [name for name, _ in verdicts(tmp_path / "out")] == ["cam2/c.png"]
+    assert done.stdout.startswith("1 image used, 1 passed over (1 .gif), 1 unreadable: ")
+    assert done.stderr.count("gone.png is a link to nothing; the rest is watched.") == 1
+
+
 def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in "abc":
