@@ -33,6 +33,7 @@ MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "
 REPORT, DOCS, REFERENCE, HEALTH = "report.html", "docs", "reference.npz", "health"
 LINEAGE, DRAWN_LINEAGE = "lineage.json", "lineage.txt"
 HEALTH_SCORES = "scores.json"
+AGAIN = "run `dvc repro` and register again"  # what helps where a proof is missing
 _WARM_UP = 3  # untimed runs: the first ones allocate
 
 
@@ -143,10 +144,10 @@ def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tupl
     """What speaks against a parity certificate as proof of the model with this digest; empty if it is one."""
     found = []
     if certificate.get("model_digest") != model_digest:
-        found.append("the parity certificate is of another file")
+        found.append(f"the parity certificate ({PARITY}) is of another file: {AGAIN}")
     batches = certificate.get("batches") or {}
     if not batches:
-        found.append("the parity certificate holds no comparison")
+        found.append(f"the parity certificate ({PARITY}) holds no comparison: {AGAIN}")
     try:
         for batch, figures in batches.items():
             gap = float(np.max([figures["map_difference"], figures["score_difference"]]))  # max would drop a NaN
@@ -161,10 +162,7 @@ def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tupl
 def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[str, ...]:
     """What speaks against a verdict as proof of good triplets; `is_known`: the model was trained under this one."""
     if not is_known:
-        return (
-            f"the quality gate's verdict ({VERDICT}) is not the one that the model was trained under: run `dvc repro` "
-            "and register again",
-        )
+        return (f"the quality gate's verdict ({VERDICT}) is not the one that the model was trained under: {AGAIN}",)
     if verdict.get("passed") is True:
         return ()
     failed = [
@@ -179,13 +177,13 @@ def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[
 
 def lineage_objections(chain: Mapping[str, Any]) -> tuple[str, ...]:
     """What speaks against a version's lineage.json as proof of where the model came from; empty if it is one."""
-    changed = [item["changed"] for item in chain.values() if "changed" in item]
+    changed = [f"{item['changed']} and register again" for item in chain.values() if "changed" in item]
     missing = [
-        f"the origin of {path} is not recorded: run `dvc repro`"
+        f"the origin of {path} is not recorded: {AGAIN}"
         for path, item in chain.items()
         if not item["source"] and "run_id" not in item and "changed" not in item
     ]
-    return tuple(f"{sentence} and register again" for sentence in (*changed, *missing))
+    return (*changed, *missing)
 
 
 def knows(chain: Mapping[str, Any], path: Path) -> bool:
