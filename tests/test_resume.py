@@ -84,3 +84,13 @@ def test_a_checkpoint_of_another_network_starts_from_zero(
     point, _ = saved(tmp_path)
     assert point.load(other) == (0, [])
     assert "another network" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a disk that is always full")
+def test_a_full_disk_is_told_with_the_checkpoints_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 torch closes nothing, the context does
+    monkeypatch.setattr(Path, "open", lambda *_: full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        ResumePoint(tmp_path, "a").save(parts(), 1, [[0, 0.5]])
+    assert caught.value.filename == str(tmp_path / "checkpoint.pt")
+    assert list(tmp_path.iterdir()) == []

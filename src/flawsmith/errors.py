@@ -99,6 +99,9 @@ def _number(error: BaseException) -> int | None:
     """The system's number of an error that it raised for a file, or of a full disk in other words."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
-        return errno.ENOSPC if _TOLD_FULL.search(str(error)) else None
+        if _TOLD_FULL.search(str(error)):
+            return errno.ENOSPC
+        before = error.__cause__ or error.__context__  # torch.save ends a file that it could not write, and fails again
+        return number if before is not None and (number := _number(before)) in _OF_ALL else None
     # a network's errors are of this class too, but name no file and have numbers of their own
     return number if not isinstance(error, ConnectionError | TimeoutError) else None
