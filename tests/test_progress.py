@@ -4,6 +4,7 @@ import io
 import re
 import time
 
+import numpy as np
 import pytest
 
 from flawsmith import progress
@@ -86,3 +87,8 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
     assert "student: 100%|" in terminal.getvalue()
     assert terminal.getvalue().endswith("stage 4 of 6, distill bottle: done in 0 s\n")
+
+
+@pytest.mark.parametrize("items", [np.arange(3), [], None], ids=["array", "empty", "none"])
+def test_whatever_can_be_counted_can_be_followed(stderr: io.StringIO, items: object) -> None:
+    assert len(list(bar(items, "maps", total=3))) == (3 if isinstance(items, np.ndarray) else 0)

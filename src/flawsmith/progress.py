@@ -109,7 +109,7 @@ class _Lines(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         with self:
-            for item in self._items or ():
+            for item in () if self._items is None else self._items:
                 yield item
                 self._done += 1
 
