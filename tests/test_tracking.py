@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -222,6 +223,23 @@ def test_a_model_leads_back_to_its_data(layout: Layout) -> None:
     folder = read_lineage(layout.root, layout.settings, layout.stage("ddpm-train"))
     assert folder.run is not None
     assert folder.run.stage == "ddpm-train"
+
+
+def test_a_record_too_long_for_a_tag_breaks_no_later_question(layout: Layout, caplog: pytest.LogCaptureFixture) -> None:
+    with stage_run(layout, "notes", {}, {}) as run:
+        many = {f"{number:03}": write(layout.root / "notes" / f"{number:03}-{'n' * 150}", str(number))
+                for number in range(60)}  # fmt: skip
+        run.set_outputs(many)
+    assert "are too many for its record" in caplog.text
+    assert read_lineage(layout.root, layout.settings, many["000"]).run is not None
+    [recorded] = runs_of(layout)
+    outputs = recorded.data.tags["flawsmith.outputs"]
+    json.loads(outputs)
+    # cut in the middle, as it was once written
+    client(layout).set_tag(recorded.info.run_id, "flawsmith.outputs", outputs[:-80])
+    assert read_lineage(layout.root, layout.settings, many["000"]).run is not None
+    client(layout).set_tag(recorded.info.run_id, "flawsmith.outputs", outputs[:80])
+    assert read_lineage(layout.root, layout.settings, run_chain(layout)).complete
 
 
 def test_a_copy_elsewhere_is_known_by_its_content(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> None:

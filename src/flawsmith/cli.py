@@ -406,7 +406,7 @@ def monitor(
     Example: flawsmith monitor /line/today --category brushed_metal --out drift
     """
     layout = _one_layout(params, category, overrides)
-    from flawsmith.monitoring.folder import run
+    from flawsmith.stages.monitor import run
 
     outcome = run(layout, folder, out or layout.stage("monitor"), model, reference)
     for item in outcome.watched.unreadable:

@@ -151,11 +151,11 @@ class SynthesizeSettings:
         choices=("perlin", "noise", "rectangle"),
     )
     defects: tuple[int, int] = setting("range of how many defects one image carries; they share `area`", 1, 16)
-    shade_share: float = setting("share of images that carry a shade instead: a large soft change of light", 0.0, 1.0)
+    shade_share: float = setting("share of triplets that carry a shade instead: a large soft change of light", 0.0, 1.0)
     shade_area: tuple[float, float] = setting("range of a shade's visible share of the image", 0.0, 1.0)
     shade_change: tuple[float, float] = setting("range of a shade's largest change of brightness (of 1)", 0.0, 1.0)
     patch_share: float = setting(
-        "share of the other images that carry a CutPaste patch instead: a part of the same image elsewhere, "
+        "share of the other triplets that carry a CutPaste patch instead: a part of the same image elsewhere, "
         "of the paper's sizes",
         0.0,
         1.0,
@@ -174,7 +174,11 @@ class SynthesizeSettings:
     feather: float = setting("width of the mask's soft edge in pixels", 0.0, 32.0)
     perlin_periods: tuple[int, ...] = setting("Perlin lattice periods in pixels (scales)", 2, 512)
     perlin_threshold: tuple[float, float] = setting("range of the threshold on Perlin noise in [-1, 1]", -1.0, 0.9)
-    ridge_share: float = setting("share of masks from ridges of the noise (thin, crack-like)", 0.0, 1.0)
+    ridge_share: float = setting(
+        "share of masks from ridges of the noise (thin, crack-like), of those drawn: what cannot be seen is dropped",
+        0.0,
+        1.0,
+    )
     area: tuple[float, float] = setting("range of a mask's share of the image area", 0.0, 1.0)
     min_changed: float = setting("share of the mask that must have changed, else the triplet is dropped", 0.0, 1.0)
     visibility: float = setting("a pixel has changed if any channel moved by more than this (of 1)", 0.0, 0.9)

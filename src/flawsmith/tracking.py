@@ -311,7 +311,7 @@ class _MlflowRun(StageRun):
                 tags={
                     STAGE: stage,
                     CATEGORY: layout.category,
-                    INPUTS: _encode(inputs),
+                    INPUTS: _fit(inputs),
                     PARAMS_DIGEST: digest_json({"params": json.dumps(plain, sort_keys=True)}),
                     REVISION: revision,
                     DIRTY: str(dirty).lower(),
@@ -379,8 +379,7 @@ class _MlflowRun(StageRun):
             for part in sorted(path.iterdir())
             if not part.name.startswith(".")
         )
-        whole = _encode([*written, *(_artefact(self._root, name, part) for name, part in islice(inside, MAX_PARTS))])
-        return whole if len(whole) <= MAX_TAG else _encode(written)
+        return _fit([*written, *(_artefact(self._root, name, part) for name, part in islice(inside, MAX_PARTS))])
 
     def end(self, status: str, tags: Mapping[str, str]) -> None:
         self._flush()
@@ -511,8 +510,27 @@ def _encode(artefacts: Sequence[Artefact]) -> str:
     return json.dumps([asdict(artefact) for artefact in artefacts], ensure_ascii=False)
 
 
+def _fit(artefacts: Sequence[Artefact]) -> str:
+    """`_encode` of as many as a tag can hold, the first ones: one that is cut could not be read again."""
+    kept = list(artefacts)
+    while len(text := _encode(kept)) > MAX_TAG:
+        kept.pop()
+    if len(kept) < len(artefacts):
+        logger.warning("%d of %d artefacts of a run are too many for its record; lineage does not know them.",
+                       len(artefacts) - len(kept), len(artefacts))  # fmt: skip
+    return text
+
+
 def _decode(text: str) -> tuple[Artefact, ...]:
-    return tuple(Artefact(**item) for item in json.loads(text))
+    try:
+        found = json.loads(text)
+    except ValueError:  # cut by an earlier version of this module, or damaged: what is whole of it still counts
+        whole = text[: text.rfind("}") + 1]
+        try:
+            found = json.loads(f"{whole}]")
+        except ValueError:
+            found = []
+    return tuple(Artefact(**item) for item in found)
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -210,6 +210,51 @@ def test_registering_the_same_content_again_adds_nothing(plant: Plant) -> None:
     assert len(plant.registry.versions()) == 1
 
 
+def test_of_two_registrations_at_once_one_version_stays(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, others = Registry.add_version, []
+
+    def after_another(self: Registry, *arguments: Any) -> Any:
+        if not others:
+            others.append(None)
+            others.append(register(plant.layout))  # it saw no version either, and is quicker
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Registry, "add_version", after_another)
+    ours, theirs = register(plant.layout), others[1]
+    assert (theirs.version, theirs.created) == ("1", True)
+    assert (ours.version, ours.created) == ("1", False)
+    assert [version.number for version in plant.registry.versions()] == ["1"]
+
+
+def test_outputs_that_change_while_they_are_registered_make_no_version(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = promotion.package.build_content
+
+    def then_trained_again(*arguments: Any) -> None:
+        real(*arguments)
+        onnx_model(3.0, 0.0, plant.layout.stage("export") / "model.onnx")
+
+    monkeypatch.setattr(promotion.package, "build_content", then_trained_again)
+    with pytest.raises(UserError, match="have changed while they were registered"):
+        register(plant.layout)
+    assert plant.registry.versions() == ()
+
+
+def test_the_runs_record_the_data_that_decided(plant: Plant) -> None:
+    register(plant.layout)
+    promote(plant.layout)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(plant.registry.uri)
+    experiment = client.get_experiment_by_name("flawsmith/plate")
+    for stage in ("register", "promote"):
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.`flawsmith.stage` = '{stage}'")
+        assert run.data.params["data.image_size"] == str(SIDE)
+        names = {item["name"] for item in json.loads(run.data.tags["flawsmith.inputs"])}
+        assert {"model", "data", "test", "ground_truth"} <= names
+
+
 def test_mlflows_own_choice_of_a_store_is_left_as_it_was(plant: Plant) -> None:
     import mlflow
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from flawsmith.foreground import Foreground
 from flawsmith.settings import SynthesizeSettings, load_settings
-from flawsmith.synthesis.generate import Workshop, generate, manifest_row, remake
+from flawsmith.synthesis.generate import Workshop, generate, manifest_row, quotas, remake
 from flawsmith.synthesis.shades import sample_shade, shaded
 from flawsmith.triplets import FIT
 
@@ -114,6 +114,25 @@ def test_what_some_carry_instead_leaves_the_other_candidates_as_they_were(share:
             assert np.array_equal(before.outline.mask, after.outline.mask)
             assert replace(before.defects[0], outline=after.outline) == after.defects[0]
     assert 10 < kinds.count(texture) < 30
+
+
+@pytest.mark.parametrize(("shades", "patches"), [(0.2, 0.0), (0.2, 0.5), (0.0, 0.3), (1.0, 0.0), (0.0, 1.0)])
+def test_shares_are_of_triplets_though_candidates_are_dropped(shades: float, patches: float) -> None:
+    """So strict a rule of what is seen that many a defect is dropped and no shade."""
+    made_by = workshop(shade_share=shades, patch_share=patches, opacity=(0.05, 1.0), shade_change=(0.2, 0.3))
+    kinds = [triplet.candidate.kind for triplet in generate(made_by, FIT, 20)]
+    assert kinds.count("shade") == round(20 * shades)
+    assert kinds.count("patch") == round((20 - kinds.count("shade")) * patches)
+    assert len(kinds) == 20
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 500))
+def test_quotas_add_up_and_leave_one_to_each_share_below_one(shades: float, patches: float, count: int) -> None:
+    found = quotas(replace(DEFAULTS, shade_share=shades, patch_share=patches), count)
+    assert sum(found.values()) == count
+    assert min(found.values()) >= 0
+    assert abs(found["shade"] - shades * count) <= 1
+    assert found["texture"] > 0 or 1 in (shades, patches)
 
 
 def test_shades_patches_and_several_defects_are_made_again_bit_for_bit() -> None:

@@ -1,4 +1,4 @@
-"""Watches a folder of production images: what `flawsmith monitor` does.
+"""Watches a folder of production images: what `flawsmith monitor` does with a model and its reference.
 
 out/report.html   verdict, statistics, histogram and the highest-scoring images, for a person
 out/drift.json    the same figures for a program
@@ -7,7 +7,6 @@ out/scores.csv    one row an image looked at, unreadable ones too
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,8 @@ from flawsmith.images import MAX_PIXELS, FloatImage, read_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images
 from flawsmith.inference.writers import check_out
-from flawsmith.layout import Layout
 from flawsmith.monitoring.drift import DriftReport, judge
-from flawsmith.monitoring.reference import Measurement, load_reference, measure
+from flawsmith.monitoring.reference import Measurement, measure
 from flawsmith.monitoring.report import CSV, HTML, JSON, Picture, Watched, write_outputs
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from flawsmith.detector.teacher import Teacher
 
 BATCH = 8
-MODEL, REFERENCE = "model.onnx", "reference.npz"  # names in a registered version
 
 log = logging.getLogger(__name__)
 
@@ -51,37 +48,6 @@ class Outcome:
     def exit_code(self) -> int:
         """0: no drift; 3: drift. Unreadable files do not change it, since they are no part of the question."""
         return 3 if self.report.drifted else 0
-
-
-def run(layout: Layout, folder: Path, out: Path, model: Path | None = None, reference: Path | None = None) -> Outcome:
-    """Watch a folder with the category's champion, or with a model and the reference measured with it.
-
-    Raises:
-        UserError: as `monitor_folder`; only one of `model` and `reference` is given; there is no champion.
-    """
-    if (model is None) != (reference is None):
-        raise UserError("--model and --reference belong together; give both, or neither to use the champion.")
-    find_images([folder], leave_out=out)  # before anything slow: a wrong path is the commonest mistake
-    with ExitStack() as stack:
-        if model is None or reference is None:
-            from flawsmith.registry.promotion import fetch_champion
-
-            champion = stack.enter_context(fetch_champion(layout))
-            name = f"{champion.model} version {champion.version}"
-            model, reference = champion.folder / MODEL, champion.folder / REFERENCE
-        else:
-            name = model.name
-        predictor, known = Predictor(model), load_reference(reference)
-        if predictor.metadata.category != layout.category:
-            raise UserError(
-                f"{model} was made for the category '{predictor.metadata.category}', not '{layout.category}'; "
-                "name the model's own with --category."
-            )
-        from flawsmith.detector.teacher import build_teacher
-
-        teacher = build_teacher(layout.settings.teacher, layout.root)
-        settings, max_pixels = layout.settings.monitor, layout.settings.data.reading.max_pixels
-        return monitor_folder(predictor, teacher, known, folder, out, settings, max_pixels, name)
 
 
 def monitor_folder(

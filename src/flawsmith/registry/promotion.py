@@ -93,8 +93,12 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
     lineage = read_lineage(layout.root, layout.settings, sources.model)
     tags = _version_tags(layout, sources, lineage, digest)
     proven = {COMPLETE, tags[LINEAGE_TAG][:MAX_TAG]}
+
+    def is_this(version: Version) -> bool:
+        return version.tags.get(CONTENT_DIGEST) == content_digest and version.tags.get(LINEAGE_TAG) in proven
+
     for version in reversed(versions):
-        if version.tags.get(CONTENT_DIGEST) == content_digest and version.tags.get(LINEAGE_TAG) in proven:
+        if is_this(version):
             log.info("%s: version %s holds this very content already.", registry.model, version.number)
             return Registered(registry.model, version.number, False, digest, dict(version.tags), dry_run)
     if dry_run:
@@ -102,7 +106,7 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
         return Registered(registry.model, str(following), True, digest, tags, dry_run)
     with (
         tempfile.TemporaryDirectory() as name,
-        stage_run(layout, "register", {"model": sources.model}, section_values(layout.settings.promote)) as run,
+        stage_run(layout, "register", {"model": sources.model, **_images(layout)}, _params(layout)) as run,
     ):
         content = Path(name) / CONTENT
         content.mkdir()
@@ -111,9 +115,20 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
 
         with registry.fluent_run(run.run_id):
             info = log_serving_model(sources.model, {CONTENT: content}, layout.settings.data.reading.max_pixels)
+        if (digest_file(sources.model), sources.content_digest) != (digest, content_digest):
+            raise UserError(
+                f"The stages' outputs of '{layout.category}' have changed while they were registered; run it again."
+            )
         made = registry.add_version(
             info.model_uri, info.model_id, run.run_id, tags | {f"{PREFIX}.register_run": run.run_id}, _summary(tags)
         )
+    # another process may have registered the same meanwhile: of equal versions the one of the lowest number stays, for
+    # the store numbers them atomically and both processes see the lower one
+    first = next(item for item in registry.versions() if item.number == made.number or is_this(item))
+    if first.number != made.number:
+        registry.delete_version(made.number)
+        log.info("%s: version %s, just registered, holds this very content.", registry.model, first.number)
+        return Registered(registry.model, first.number, False, digest, dict(first.tags))
     log.info("%s: registered version %s.", registry.model, made.number)
     return Registered(registry.model, made.number, True, digest, dict(made.tags))
 
@@ -166,7 +181,8 @@ def promote(
         )  # fmt: skip
         if dry_run:
             return outcome
-        with stage_run(layout, "promote", {"model": new / package.MODEL}, section_values(rules)) as run:
+        inputs = {"model": new / package.MODEL, **_images(layout)}
+        with stage_run(layout, "promote", inputs, _params(layout)) as run:
             _record(run, evidence, decision)
             entry = _entry(
                 "promotion" if decision.promote else "refusal", target, trail, known, outcome.reason, run.run_id
@@ -334,6 +350,20 @@ def _evidence(
         missing_links=package.lineage_objections(chain),
         rolled_back=rolled_back,
     )
+
+
+def _params(layout: Layout) -> dict[str, Any]:
+    """What decides besides the inputs: how images are read and compared, and by which rules."""
+    settings = layout.settings
+    sections = {"promote": settings.promote, "data": settings.data, "evaluate": settings.evaluate}
+    return {name: section_values(section) for name, section in (sections | {"teacher": settings.teacher}).items()}
+
+
+def _images(layout: Layout) -> dict[str, Path]:
+    """What models are judged on: the category's images, and the triplets that stand in for a labelled test set."""
+    folder = layout.surface().folder
+    read = {"data": folder / "train", "test": folder / "test", "ground_truth": folder / "ground_truth"}
+    return {name: path for name, path in (read | {"synthesize": layout.stage("synthesize")}).items() if path.is_dir()}
 
 
 def _an_image(folder: Path, scale: float) -> FloatImage:

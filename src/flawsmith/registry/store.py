@@ -104,6 +104,11 @@ class Registry:
             )
         return self._version(made)
 
+    def delete_version(self, version: str) -> None:
+        """Take a version out of the registry; its number is never given again."""
+        with store_errors(self.uri):
+            self._client.delete_model_version(self.model, version)
+
     def tag(self, version: str, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
         with store_errors(self.uri):

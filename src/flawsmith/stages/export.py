@@ -59,7 +59,8 @@ def run(layout: Layout) -> None:
             "synthesize": layout.input("synthesize", "mask").parent,
             "data": layout.surface().folder / "train",
         }
-    with stage_run(layout, "export", inputs, section_values(settings.export)) as tracked:
+    params = {"export": section_values(settings.export), "data": section_values(settings.data)}
+    with stage_run(layout, "export", inputs, params) as tracked:
         detector = load_detector(weights.parent)
         metrics = read_json(metrics_path)
         for key in ("threshold", "pixel_threshold", "typical_score", "false_alarm_rate"):

@@ -28,8 +28,9 @@ def run(layout: Layout) -> None:
     inputs, readiness = {"synthesize": triplets}, None
     if layout.settings.synthesize.texture == "diffusion":
         readiness = inputs["readiness"] = layout.input("ddpm-train", "readiness.json")
+    params = {"validate": section_values(settings), "data": section_values(layout.settings.data)}
     with (
-        stage_run(layout, "validate", inputs, section_values(settings)) as tracked,
+        stage_run(layout, "validate", inputs, params) as tracked,
         atomic_folder(report, keep_on=QualityGateError) as folder,
     ):
         verdict = inspect_triplets(triplets, folder, settings, layout.settings.data.image_size, readiness)

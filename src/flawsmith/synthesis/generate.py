@@ -8,6 +8,7 @@ Whatever fills the masks (`synthesize.texture`) and outlines them (`synthesize.m
 windows, blending and the rule of what can be seen. Some carry a shade or a pasted patch instead.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,7 +40,8 @@ MIN_PIXELS = 4  # a visible defect has at least so many changed pixels
 MIN_SEEN = 0.5  # share of a mark whose pixels have themselves changed, as the quality gate demands of most
 OUTLINES = {"perlin": sample_mask, "noise": noise_mask, "rectangle": rectangle_mask}  # of `synthesize.mask`
 SHADE = "shade"  # in the place of a texture
-PATCH = "patch"  # the stream that decides who carries one
+PATCH = "patch"
+TEXTURE = "texture"  # of a candidate that carries neither: defects of `synthesize.texture`
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Candidate:
     number: int
     source: int  # index of the normal image
     defects: tuple[Defect, ...]  # one or more; later ones are blended over earlier ones
+    kind: str = TEXTURE  # or SHADE, PATCH: what `quotas` counts
 
     @property
     def outline(self) -> MaskDraw:
@@ -136,7 +139,7 @@ class Workshop:
             (PATCH, settings.patch_share, self._patch),
         ):
             if numpy_generator(settings.seed, name, role, number).random() < share:
-                return Candidate(role, number, source, (draw(generator, source, allowed, (role, number)),))
+                return Candidate(role, number, source, (draw(generator, source, allowed, (role, number)),), name)
         count = int(numpy_generator(settings.seed, "defects", role, number).integers(*settings.defects, endpoint=True))
         if count > 1:  # the defects of one image share the area that a single one may have
             low, high = settings.area
@@ -284,27 +287,51 @@ class Workshop:
 
 
 def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
-    """Yield `count` triplets of one role, in the order of their candidate numbers within each chunk.
+    """Yield `count` triplets of one role, of each kind as many as `quotas` says, in the order of their candidate
+    numbers within each chunk.
+
+    Kinds are drawn a candidate, but what is dropped differs: nearly every shade can be seen, many a defect cannot. So
+    candidates of a kind that is complete are passed over.
 
     Raises:
-        UserError: too many candidates left no visible change.
+        UserError: too many candidates of a kind left no visible change.
     """
-    made, tried, index = 0, 0, 0
+    wanted, index = quotas(workshop.settings, count), 0
+    left, tried = dict(wanted), Counter[str]()
     with bar(what=f"synthesize {role}", total=count, unit="triplet") as progress:
-        while made < count:
-            results = [triplet for batch in workshop.chunk(role, index) for triplet in workshop.make(batch)]
-            tried += len(results)
-            visible = [triplet for triplet in results if triplet is not None]
-            for triplet in sorted(visible, key=lambda item: item.candidate.number)[: count - made]:
-                made += 1
-                progress.update()
-                yield triplet
+        while any(left.values()):
+            # a batch is made whole or not at all: what a triplet looks like depends on its company
+            batches = [batch for batch in workshop.chunk(role, index) if any(left[item.kind] for item in batch)]
+            tried.update(item.kind for batch in batches for item in batch)
+            results = [triplet for batch in batches for triplet in workshop.make(batch) if triplet is not None]
+            for triplet in sorted(results, key=lambda item: item.candidate.number):
+                if left[triplet.candidate.kind]:
+                    left[triplet.candidate.kind] -= 1
+                    progress.update()
+                    yield triplet
             index += 1
-            if made < count and tried >= MAX_TRIES * max(count, len(results)):
-                raise UserError(
-                    f"Only {made} of {tried} synthetic defects could be seen; {_REMEDIES[workshop.settings.texture]}"
-                    "lower synthesize.min_changed or visibility."
-                )
+            for kind, missing in left.items():
+                if missing and tried[kind] >= MAX_TRIES * max(wanted[kind], CHUNK_BATCHES * workshop.settings.batch):
+                    remedy = _REMEDIES[workshop.settings.texture if kind == TEXTURE else kind]
+                    raise UserError(
+                        f"Only {wanted[kind] - missing} of {tried[kind]} synthetic {_NAMES[kind]} could be seen; "
+                        f"{remedy}lower synthesize.min_changed or visibility."
+                    )
+
+
+def quotas(settings: SynthesizeSettings, count: int) -> dict[str, int]:
+    """How many of `count` triplets of one role are of each kind: the settings' shares are shares of triplets.
+
+    A share below 1 leaves one triplet at least to the rest.
+    """
+    left = count
+
+    def part(share: float) -> int:
+        return left if share == 1 else min(round(share * left), max(left - 1, 0))
+
+    left -= (shades := part(settings.shade_share))
+    left -= (patches := part(settings.patch_share))
+    return {SHADE: shades, PATCH: patches, TEXTURE: left}
 
 
 def remake(workshop: Workshop, role: str, number: int) -> Triplet | None:
@@ -337,7 +364,10 @@ _REMEDIES = {
     "diffusion": "raise synthesize.strength, start or opacity, or ",
     "own": "raise synthesize.opacity, or ",
     "cutpaste": "",
+    SHADE: "raise synthesize.shade_change, or ",
+    PATCH: "lower synthesize.patch_share, or ",
 }
+_NAMES = {SHADE: "shades", PATCH: "patches", TEXTURE: "defects"}
 
 
 def _change(normal: NDArray[np.uint8], defect: NDArray[np.uint8]) -> NDArray[np.int16]:
