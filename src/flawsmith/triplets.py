@@ -3,10 +3,10 @@
 The role is the id's prefix: `fit-…` trains, `val-…` chooses the checkpoint; the two never share a source image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,12 @@ def read_manifest(path: Path) -> "pa.Table":
     if "triplet_id" not in table.column_names:
         raise UserError(f"{path} has no column `triplet_id`; {remedy}.")
     return table
+
+
+def is_shade(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the manifest is of a shade: a change of light alone, which the head that decides the image score
+    is told to ignore, so that it is no defect to find."""
+    return row.get("shade_change") is not None
 
 
 @dataclass(frozen=True)

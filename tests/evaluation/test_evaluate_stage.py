@@ -94,16 +94,19 @@ def add_test_set(root):
         write_png(root / f"data/tiles/ground_truth/dent/{index:03d}_mask.png", mask)
 
 
-def add_triplets(layout):
+def add_triplets(layout, shades=0):
     folder = layout.stage("synthesize")
     sources = [path.name for path in layout.split().fit]
     rows = []
-    for number, (role, source) in enumerate([("val", sources[0]), ("val", sources[1]), ("fit", sources[2])]):
+    wanted = [("val", sources[0]), ("val", sources[1]), ("fit", sources[2]), *[("val", sources[3])] * shades]
+    for number, (role, source) in enumerate(wanted):
         normal, _ = pixels(number)
         defect, mask = pixels(number, defect=True)
+        if number >= 3:
+            defect = normal  # the toy sees nothing in a shade
         name = f"{role}-{number:05d}"
         TripletFolder(folder).write(name, normal.transpose(2, 0, 1), defect.transpose(2, 0, 1), mask)
-        rows.append({"triplet_id": name, "role": role, "source": source})
+        rows.append({"triplet_id": name, "role": role, "source": source, "shade_change": 0.1 if number >= 3 else None})
     pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")
     return sources
 
@@ -262,6 +265,35 @@ def test_unlabelled_surface_is_scored_on_held_out_triplets_and_says_so(layout):
     assert "Not measured on real defects" in (made.stage("evaluate") / "report.html").read_text()
     # what the held-out triplets were made from must be new to the baseline too
     assert {path.name for path in fitted[0]} == set(sources) - {sources[0], sources[1]}
+
+
+def test_shades_are_no_missed_defects_and_stand_apart(layout):
+    made, fitted = layout
+    sources = add_triplets(made, shades=3)
+    evaluate.run(made)
+    out = made.stage("evaluate")
+    content = json.loads((out / "metrics.json").read_text())
+    assert (content["n_good"], content["n_defective"]) == (2, 2)
+    assert content["test_detection_rate"] == content["image_auroc"] == 1
+    assert (content["shades"]["n"], content["shades"]["flagged_rate"]) == (3, 0)
+    assert "3 held-out shades are left out of every figure" in (out / "report.html").read_text()
+    assert sources[3] not in {path.name for path in fitted[0]}  # a shade's source is held out all the same
+
+    add_test_set(made.root)
+    evaluate.run(made)
+    assert "shades" not in json.loads((out / "metrics.json").read_text())
+
+
+def test_held_out_shades_alone_can_stand_in_for_nothing(layout):
+    made, _ = layout
+    add_triplets(made, shades=1)
+    for number in (0, 1):
+        (made.stage("synthesize") / "mask" / f"val-{number:05d}.png").unlink()
+    manifest = made.stage("synthesize") / "manifest.parquet"
+    rows = pd.read_parquet(manifest)
+    rows[rows["shade_change"].notna()].to_parquet(manifest)
+    with pytest.raises(UserError, match=r"but shades.*lower synthesize\.shade_share"):
+        evaluate.run(made)
 
 
 def test_unlabelled_surface_without_triplets_names_the_stage_to_run(layout):

@@ -224,6 +224,14 @@ def measure(
     )
 
 
+def flagged_share(detector: Scorer, items: Sequence[Item], threshold: float, batch: int) -> Estimate | None:
+    """The share of images that a detector flags at a threshold, with Wilson's interval; None without an image."""
+    if not items:
+        return None
+    (found,) = score_items([detector], items, batch, title="shades")
+    return _share(flags(found.scores, threshold))
+
+
 def paired_difference(one: Performance, other: Performance, key: str, defect: str = "") -> Estimate:
     """`one` minus `other` with the paired bootstrap's interval; of one defect type if it is named.
 

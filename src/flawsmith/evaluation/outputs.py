@@ -127,10 +127,15 @@ def write_data(
     part: str = "all",
     fidelity: Fidelity | None = None,
     training_precision: str = "",
+    shades: Sequence[Item] = (),
+    flagged_shades: Estimate | None = None,
 ) -> None:
     """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
     content = metrics_content(result, labelled, part, fidelity)
-    write_json(folder / "metrics.json", content | {"training_precision": training_precision})
+    content["training_precision"] = training_precision
+    if flagged_shades:
+        content["shades"] = {"n": len(shades), **_flat({"flagged_rate": flagged_shades})}
+    write_json(folder / "metrics.json", content)
     write_draws(folder / "draws.npz", result.detector)
     detector, baseline, words = result.detector, result.baseline, scored_on(labelled, part)
     # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns

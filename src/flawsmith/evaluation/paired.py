@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.evaluation.assess import Performance, measure, paired_difference
+from flawsmith.evaluation.assess import Performance, flagged_share, measure, paired_difference
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.evaluation.scoring import Item, Scorer, open_spools
 from flawsmith.inference.overlay import resize_map
@@ -25,12 +25,13 @@ COMPARED = ("image_auroc", "aupro", "pixel_ap")
 
 @dataclass(frozen=True)
 class Standing:
-    """One model on today's images: each of COMPARED, image AUROC by defect type, and the share of calibration normals
-    that it flags at the threshold in its own file."""
+    """One model on today's images: each of COMPARED, image AUROC by defect type, and the shares of calibration normals
+    and of the shades set apart (None: there are none) that it flags at the threshold in its own file."""
 
     values: Mapping[str, Estimate]
     by_defect: Mapping[str, Estimate]
     false_alarms: Estimate
+    flagged_shades: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,14 @@ def compare_models(
     batch: int,
     min_defect_images: int,
     tiling: Tiling | None = None,
+    shades: Sequence[Item] = (),
 ) -> Comparison:
     """Score both models on `items` (good and defective) and on the `calibration` normals.
 
     With `tiling` the images come as they are, and masks at its working resolution: each model then sees them at its
     own, whatever it is. Without it they are at the models' working resolution already.
+
+    `shades`, images whose light alone was changed, have no part in any difference.
 
     Defect types with fewer than `min_defect_images` images are pooled: an interval of two images says nothing.
 
@@ -89,7 +93,13 @@ def compare_models(
             aupro_limit=aupro_limit,
             batch=batch,
         )
-    standings = [_standing(one, model.threshold) for one, model in zip(found, models, strict=True)]
+    standings = [
+        replace(
+            _standing(one, model.threshold),
+            flagged_shades=flagged_share(predictor_scorer(model, tiling), shades, model.threshold, batch),
+        )
+        for one, model in zip(found, models, strict=True)
+    ]
     first, types = found[0], tuple(found[0].by_defect)
     paired = champion is not None
     return Comparison(

@@ -59,6 +59,8 @@ class Subject:
     part: str = "all"
     gate: str = ""  # what the quality gate said of the triplets and the DDPM behind them
     warned: bool = False  # and whether that is a warning
+    shades: int = 0  # held-out triplets that change the light alone, and the share of them that is flagged
+    flagged_shades: Estimate | None = None
 
 
 def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: Fidelity | None = None) -> None:

@@ -5,7 +5,7 @@ Memory does not grow with the number of images: `python -m flawsmith.evaluation.
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +72,8 @@ def normal_items(paths: Sequence[Path], tiling: Tiling, reading: Reading, origin
 
 
 def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int) -> tuple[Item, ...]:
-    """Held-out triplets as a test set: each defect image with its mask, and each distinct normal once, as good.
+    """Held-out triplets as a test set: each defect image with its mask, and each distinct normal once, as good. Shades
+    do not belong among them (`triplets.is_shade`).
 
     Args:
         triplets: what the synthesize stage wrote.
@@ -84,16 +85,13 @@ def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int
     """
     if not sources:
         raise UserError(
-            f"{triplets.folder} holds no held-out (`{VALIDATION}-`) triplets and there is no labelled test set, so "
-            "nothing can be scored; raise synthesize.validation_fraction or synthesize.triplets."
+            f"{triplets.folder} holds no held-out (`{VALIDATION}-`) triplets but shades, and there is no labelled test "
+            "set, so nothing can be scored; raise synthesize.validation_fraction or synthesize.triplets, or lower "
+            "synthesize.shade_share."
         )
 
     def normal(identity: str) -> tuple[FloatImage, Mask]:
         return resize_image(triplets.read(identity)[0], size), np.zeros((size, size), np.bool_)
-
-    def defect(identity: str) -> tuple[FloatImage, Mask]:
-        _, image, mask = triplets.read(identity)
-        return resize_image(image, size), resize_mask(mask, size)
 
     first_of_source = {source: identity for identity, source in sorted(sources.items(), reverse=True)}
     return (
@@ -101,8 +99,18 @@ def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int
             Item(f"normal/{identity}.png", GOOD, partial(normal, identity))
             for identity in sorted(first_of_source.values())
         ),
-        *(Item(f"defect/{identity}.png", SYNTHETIC, partial(defect, identity)) for identity in sorted(sources)),
+        *defect_items(triplets, sources, size),
     )
+
+
+def defect_items(triplets: TripletFolder, ids: Iterable[str], size: int) -> tuple[Item, ...]:
+    """The defect images of triplets, with their masks."""
+
+    def defect(identity: str) -> tuple[FloatImage, Mask]:
+        _, image, mask = triplets.read(identity)
+        return resize_image(image, size), resize_mask(mask, size)
+
+    return tuple(Item(f"defect/{identity}.png", SYNTHETIC, partial(defect, identity)) for identity in sorted(ids))
 
 
 def tiled_scorer(run: Run, tiling: Tiling) -> Scorer:

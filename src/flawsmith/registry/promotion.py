@@ -384,7 +384,13 @@ def _record(run: StageRun, evidence: Evidence, decision: Decision) -> None:
         "images": dict(comparison.counts),
         "calibration_images": comparison.calibration_images,
         "values": {
-            name: estimates_json({**standing.values, "false_alarm_rate": standing.false_alarms})
+            name: estimates_json(
+                {
+                    **standing.values,
+                    "false_alarm_rate": standing.false_alarms,
+                    **({"flagged_shades": standing.flagged_shades} if standing.flagged_shades else {}),
+                }
+            )
             for name, standing in (("challenger", comparison.challenger), ("champion", comparison.champion))
             if standing
         },

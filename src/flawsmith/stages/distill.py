@@ -39,7 +39,7 @@ from flawsmith.resume import ResumePoint
 from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
 from flawsmith.surfaces import Split, Tile, iter_tiles, normal_name, plan_tiles
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, read_manifest
+from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, is_shade, read_manifest
 
 STAGE = "distill"
 NORMALS_BATCH = 8
@@ -269,5 +269,5 @@ def _picture_places(images: Sequence[Path], twins: Mapping[str, str]) -> dict[st
 
 def textured(rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> NDArray[np.int64]:
     """Places in `ids` of the triplets whose defect has a texture of its own and is no shade; all if there are none."""
-    found = [place for place, one in enumerate(ids) if rows[one]["shade_change"] is None]
+    found = [place for place, one in enumerate(ids) if not is_shade(rows[one])]
     return np.array(found or range(len(ids)), np.int64)

@@ -23,13 +23,15 @@ from flawsmith.detector.model import load_detector
 from flawsmith.detector.teacher import build_teacher, pooled_features
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import KEYS, Assessment, Performance, assess, measure
+from flawsmith.evaluation.assess import KEYS, Assessment, Performance, assess, flagged_share, measure
 from flawsmith.evaluation.crops import gather_crops
 from flawsmith.evaluation.fidelity import Fidelity, compare
+from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import Subject, summary, write_report
 from flawsmith.evaluation.scoring import (
     Item,
+    defect_items,
     labelled_items,
     normal_items,
     open_spools,
@@ -46,7 +48,7 @@ from flawsmith.settings import section_values
 from flawsmith.surfaces import Split, iter_tiles, labelled_part, plan_tiles
 from flawsmith.tiling import Tiling
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import VALIDATION, TripletFolder, read_manifest
+from flawsmith.triplets import VALIDATION, TripletFolder, is_shade, read_manifest
 
 STAGE, BASELINE = "evaluate", "knn"
 
@@ -61,12 +63,14 @@ class Judged(NamedTuple):
         labelled: whether they are of the labelled test set.
         part: one of `surfaces.PARTS`; `all` of held-out triplets.
         held_out: of the triplets, id → `normal_name` of the source image.
+        shades: of the held-out triplets those that change the light alone: no defects to find, and told apart.
     """
 
     items: tuple[Item, ...]
     labelled: bool
     part: str
     held_out: Mapping[str, str]
+    shades: tuple[Item, ...] = ()
 
     def foreign_to(self, split: Split) -> list[Path]:
         """The fit normals that no held-out triplet was made from, so that a baseline may remember them."""
@@ -95,8 +99,9 @@ def run(layout: Layout) -> None:
         baseline = fit_baseline(layout, judged.foreign_to(split))
         network = exported_network(layout, weights)
         tracked.set_tag("provider", network.provider)
+        detector = tiled_scorer(network.run, tiling)
         result = assess(
-            tiled_scorer(network.run, tiling),
+            detector,
             tiled_scorer(torch_scorer(baseline, device), tiling),
             judged.items,
             normal_items(split.calibration, tiling, data.reading),
@@ -108,7 +113,8 @@ def run(layout: Layout) -> None:
             gallery=settings.gallery,
         )
         with atomic_folder(layout.stage(STAGE)) as folder:
-            write_outputs(folder, result, measure_fidelity(layout, judged), layout, judged)
+            shades = flagged_share(detector, judged.shades, result.detector.threshold.value, settings.batch)
+            write_outputs(folder, result, measure_fidelity(layout, judged), layout, judged, shades)
         out = layout.stage(STAGE)
         tracked.log_metrics(_tracked_values(result))
         for name in ("report.html", "metrics.json", "figures", "gallery"):
@@ -188,9 +194,11 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
     manifest = layout.input("synthesize", "manifest.parquet")
     rows = _held_out(manifest)
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
-    normals = {name: _normal_of(row) for name, row in rows.items()}
-    items = triplet_items(TripletFolder(manifest.parent), normals, data.image_size)
-    return Judged(items, False, "all", {name: row["source"] for name, row in rows.items()})
+    normals = {name: _normal_of(row) for name, row in rows.items() if not is_shade(row)}
+    triplets = TripletFolder(manifest.parent)
+    items = triplet_items(triplets, normals, data.image_size)
+    shades = defect_items(triplets, rows.keys() - normals.keys(), data.image_size)
+    return Judged(items, False, "all", {name: row["source"] for name, row in rows.items()}, shades)
 
 
 def fit_baseline(layout: Layout, paths: list[Path]) -> KnnBaseline | MemoryBaseline:
@@ -240,8 +248,15 @@ def _triplet_ids(layout: Layout) -> list[str]:
     return sorted(path.stem for path in (layout.stage("synthesize") / "mask").glob("*.png"))
 
 
-def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, layout: Layout, judged: Judged) -> None:
-    """Everything the stage leaves."""
+def write_outputs(
+    folder: Path,
+    result: Assessment,
+    fidelity: Fidelity | None,
+    layout: Layout,
+    judged: Judged,
+    shades: Estimate | None,
+) -> None:
+    """Everything the stage leaves. `shades`: share of the shades set apart that is flagged."""
     settings, (gate, warned) = layout.settings, _gate(layout)
     subject = Subject(
         category=layout.category,
@@ -253,9 +268,11 @@ def write_outputs(folder: Path, result: Assessment, fidelity: Fidelity | None, l
         part=judged.part,
         gate=gate,
         warned=warned,
+        shades=len(judged.shades),
+        flagged_shades=shades,
     )
     precision = read_json(layout.input("distill", "config.json")).get("precision", "")
-    write_data(folder, result, judged.labelled, judged.part, fidelity, precision)
+    write_data(folder, result, judged.labelled, judged.part, fidelity, precision, judged.shades, shades)
     write_parity_images(
         folder / "parity", judged.items, settings.evaluate.parity_images, Tiling.of(layout.settings.data)
     )

@@ -31,7 +31,7 @@ from flawsmith.layout import Layout
 from flawsmith.settings import section_values
 from flawsmith.surfaces import Tile, iter_tiles, load_images, plan_tiles
 from flawsmith.tracking import StageRun, stage_run
-from flawsmith.triplets import FIT, VALIDATION, TripletFolder
+from flawsmith.triplets import FIT, VALIDATION, TripletFolder, is_shade, read_manifest
 
 MODEL, PARITY, COST, VARIANTS = "model.onnx", "parity.json", "cost.json", "variants"
 
@@ -152,7 +152,15 @@ def _samples(layout: Layout, parity: NDArray[np.float32]) -> Samples:
         return next(iter_tiles([tile], data))
 
     normals: Images = [partial(normal, tile) for tile in plan_tiles(layout.split().calibration, data)]
-    fit, held_out = ([partial(defect, name) for name in triplets.ids(role)] for role in (FIT, VALIDATION))
+    rows = read_manifest(triplets.folder / "manifest.parquet").to_pylist()
+    shades = {row["triplet_id"] for row in rows if is_shade(row)}  # nothing that a variant must find
+    fit = [partial(defect, name) for name in triplets.ids(FIT)]
+    held_out = [partial(defect, name) for name in triplets.ids(VALIDATION) if name not in shades]
+    if not held_out:
+        raise UserError(
+            f"{triplets.folder} holds no held-out triplet but shades, so no variant can be judged; lower "
+            "synthesize.shade_share, or leave export.variants empty."
+        )
     limit = layout.settings.export.variant_images
     return Samples(
         making=[*_spaced(normals, limit), *_spaced(fit, limit)],

@@ -49,6 +49,7 @@ def run(
             batch=evaluate.batch,
             min_defect_images=rules.min_defect_images,
             tiling=tiling if judged.labelled else None,
+            shades=judged.shades,
         )
         return comparison, judged.labelled
 
