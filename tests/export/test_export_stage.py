@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from toy_detector import SIZE, Exported
 
@@ -75,9 +77,14 @@ def test_variants_are_kept_or_refused_and_the_stage_succeeds(
     for source in exported.sources:
         (normals / source.name).write_bytes(source.read_bytes())
     generator, triplets = np.random.default_rng(0), TripletFolder(layout.stage("synthesize"))
-    for name in ("fit-00000", "fit-00001", "val-00002"):
+    names = ("fit-00000", "fit-00001", "val-00002", "val-00003")
+    rows = [
+        {"triplet_id": name, "role": name[:3], "shade_change": 0.1 if name == "val-00003" else None} for name in names
+    ]
+    for name in names:
         normal, defect = generator.integers(0, 256, (2, 3, 2 * SIZE, 2 * SIZE), np.uint8)
         triplets.write(name, normal, defect, np.ones((2 * SIZE, 2 * SIZE), np.bool_))
+    pq.write_table(pa.Table.from_pylist(rows), triplets.folder / "manifest.parquet")
     with caplog.at_level("INFO", logger="flawsmith"):
         stage.run(layout)
     out = layout.stage("export") / "variants"
@@ -95,7 +102,7 @@ def test_variants_are_kept_or_refused_and_the_stage_succeeds(
     assert any("fp16, batch 8: p50" in record.getMessage() for record in caplog.records)
     report = json.loads((out / "parity-fp16.json").read_text())
     assert report["reference_digest"] == digest_path(layout.stage("export") / "model.onnx")
-    assert report["held_out_defects"]["images"] == 1
+    assert report["held_out_defects"]["images"] == 1  # the shade is none
     assert report["parity_images"]["images"] == len(exported.sources)
     assert report["made_from_images"] == report["calibration_normals"]["images"] + 2
     assert Predictor(out / "model-fp16.onnx").metadata.precision == "fp16"

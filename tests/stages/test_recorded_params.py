@@ -27,9 +27,10 @@ class RecordedError(Exception):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_records_what_dvc_reruns_it_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(load_settings(ROOT / "params.yaml", {"categories": ["plate"]}), "plate", tmp_path)
-    image = np.full((32, 32, 3), 99, np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    image = images[0]
     for index in range(20):
-        write_png(tmp_path / f"data/plate/train/good/{index:03}.png", image + np.uint8(index))
+        write_png(tmp_path / f"data/plate/train/good/{index:03}.png", images[index])
         write_png(tmp_path / f"data/plate/test/good/{index:03}.png", image)
         write_png(tmp_path / f"data/plate/test/dent/{index:03}.png", image)
         write_png(tmp_path / f"data/plate/ground_truth/dent/{index:03}_mask.png", np.ones((32, 32), np.bool_))
