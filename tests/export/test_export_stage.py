@@ -33,10 +33,10 @@ def layout(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     weights.write_bytes(b"weights")
     kept = ("threshold", "pixel_threshold", "typical_score", "false_alarm_rate")
     write_json(layout.stage("evaluate") / "metrics.json", {key: getattr(exported.metadata, key) for key in kept})
-    parity = layout.stage("evaluate") / "parity"
-    parity.mkdir()
-    for source in exported.sources:
-        (parity / source.name).write_bytes(source.read_bytes())
+    for folder in (layout.stage("evaluate") / "parity", tmp_path / "data" / "toy" / "train" / "good"):
+        folder.mkdir(parents=True)
+        for source in exported.sources:
+            (folder / source.name).write_bytes(source.read_bytes())
     return layout
 
 
@@ -72,10 +72,6 @@ def test_variants_are_kept_or_refused_and_the_stage_succeeds(
         export=replace(layout.settings.export, variants=("fp16", "int8"), **limits),
     )
     layout = replace(layout, settings=asked)
-    normals = layout.root / "data" / "toy" / "train" / "good"
-    normals.mkdir(parents=True)
-    for source in exported.sources:
-        (normals / source.name).write_bytes(source.read_bytes())
     generator, triplets = np.random.default_rng(0), TripletFolder(layout.stage("synthesize"))
     names = ("fit-00000", "fit-00001", "val-00002", "val-00003")
     rows = [
