@@ -44,6 +44,8 @@ def test_what_is_found_and_what_is_passed_over(tmp_path: Path) -> None:
     assert names(found) == ["2026-11-01/b.jpe", "2026-11-01/deep/c.JFIF", "a.PNG"]
     assert str(found) == ("3 images used, 10 passed over (5 hidden, 2 .gif, 1 .webp, 1 no file, 1 without suffix)")
     assert str(find(tmp_path / "missing")) == "0 images used"
+    touch(tmp_path / "many", *(f"{kind}{n}.{kind}" for kind in "bcdefghij" for n in range(2)), "scan.heic")
+    assert str(find(tmp_path / "many")).endswith("(1 .heic, 2 .b, 2 .c, 2 .d, 2 .e, 2 .f, 2 .g, 2 .h, 2 more)")
 
 
 def test_linked_folders_are_entered_once_and_loops_are_not(tmp_path: Path) -> None:

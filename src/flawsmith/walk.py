@@ -14,6 +14,8 @@ from typing import NamedTuple
 from flawsmith.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff")  # in any case
+IMAGE_LIKE = (".webp", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".pgm", ".ppm", ".pbm", ".pnm", ".tga",
+              ".exr", ".hdr", ".dng", ".raw", ".cr2", ".nef", ".arw", ".psd", ".svg", ".ico")  # fmt: skip
 FILE, HIDDEN, UNREADABLE = "file", "hidden", "unreadable"
 LINKED_TWICE, LINKED_BACK, NO_FILE, NO_SUFFIX = "linked twice", "linked back", "no file", "without suffix"
 # Kept by file managers and servers beside a person's files, some of them with images inside: hidden in all but name.
@@ -159,7 +161,10 @@ def count_sentence(used: int, passed_over: Mapping[str, int], unreadable: int = 
     """`12 images used, 3 passed over (2 hidden, 1 .gif), 1 unreadable`."""
     told = [f"{used} {'image' if used == 1 else 'images'} used"]
     if total := sum(passed_over.values()):
-        kinds = sorted(passed_over.items(), key=lambda item: (item[0] != HIDDEN, -item[1], item[0]))
+        # what may be meant as an image is named before all else that is many
+        kinds = sorted(
+            passed_over.items(), key=lambda item: (item[0] != HIDDEN, item[0] not in IMAGE_LIKE, -item[1], item[0])
+        )
         told.append(f"{total} passed over ({listed([f'{count} {printable(kind)}' for kind, count in kinds])})")
     if unreadable:
         told.append(f"{unreadable} unreadable")
