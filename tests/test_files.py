@@ -159,6 +159,24 @@ def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_folder_or_the_new_
     assert seen == {(-signal.SIGKILL, "old"), (-signal.SIGKILL, "new"), (0, "new")}
 
 
+@pytest.mark.parametrize("made", [None, "empty"])
+def test_whoever_reads_or_writes_next_finds_what_was_moved_aside(tmp_path: Path, made: str | None) -> None:
+    def kill() -> None:
+        tree(tmp_path / f".{digest_name('results')}.old.tmp", {"a.json": b"{}"})
+        if made:
+            (tmp_path / "results").mkdir()
+
+    path = tmp_path / "results" / "a.json"
+    for read in (read_json, digest_path):
+        kill()
+        assert read(path) in ({}, digest_file(path))
+        shutil.rmtree(tmp_path / "results")
+    kill()
+    with pytest.raises(BoomError), atomic_folder(tmp_path / "results"):
+        raise BoomError
+    assert names(tmp_path / "results") == ["a.json"]
+
+
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     holds = (
         "from pathlib import Path\nfrom flawsmith.files import atomic_folder\n"

@@ -103,11 +103,12 @@ def sole_writer(path: Path) -> Iterator["_Place"]:
 
 
 def restore(path: Path) -> None:
-    """Put the folder `path` back if a run was killed after it had moved it aside, and before it put the new one in."""
-    place = _Place.of(path)
-    if place.aside.exists() and not place.target.exists():
-        with suppress(UserError), sole_writer(path):  # whoever writes it now has put it back
-            pass
+    """Put the folder `path`, or the one that holds it, back if a run was killed after it had moved it aside, and before
+    it put the new one in. For whoever reads it and does not find it."""
+    for folder in (path, path.parent):
+        if _Place.of(folder).is_away():
+            with suppress(UserError), sole_writer(folder):  # whoever writes it now has put it back
+                pass
 
 
 _held = threading.local()
@@ -134,10 +135,15 @@ class _Place:
     def aside(self) -> Path:
         return self.room / f".{digest_name(self.target.name)}.old.tmp"
 
+    def is_away(self) -> bool:
+        """Whether the target lies aside, with nothing in its place but an empty folder that somebody may have made."""
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        return self.aside.exists() and (is_empty or not self.target.exists())
+
     def recover(self) -> None:
         """Undo what a killed run left half-done; only for the one that holds the lock."""
-        if self.aside.exists() and not self.target.exists():
-            self.aside.rename(self.target)
+        if self.is_away():
+            self.aside.replace(self.target)  # also where an empty folder is
         for left in (self.aside, *self.room.glob(f".{digest_name(self.target.name)}-*.tmp")):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -222,6 +228,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
+        restore(path)
+        if path.exists():
+            return read_json(path)
         raise UserError(f"{path} does not exist; run the stage that writes it first (`dvc repro`).") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); remove it and run its stage again.") from error
@@ -248,6 +257,8 @@ def digest_path(path: Path) -> str:
     Raises:
         UserError: it does not exist, or a part of it cannot be read.
     """
+    if not path.exists():
+        restore(path)
     if path.is_file():
         return digest_file(path)
     if not path.is_dir():

@@ -83,7 +83,7 @@ class Layout:
         """
         path = self.stage(name) / file
         if not path.exists():
-            restore(self.stage(name))
+            restore(path)
         if not path.exists():
             raise UserError(f"{path} does not exist; run `flawsmith {name} --category {self.category}` first.")
         return path

@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.files import restore
 from flawsmith.inference import providers
 from flawsmith.inference.metadata import INPUT_NAME, OUTPUT_NAMES
 
@@ -55,6 +56,8 @@ class Network:
 
 
 def _open(path: Path, threads: int | None, provider: str | None) -> tuple[Any, str]:
+    if not path.is_file():
+        restore(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; pass the model.onnx of the export stage.")
     options = onnxruntime.SessionOptions()
