@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from toy_onnx import write_toy
 
 from flawsmith.errors import UserError
+from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Predictor
 from flawsmith.serve.app import Gate
 from flawsmith.serve.models import FileSource, Loaded, ModelSlot
@@ -121,3 +123,19 @@ def test_places_are_counted_across_threads() -> None:
         thread.join()
     assert max(most) <= 3
     assert gate.enter()
+
+
+def test_the_digest_is_that_of_the_model_that_answers_though_another_file_follows_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_toy(tmp_path / "model.onnx")
+    expected, real = digest_file(path), Predictor.__init__
+
+    def then_exchanged(self: Predictor, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        write_toy(path, gain=2.0)
+
+    monkeypatch.setattr(Predictor, "__init__", then_exchanged)
+    loaded = FileSource(path).load("")
+    assert digest_file(path) != expected
+    assert loaded.digest == loaded.predictor.digest == expected

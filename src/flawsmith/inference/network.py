@@ -3,6 +3,7 @@
 No torch, so that it runs on a small machine at the line.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Network:
 
     Attributes:
         provider: where it really computes.
+        digest: SHA-256 of the very bytes that were loaded, whatever becomes of the file.
 
     Raises:
         UserError: the file is missing, no ONNX model, or has another interface than flawsmith's; or the provider
@@ -38,7 +40,9 @@ class Network:
     def __init__(self, path: Path, threads: int | None = None, provider: str | None = None) -> None:
         if threads is not None and threads < 1:
             raise UserError(f"threads is {threads}; it must be 1 or more.")
-        self._session, self.provider = _open(path, threads, provider)
+        content = _read(path)
+        self.digest = hashlib.sha256(content).hexdigest()
+        self._session, self.provider = _open(content, path, threads, provider)
         self.properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.input_size = _input_size(self._session, path)  # side of the square input in pixels
 
@@ -55,17 +59,24 @@ class Network:
         return maps[:, 0], scores
 
 
-def _open(path: Path, threads: int | None, provider: str | None) -> tuple[Any, str]:
+def _read(path: Path) -> bytes:
     if not path.is_file():
         restore(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; pass the model.onnx of the export stage.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check its permissions.") from error
+
+
+def _open(content: bytes, path: Path, threads: int | None, provider: str | None) -> tuple[Any, str]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return providers.open_session(str(path), options, provider)
+        return providers.open_session(content, options, provider)
     except UserError:
         raise
     except Exception as error:  # onnxruntime raises a class of its own for each status, all derived from Exception

@@ -61,6 +61,7 @@ class Predictor:
                 f"{model_path} takes images of side {self._network.input_size}, not (batch, 3, {size}, {size}) as its "
                 "metadata says; export the model again."
             )
+        self.digest = self._network.digest  # of the bytes that were loaded
         self.provider = self._network.provider  # where it really computes
         self.tiling = self.metadata.tiling
         self.threshold = _chosen("threshold", threshold, self.metadata.threshold)

@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Predictor
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,8 @@ class FileSource:
         return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
 
     def load(self, mark: str) -> Loaded:
-        return Loaded(Predictor(self._path, self._threads, provider=self._provider), "", digest_file(self._path))
+        predictor = Predictor(self._path, self._threads, provider=self._provider)
+        return Loaded(predictor, "", predictor.digest)
 
 
 class RegistrySource:
@@ -86,14 +86,13 @@ class RegistrySource:
     def load(self, mark: str) -> Loaded:
         expected = self._registry.version(mark).digest
         with self._registry.download(mark) as folder:
-            path = folder / "model.onnx"
-            digest = digest_file(path)
-            if digest != expected:
-                raise UserError(
-                    f"model.onnx of version {mark} of {self._registry.model} is not the file that was registered "
-                    "(its digest differs); register the model again."
-                )
-            return Loaded(Predictor(path, self._threads, provider=self._provider), mark, digest)
+            predictor = Predictor(folder / "model.onnx", self._threads, provider=self._provider)
+        if predictor.digest != expected:
+            raise UserError(
+                f"model.onnx of version {mark} of {self._registry.model} is not the file that was registered "
+                "(its digest differs); register the model again."
+            )
+        return Loaded(predictor, mark, predictor.digest)
 
 
 class ModelSlot:
