@@ -217,3 +217,14 @@ def test_memory_is_measured_on_linux() -> None:
     if os.uname().sysname == "Linux":
         assert memory is not None
         assert memory > 0
+
+
+def test_where_models_compute_is_told_and_so_is_a_demand_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setenv("FLAWSMITH_PROVIDER", "cpu")
+    check = doctor._look_at_inference()
+    assert (check.status, check.detail.split(", ")[1]) == ("ok", "cpu of cpu")
+    monkeypatch.setenv("FLAWSMITH_PROVIDER", "cuda")
+    check = doctor._look_at_inference()
+    assert check.status == "fail"
+    assert "pip install onnxruntime-gpu" in check.detail

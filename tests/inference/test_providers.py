@@ -7,13 +7,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 from line_samples import call, environment, plate
 
-from flawsmith.errors import UserError
+from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.inference import providers
 from flawsmith.inference.network import Network
 
@@ -132,6 +134,17 @@ def test_one_that_does_not_load_is_left_out_and_told_once_but_never_if_it_was_de
     assert ("libcublas.so.13: cannot open" in told) == raises
     with pytest.raises(UserError, match=r"offers cuda here, but it does not load.*--provider or FLAWSMITH_PROVIDER"):
         Network(model, provider="cuda")
+
+
+def test_a_device_that_gives_up_is_told_with_the_remedy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(model)
+
+    def run(*_: object) -> None:
+        raise RuntimeError("CUDA failure 2:\nout of memory")
+
+    monkeypatch.setattr(network, "_session", SimpleNamespace(run=run))
+    with pytest.raises(FlawsmithError, match=r"2 images on cpu \(CUDA failure 2: out of memory\); score fewer at once"):
+        network.run(np.zeros((2, 3, 32, 32), np.float32))
 
 
 def test_a_damaged_model_is_not_blamed_on_the_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ from flawsmith.images import read_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor
+from flawsmith.registry import serving
 from flawsmith.registry.serving import REQUIREMENTS, fetch_artifact, log_serving_model, pip_requirements
 
 NAME = "flawsmith-plate"
@@ -75,6 +78,13 @@ class Registered:
         }
 
 
+def read_only_copy(package: Path, folder: Path) -> Path:
+    copy = shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*copy.rglob("*"), copy]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    return copy
+
+
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]:
     folder = tmp_path_factory.mktemp("registry")
@@ -86,7 +96,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     try:
         experiment = mlflow.create_experiment("serving", artifact_location=(folder / "store").as_uri())
-        with mlflow.start_run(experiment_id=experiment) as run:
+        with mlflow.start_run(experiment_id=experiment) as run, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serving, "PACKAGE", read_only_copy(serving.PACKAGE, folder / "read-only"))
             info = log_serving_model(
                 model,
                 {
@@ -281,6 +292,14 @@ def test_a_model_that_answers_with_nan_is_not_the_clients_fault(
     with pytest.raises(mlflow.MlflowException, match="NaN") as error:
         loaded.predict(pd.DataFrame({"image": [GOOD]}))
     assert error.value.get_http_status_code() == 500
+
+
+def test_code_of_a_read_only_tree_is_stored_without_its_rights(registered: Registered) -> None:
+    """As root nothing fails; anybody else's MLflow could not write into, or remove, its own copies."""
+    code = registered.model_folder / "code" / "flawsmith"
+    stored = [code, *code.rglob("*")]
+    assert code / "inference" / "network.py" in stored
+    assert all(path.stat().st_mode & stat.S_IWUSR for path in stored)
 
 
 def test_no_pickle_inside_the_version(registered: Registered) -> None:

@@ -50,10 +50,18 @@ class Network:
         """Images `(B, 3, S, S)` in [0, 1] to anomaly maps `(B, S, S)` and scores `(B,)`, higher = more anomalous.
 
         Raises:
-            FlawsmithError: the network answers with NaN or infinity, which no threshold could judge.
+            FlawsmithError: the network answers with NaN or infinity, which no threshold could judge; or it cannot be
+                run where it computes (a GPU has too little memory).
         """
         feed = {INPUT_NAME: np.ascontiguousarray(batch, np.float32)}
-        maps, scores = self._session.run(list(OUTPUT_NAMES), feed)  # (B, 1, S, S), (B,)
+        try:
+            maps, scores = self._session.run(list(OUTPUT_NAMES), feed)  # (B, 1, S, S), (B,)
+        except Exception as error:  # as in `_open`
+            reason = " ".join(str(error).split())[:300]
+            raise FlawsmithError(
+                f"The model failed on {len(batch)} images on {self.provider} ({reason}); score fewer at once (a "
+                f"smaller batch), or compute elsewhere ({providers.VARIABLE})."
+            ) from error
         if not (np.isfinite(maps).all() and np.isfinite(scores).all()):
             raise FlawsmithError("The model answered with NaN or infinity; export it again and check its certificate.")
         return maps[:, 0], scores

@@ -9,6 +9,8 @@ process that serves imports no torch. Importing this module costs the seconds th
 """
 
 import io
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +40,16 @@ ENTRY = Path(__file__).with_name("served.py")
 MODEL, NAME = "model", "model"  # of the ONNX file among the artifacts; of the logged model
 COLUMN = "image"
 MAPS = ("array", "png", "none")
-REQUIREMENTS = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "scipy", "tqdm")  # all that serving imports
+REQUIREMENTS = (
+    "filelock",
+    "mlflow",
+    "numpy",
+    "onnxruntime",
+    "pandas",
+    "pillow",
+    "scipy",
+    "tqdm",
+)  # all that serving imports
 
 
 class SurfaceModel(PythonModel):
@@ -140,13 +151,14 @@ def log_serving_model(
             raise ValueError(f"the artifact name {MODEL!r} is the ONNX file's")
         home, held[MODEL] = MODEL, model.resolve()
     config = {"artifact": home, "file": model.resolve().relative_to(held[home]).as_posix(), "max_pixels": max_pixels}
-    with warnings.catch_warnings():  # an input example would be a second way to say what the signature says
+    # an input example, which MLflow warns for, would be a second way to say what the signature says
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*input example was not provided", category=UserWarning)
         return mlflow.pyfunc.log_model(
             name=NAME,
             python_model=str(ENTRY),
             artifacts={name: str(path) for name, path in held.items()},
-            code_paths=[str(PACKAGE)],
+            code_paths=[str(_copy_package(Path(folder)))],
             signature=signature(),
             pip_requirements=pip_requirements(),
             model_config=config,
@@ -171,6 +183,17 @@ def fetch_artifact(model_uri: str, name: str, folder: Path) -> Path:
         raise UserError(f"{model_uri} holds no artifact `{top}` (it holds {', '.join(sorted(held))}).")
     path = f"{held[top]['path']}/{below}".rstrip("/")
     return Path(mlflow.artifacts.download_artifacts(f"{model_uri}/{path}", dst_path=str(folder)))
+
+
+def _copy_package(folder: Path) -> Path:
+    """This package's files in `folder`. MLflow copies rights too, and could not work on a copy of a read-only tree."""
+    copy = folder / PACKAGE.name
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            target = copy / path.relative_to(PACKAGE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return copy
 
 
 def _decode(content: object, row: str, reading: Reading) -> FloatImage:
