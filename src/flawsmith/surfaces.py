@@ -7,8 +7,9 @@
 
 What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
 
-Only `labelled_test` opens `test`, and only the evaluate stage calls it. `labelled_part` halves what it finds by a fixed
-rule: a research half to look at as often as one likes, and a report half for final figures alone.
+Nothing is learned from `test`: only `labelled_test` opens it, for those who judge finished models (`evaluate`,
+`promote`, study and bench). `labelled_part` halves what it finds by a fixed rule: a research half to look at as often
+as one likes, and a report half for final figures alone.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""evaluate: how good the detector is, beside a kNN baseline; the only stage that opens the labelled test set.
+"""evaluate: how good the detector is, beside a kNN baseline; of dvc.yaml's stages it alone opens the labelled test set.
 
 flawsmith evaluate --category C: reads distill/, validate/verdict.json and data/C (synthesize/ where there is no
 labelled test set), writes metrics.json, draws.npz, roc.csv, pr.csv, curves/, scores.csv, calibration_scores.csv,
