@@ -55,7 +55,7 @@ class Standing:
             raise FlawsmithError(
                 f"Changed while stage `{self.stage}` ran: {listed(changed)}. DVC would record the new content as what "
                 f"the result was made from; run `dvc repro {target}` again, or put the old content back and run "
-                f"`dvc commit {target}`."
+                f"`dvc commit --force {target}`."
             )
 
 
