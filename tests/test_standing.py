@@ -56,20 +56,22 @@ def replace_value(root: Path) -> None:
     ],
 )
 def test_what_is_changed_while_a_stage_runs_makes_it_fail(
-    layout: Layout, change: Callable[[Path], object], named: str
+    layout: Layout, change: Callable[[Path], object], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DVC_STAGE", "distill@plate")
     with pytest.raises(FlawsmithError, match=rf"Changed while stage `distill` ran: .*{named}\. DVC would record"):  # noqa: SIM117
         with stage_run(layout, "distill", {}, {}):
             change(layout.root)
 
 
-def test_what_changes_no_content_is_no_change(layout: Layout) -> None:
+def test_what_changes_no_content_is_no_change(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
     with stage_run(layout, "distill", {}, {}):
         os.utime(layout.root / "src/flawsmith/detector/a.py", (1, 1))
         cache = layout.root / "src/flawsmith/detector/__pycache__/a.cpython-311.pyc"
         cache.parent.mkdir()
         cache.write_bytes(b"compiled")
-        rewrite("params.yaml.orig")(layout.root)
+        replace_value(layout.root)  # outside DVC the stage has its values from wherever it was told
         rewrite("src/flawsmith/other.py")(layout.root)
 
 

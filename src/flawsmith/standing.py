@@ -6,6 +6,7 @@ rather than let DVC record that. And DVC does not look into linked folders insid
 go unnoticed.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from flawsmith.settings import read_yaml
 from flawsmith.walk import FILE, entries, listed
 
 PARAMS = "params.yaml"
+DVC_STAGE = "DVC_STAGE"  # what DVC sets for the commands that it runs
 UNHASHED = ("__pycache__", ".pyc", ".tmp")  # of .dvcignore, what may come into being while a stage runs
 
 
@@ -72,7 +74,8 @@ def _look(layout: Layout, stage: str) -> dict[str, Any]:
             seen[str(path)] = _signature(path)
         for name, file in _files_below(path) if path.is_dir() else ():
             seen[f"{path}/{name}"] = _signature(file)
-    for key in entry.get("params", []):
+    # a study and a call by hand have their values from elsewhere, and may go on while params.yaml is edited
+    for key in entry.get("params", []) if DVC_STAGE in os.environ else ():
         seen[f"`{key}` in {PARAMS}"] = _parameter(layout.root / PARAMS, key)
     return seen
 
