@@ -109,6 +109,10 @@ def test_images_in_folders_by_date_are_used_and_told_apart(tmp_path: Path) -> No
         ("dent", "day/1.png", tmp_path / "ground_truth/dent/day/1_mask.png"),
         ("good", "day/1.png", None),
     ]
+    touch(tmp_path, "test/dent/night/2.png", "test/dent/night/1.png", "ground_truth/dent/2_mask.png")
+    by_name = {image.name: image.mask_path for image in surface.labelled_test() if image.is_defective}
+    assert by_name["night/2.png"] == tmp_path / "ground_truth/dent/2_mask.png"  # no other image is called so
+    assert by_name["night/1.png"] is None
     touch(tmp_path, "test/stray.png")
     with pytest.raises(UserError, match=r"stray\.png lies in no folder of a type"):
         surface.labelled_test()

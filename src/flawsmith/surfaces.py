@@ -15,6 +15,7 @@ as one likes, and a report half for final figures alone.
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -214,8 +215,9 @@ class Surface:
         return self._with_masks(found)
 
     def _with_masks(self, images: Sequence[LabelledImage]) -> tuple[LabelledImage, ...]:
-        """The images with their masks as far as there are any: in the same folder of `ground_truth`, by the image's
-        stem, with or without one of MASK_WORDS behind it, in any case."""
+        """The images with their masks as far as there are any: in the same folder of `ground_truth`, or in that of the
+        type where no other image of it has this stem; by the stem, with or without one of MASK_WORDS behind it, in any
+        case."""
         drawn = find(self.folder / "ground_truth")
         drawn.check()
         masks: dict[str, Path] = {}
@@ -223,10 +225,13 @@ class Surface:
             place = PurePosixPath(drawn.name_of(mask).casefold())
             if place.parts[0] not in GOOD_NAMES:
                 masks.setdefault(str(place.with_suffix("")), mask)
+        stems = [PurePosixPath(item.shown_name.casefold()).with_suffix("") for item in images]
+        tops = [PurePosixPath(stem.parts[0], stem.name) for stem in stems]
+        counted = Counter(tops)
         found, used = [], set()
-        for item in images:
-            stem = PurePosixPath(item.shown_name.casefold()).with_suffix("")
-            keys = (f"{stem}{word}" for word in MASK_WORDS) if item.is_defective else iter(())
+        for item, stem, top in zip(images, stems, tops, strict=True):
+            places = (stem, top) if counted[top] == 1 else (stem,)
+            keys = (f"{place}{word}" for place in places if item.is_defective for word in MASK_WORDS)
             key = next((key for key in keys if key in masks), "")
             found.append(replace(item, mask_path=masks.get(key)))
             used.add(key)
