@@ -244,6 +244,9 @@ def test_masks_of_no_image_are_refused_or_told(tmp_path: Path, caplog: pytest.Lo
     picture(folder / "000_mask.png", 255)
     assert surface.labelled_test()[1].mask_path == folder / "000_mask.png"
     assert "mask_of_000.png is the mask of no image" in caplog.text
+    (folder / "001_mask.gif").touch()
+    surface.labelled_test()
+    assert "1 passed over (1 .gif); a mask is one of .png, " in caplog.text
 
 
 @pytest.mark.parametrize(("removed", "missing"), [("good", "test/good"), ("scratch", "test/<defect>")])

@@ -42,7 +42,7 @@ from flawsmith.images import (
 from flawsmith.masks import inspect_mask
 from flawsmith.settings import DataSettings
 from flawsmith.tiling import Place, Tiling
-from flawsmith.walk import SUFFIXES, Found, find
+from flawsmith.walk import SUFFIXES, Found, find, listed
 
 GOOD = "good"
 GOOD_NAMES = {GOOD, "ok", "okay", "normal", "pass"}  # folders of `test`, in any case
@@ -220,6 +220,10 @@ class Surface:
         case."""
         drawn = find(self.folder / "ground_truth")
         drawn.check()
+        if drawn.passed_over:
+            tell_once(
+                f"masks passed over {self.category}", f"{drawn.folder}: {drawn}; a mask is one of {listed(SUFFIXES)}."
+            )
         masks: dict[str, Path] = {}
         for mask in drawn.images:
             place = PurePosixPath(drawn.name_of(mask).casefold())
