@@ -33,7 +33,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import FlawsmithError, UserError, refusal
 from flawsmith.files import read_json, write_json
 from flows import postgres
 from flows.processes import LOOPBACK, Part, Processes, check_port, clean_environment, free_port, write_private
@@ -621,6 +621,10 @@ def main() -> None:
         app(prog_name="python -m flows.stack")
     except FlawsmithError as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        if (refused := refusal(error)) is None:
+            raise
+        _fail(str(refused), refused.exit_code)
 
 
 def _interrupt(*_: object) -> NoReturn:

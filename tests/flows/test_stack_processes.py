@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flawsmith.errors import FlawsmithError, UserError
-from flows import postgres
+from flows import postgres, stack
 from flows.processes import LOOPBACK, Part, Processes, check_port, clean_environment, free_port
 from flows.stack import ROOT, Stack, private_temporary, visible_devices, worker_checkouts
 
@@ -245,3 +245,20 @@ def test_data_stay_in_the_database_that_holds_them(monkeypatch: pytest.MonkeyPat
     (tmp_path / "postgres" / "PG_VERSION").write_text("92\n")
     with pytest.raises(UserError, match="lie in PostgreSQL 92, which is not installed"):
         Stack(tmp_path).up()
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: str) -> None:
+        raise PermissionError(13, "Permission denied", ".stack")
+
+    monkeypatch.setattr(stack, "app", refuse)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            stack.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("flows.stack: .stack cannot be used: the rights to do so are missing")
