@@ -69,6 +69,7 @@ def nothing_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
     ("offers", "asked", "variable", "device", "used"),
     [
         (CPU_BUILD, None, "", "", "cpu"),
+        (CPU_BUILD, None, "", "cuda", "cpu"),  # a demand on torch
         (GPU_BUILD, None, "", "", "cuda"),  # not TensorRT
         (OPENVINO_BUILD, None, "", "", "openvino"),
         (GPU_BUILD, "tensorrt", "", "", "tensorrt"),
@@ -101,23 +102,20 @@ def test_the_first_that_is_there_or_the_one_demanded(
 
 
 @pytest.mark.parametrize(
-    ("asked", "variable", "device", "words"),
+    ("asked", "variable", "words"),
     [
-        ("cuda", "", "", "--provider is cuda, .* has only cpu here; .*`pip install onnxruntime-gpu`"),
-        (None, "tensorrt", "", "FLAWSMITH_PROVIDER is tensorrt, .*`pip install onnxruntime-gpu`"),
-        (None, "openvino", "", "FLAWSMITH_PROVIDER is openvino, .*`pip install onnxruntime-openvino`"),
-        (None, "", "cuda", "FLAWSMITH_DEVICE is cuda, .* set FLAWSMITH_PROVIDER"),
-        ("gpu", "", "", "--provider is `gpu`; it must be one of auto, cpu, cuda, tensorrt, openvino"),
-        (None, "CUDA", "", "FLAWSMITH_PROVIDER is `CUDA`; it must be one of"),
-        (None, "", "tensorrt", "FLAWSMITH_DEVICE is `tensorrt`; it must be one of auto, cpu, cuda"),
+        ("cuda", "", "--provider is cuda, .* has only cpu here; .*`pip install onnxruntime-gpu`"),
+        (None, "tensorrt", "FLAWSMITH_PROVIDER is tensorrt, .*`pip install onnxruntime-gpu`"),
+        (None, "openvino", "FLAWSMITH_PROVIDER is openvino, .*`pip install onnxruntime-openvino`"),
+        ("gpu", "", "--provider is `gpu`; it must be one of auto, cpu, cuda, tensorrt, openvino"),
+        (None, "CUDA", "FLAWSMITH_PROVIDER is `CUDA`; it must be one of"),
     ],
 )
 def test_what_is_demanded_but_not_there_is_told_with_the_remedy(
-    model: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, variable: str, device: str, words: str
+    model: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, variable: str, words: str
 ) -> None:
     Runtime(CPU_BUILD).install(monkeypatch)
     monkeypatch.setenv(providers.VARIABLE, variable)
-    monkeypatch.setenv(providers.DEVICE_VARIABLE, device)
     with pytest.raises(UserError, match=words):
         Network(model, provider=asked)
 

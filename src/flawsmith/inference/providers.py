@@ -1,8 +1,8 @@
 """Where exported models compute: the one place that chooses onnxruntime's execution provider.
 
 Of those that the installed onnxruntime offers, the first that loads: an NVIDIA GPU, OpenVINO, the CPU. `--provider`
-demands one, or FLAWSMITH_PROVIDER for whatever has no such option; where neither does, FLAWSMITH_DEVICE counts, which
-torch follows too.
+demands one, or FLAWSMITH_PROVIDER for whatever has no such option. Where neither does, FLAWSMITH_DEVICE=cpu keeps this
+off a GPU too; its `cuda` is a demand on torch alone: who trains on a GPU need not have onnxruntime-gpu.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def offered() -> list[str]:
 
 
 def demanded(provider: str | None = None) -> str:
-    """What is asked for, one of CHOICES: `provider`, else by FLAWSMITH_PROVIDER, else by FLAWSMITH_DEVICE.
+    """What is asked for, one of CHOICES: `provider`, else by FLAWSMITH_PROVIDER, else the CPU if FLAWSMITH_DEVICE is.
 
     Raises:
         UserError: there is no such provider, or the installed onnxruntime lacks it.
@@ -55,11 +55,10 @@ def demanded(provider: str | None = None) -> str:
     asked, told_by = provider or "", "--provider"
     if not asked:
         asked, told_by = os.environ.get(VARIABLE) or AUTO, VARIABLE
-    if asked == AUTO and os.environ.get(DEVICE_VARIABLE):
-        asked, told_by = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
-    choices = (AUTO, CPU, "cuda") if told_by == DEVICE_VARIABLE else CHOICES
-    if asked not in choices:
-        raise UserError(f"{told_by} is `{asked}`; it must be one of {', '.join(choices)}.")
+    if asked == AUTO and os.environ.get(DEVICE_VARIABLE) == CPU:
+        return CPU
+    if asked not in CHOICES:
+        raise UserError(f"{told_by} is `{asked}`; it must be one of {', '.join(CHOICES)}.")
     if asked != AUTO and asked not in offered():
         raise UserError(
             f"{told_by} is {asked}, but onnxruntime has only {', '.join(offered())} here; `pip uninstall "
