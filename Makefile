@@ -8,6 +8,9 @@ ANOMALIB_VERSION := 2.7.0
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 ARGS ?=
+# What `make repro` looks at first, since DVC deletes a stage's outputs before the stage can refuse: the categories of
+# the targets in ARGS (stage@category), else all.
+CHECKED = $(sort $(foreach target,$(ARGS),$(if $(findstring @,$(target)),$(lastword $(subst @, ,$(target))))))
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -19,6 +22,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 repro: install ## run the pipeline (what is up to date is skipped); ARGS='distill@brushed_metal' for a part of it
+	flawsmith check $(CHECKED)
 	dvc repro $(ARGS)
 	@flawsmith result
 

@@ -1,4 +1,4 @@
-"""Retrain one category: data in, every DVC stage in order, register, compare, promote or keep, results out.
+"""Retrain one category: data in and checked, every DVC stage in order, register, compare, promote or keep, results out.
 
     prefect deployment run retrain/retrain -p category=brushed_metal
 
@@ -31,6 +31,7 @@ from prefect.states import Completed, Failed
 from prefect.tasks import exponential_backoff
 
 from flawsmith import repro
+from flawsmith.check import refuse
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.processes import stream
 from flawsmith.repro import GateFailed, InfrastructureError, StageOutcome
@@ -191,6 +192,7 @@ def _may_help(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
 def _run(trail: Trail, targets: list[str], steps: Steps, publish_branch: str | None) -> None:
     category = trail.category
     trail.remote = steps.run("sync data", _sync, trail, targets)
+    steps.run("check", refuse, trail.root / "params.yaml", category)
     for target in targets:
         trail.stages.append(steps.run(target, _stage, trail, target))
     trail.registered = steps.run("register", _cli, trail, "register")

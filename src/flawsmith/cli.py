@@ -657,6 +657,27 @@ def study(
 
 
 @app.command(rich_help_panel=HOUSE_PANEL)
+def check(
+    categories: Annotated[
+        list[str] | None, typer.Argument(metavar="[CATEGORY...]", help="Folders under data.root. Default: all.")
+    ] = None,
+    as_json: JsonOption = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Look at params.yaml and every image before anything is computed: all that would fail later, each with its remedy.
+
+    Exit 2 if anything would fail; warnings alone exit 0. `make repro` begins with it.
+    """
+    from flawsmith.check import check as look
+
+    report = look(params, categories or [], parse_overrides(overrides or []))
+    _answer(report.to_json(), as_json, str(report))
+    if report.errors:
+        raise typer.Exit(UserError.exit_code)
+
+
+@app.command(rich_help_panel=HOUSE_PANEL)
 def doctor(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None) -> None:
     """Check what breaks silently: versions, stores, teacher weights, device. Exit 1 if something is wrong."""
     from flawsmith.doctor import render_checks, run_checks, worst_status

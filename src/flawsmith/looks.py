@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
-from flawsmith import files, images
+from flawsmith import damage, images, masks
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, digest_file
 from flawsmith.images import FloatImage, Reading, read_image, resize_image
@@ -213,9 +213,9 @@ def _more(count: int, what: str = "") -> str:
 
 
 @cache
-def _maker() -> str:
-    """Digest of the code that decides a look: what older code saw is seen anew."""
-    sources = (Path(__file__), Path(images.__file__), Path(files.__file__))
+def source_digest() -> str:
+    """Digest of the code that reads images: what older code saw is seen anew."""
+    sources = (Path(__file__), Path(damage.__file__), Path(images.__file__), Path(masks.__file__))
     return sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -225,7 +225,7 @@ def _load(kept: Path | None) -> dict[str, Look]:
         return {}
     try:
         with np.load(kept, allow_pickle=False) as content:
-            if str(content["maker"]) != _maker():
+            if str(content["maker"]) != source_digest():
                 return {}
             kept_of = (content[name] for name in ("pixels", "deviations", "thumbs"))
             rows = zip(content["digests"].tolist(), *kept_of, strict=True)
@@ -242,7 +242,7 @@ def _save(kept: Path, known: dict[str, Look]) -> None:
         with atomic_file(kept) as temporary, temporary.open("wb") as stream:
             np.savez(
                 stream,
-                maker=np.array(_maker()),
+                maker=np.array(source_digest()),
                 digests=np.array(list(known)),
                 pixels=np.frombuffer(b"".join(one.pixels for one in looks), np.uint8).reshape(len(looks), -1),
                 deviations=np.array([one.deviation for one in looks]),

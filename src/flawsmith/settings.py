@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -391,6 +391,15 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
         UserError: the file is missing or no mapping, a section or key is unknown (the nearest known one is named) or
             missing, or a value has the wrong type or lies outside its bounds.
     """
+    return parse_settings(load_content(path, overrides), str(path))
+
+
+def load_content(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read params.yaml, with `overrides` as `load_settings` takes them, without a look at what the keys are.
+
+    Raises:
+        UserError: the file is missing or no mapping, or there is no such place for an override.
+    """
     try:
         content = read_yaml(path.read_text())
     except FileNotFoundError as error:
@@ -409,7 +418,7 @@ def load_settings(path: Path, overrides: Mapping[str, Any] | None = None) -> Set
             raise UserError(f"`{dotted}` cannot be replaced: `{section}` {known}.")
         elif isinstance(content.setdefault(section, {}), dict):  # else it is refused below
             content[section][key] = value
-    return parse_settings(content, str(path))
+    return content
 
 
 class _Loader(yaml.SafeLoader):
@@ -461,21 +470,13 @@ def read_yaml(text: str) -> Any:
 
 def parse_settings(content: Mapping[str, Any], source: str) -> Settings:
     """Check a mapping shaped like params.yaml; `source` names it in errors."""
-    known = ["categories", *SECTIONS]
-    for key in content:
-        if key not in known:
-            raise UserError(f"{source}: unknown section `{key}`{_nearest(str(key), known)}.")
-    for key in known:
-        if key not in content:
-            raise UserError(
-                f"{source}: section `{key}` is missing; add it (the params.yaml in flawsmith's repository has all)."
-            )
-    categories = check_categories(content["categories"], source)
+    for problem in section_problems(content, source):
+        raise UserError(problem)
     sections = {
         name.replace("-", "_"): parse_section(name, content[name], section, source)
         for name, section in SECTIONS.items()
     }
-    settings = Settings(categories=categories, **sections)
+    settings = Settings(categories=tuple(content["categories"]), **sections)
     _check_together(settings, source)
     return settings
 
@@ -523,22 +524,52 @@ def _name_fault(name: str) -> str:
     return ""
 
 
-def parse_section(name: str, content: Any, section: type, source: str) -> Any:
-    """Check one section of params.yaml against its class and build it."""
+def section_problems(content: Mapping[str, Any], source: str) -> Iterator[str]:
+    """All that is wrong with the sections of a mapping shaped like params.yaml and with their keys, each by itself."""
+    known = ["categories", *SECTIONS]
+    for key in content:
+        if key not in known:
+            yield f"{source}: unknown section `{key}`{_nearest(str(key), known)}."
+    for key in known:
+        if key not in content:
+            yield f"{source}: section `{key}` is missing; add it (the params.yaml in flawsmith's repository has all)."
+        elif key == "categories":
+            try:
+                check_categories(content[key], source)
+            except UserError as error:
+                yield str(error)
+        else:
+            yield from _key_problems(key, content[key], SECTIONS[key], source)
+
+
+def _key_problems(name: str, content: Any, section: type, source: str) -> Iterator[str]:
     if not isinstance(content, Mapping):
-        raise UserError(f"{source}: section `{name}` must hold `key: value` lines.")
+        yield f"{source}: section `{name}` must hold `key: value` lines."
+        return
     fields = {item.name: item for item in dataclasses.fields(section)}
+    hints = typing.get_type_hints(section)
     for key in content:
         if key not in fields:
-            raise UserError(f"{source}: unknown key `{name}.{key}`{_nearest(str(key), list(fields))}.")
+            yield f"{source}: unknown key `{name}.{key}`{_nearest(str(key), list(fields))}."
     for key, item in fields.items():
         if key not in content:
-            raise UserError(f"{source}: key `{name}.{key}` is missing; it means: {item.metadata['meaning']}.")
+            yield f"{source}: key `{name}.{key}` is missing; it means: {item.metadata['meaning']}."
+            continue
+        try:
+            _convert(f"{name}.{key}", content[key], hints[key], item.metadata, source)
+        except UserError as error:
+            yield str(error)
+
+
+def parse_section(name: str, content: Any, section: type, source: str) -> Any:
+    """Check one section of params.yaml against its class and build it."""
+    for problem in _key_problems(name, content, section, source):
+        raise UserError(problem)
     hints = typing.get_type_hints(section)
     return section(
         **{
-            key: _convert(f"{name}.{key}", content[key], hints[key], item.metadata, source)
-            for key, item in fields.items()
+            item.name: _convert(f"{name}.{item.name}", content[item.name], hints[item.name], item.metadata, source)
+            for item in dataclasses.fields(section)
         }
     )
 

@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+
+from flawsmith.images import write_png
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +48,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "dvc.yaml").write_text(STAGES)
     (folder / "learn.sh").write_text(LEARN)
     (folder / "validate.sh").write_text(GOOD)
+    for seed in range(10):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+        write_png(folder / "data" / "steel" / "train" / "good" / f"{seed}.png", pixels)
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     content["categories"] = ["steel"]
     content["tracking"]["mode"] = "off"
