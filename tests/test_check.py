@@ -48,6 +48,17 @@ def test_a_sound_category_is_described_and_its_promise_told(root: Path) -> None:
     assert facts["test"] == {"dent": 3, "good": 3}
 
 
+def test_a_linked_folder_that_dvc_does_not_see_is_told(root: Path) -> None:
+    good = root / "data" / "plate" / "train" / "good"
+    good.rename(root / "share")
+    good.symlink_to(root / "share")
+    assert check(root / "params.yaml").findings == ()  # no DVC here
+    (root / "dvc.yaml").touch()
+    [finding] = check(root / "params.yaml").findings
+    assert finding.level == "error"
+    assert f"{good} is a linked folder, and DVC does not see" in finding.sentence
+
+
 def broken(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
 

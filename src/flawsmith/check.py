@@ -27,6 +27,7 @@ from flawsmith.images import inspect_values
 from flawsmith.layout import Layout
 from flawsmith.looks import copies_sentence, find_copies, flat_sentence, source_digest, try_looks
 from flawsmith.settings import Settings, load_content, parse_settings, section_problems
+from flawsmith.standing import unseen_sentence
 from flawsmith.surfaces import (
     GOOD,
     MIN_CALIBRATION_IMAGES,
@@ -159,6 +160,9 @@ class _Category:
         if not folder.is_dir():
             self._say("error", self._missing(folder))
             return self._findings
+        if (self.layout.root / "dvc.yaml").is_file():
+            for link in find(folder).linked[:1]:
+                self._say("error", unseen_sentence(link))
         with _warnings() as self._said:
             try:
                 surface = self.layout.surface()

@@ -61,6 +61,15 @@ class Standing:
             )
 
 
+def unseen_sentence(link: Path) -> str:
+    """Why a linked folder inside a category is refused, and what to do."""
+    return (
+        f"{link} is a linked folder, and DVC does not see what lies in such a one: changed images would go unnoticed. "
+        "Copy the images there, link the whole folder of the category instead, or set `data.root` in params.yaml to "
+        "where they lie."
+    )
+
+
 def _look(layout: Layout, stage: str) -> dict[str, Any]:
     if not (layout.root / "dvc.yaml").is_file():
         return {}
@@ -97,11 +106,7 @@ def _files_below(folder: Path) -> list[tuple[str, Path]]:
     linked: list[str] = []
     found = [(entry.name, Path(entry.path)) for entry in entries(folder, linked=linked) if entry.kind == FILE]
     if linked:
-        raise UserError(
-            f"{folder / linked[0]} is a linked folder, and DVC does not see what lies in such a one: changed images "
-            "would go unnoticed. Copy the images there, link the whole folder of the category instead, or set "
-            "`data.root` in params.yaml to where they lie."
-        )
+        raise UserError(unseen_sentence(folder / linked[0]))
     return [(name, path) for name, path in found if not any(text in name for text in UNHASHED)]
 
 
