@@ -226,7 +226,7 @@ def test_changing_distill_runs_only_distill_and_later(restored: Project) -> None
 
 
 def test_a_failed_gate_stops_distill_and_leaves_its_report(restored: Project) -> None:
-    restored.set_params({"validate": {"mask_area": [0.9, 1.0]}})
+    restored.set_params({"validate": {"min_change_inside": 0.9}})
     result = restored.run("dvc", "repro", succeeds=False)
     assert result.returncode != 0
     assert restored.ran(result) == [target("validate")]

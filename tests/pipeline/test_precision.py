@@ -50,8 +50,8 @@ def test_every_stage_runs_in_bf16_and_says_so(coarse: Project, project: Project)
         assert read(name.stage("evaluate") / "metrics.json")["training_precision"] == expected
         assert Predictor(name.stage("export") / "model.onnx").metadata.training_precision == expected
         for stage in ("ddpm-train", "synthesize", "distill"):
-            (run,) = runs_of(name, stage)
-            assert run.data.params["compute.precision"] == expected
+            # other tests may have run a stage of `project` again
+            assert {run.data.params["compute.precision"] for run in runs_of(name, stage)} == {expected}
     # it was another computation, and the same training
     ours, theirs = (losses_of(name.stage("ddpm-train")) for name in (coarse, project))
     assert not np.array_equal(ours, theirs)
