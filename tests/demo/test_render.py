@@ -19,9 +19,7 @@ from flawsmith.settings import DemoDataSettings
 from flawsmith.surfaces import GOOD, Surface
 
 SIZE = 128
-SMALL = DemoDataSettings(
-    surfaces=("brushed_metal",), seed=3, image_size=SIZE, train_good=4, test_good=1, test_per_defect=1
-)
+SMALL = DemoDataSettings(seed=3, image_size=SIZE, train_good=4, test_good=1, test_per_defect=1)
 EVERY_DEFECT = [(surface, defect) for surface, kind in KINDS.items() for defect in kind.defects]
 
 

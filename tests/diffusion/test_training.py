@@ -136,6 +136,14 @@ def test_readiness_says_what_is_wrong(samples: np.ndarray, ready: bool, word: st
     assert word in verdict.verdict
 
 
+def test_a_surface_that_looks_like_noise_is_judged_by_its_own_spread() -> None:
+    good = judge_readiness(features(5), features(1, count=128), features(2, count=256), features(3))
+    assert good.ready
+    bad = judge_readiness(features(5, 3.0), features(1, count=128), features(2, count=256), features(3))
+    assert not bad.ready
+    assert 1 < bad.relative_distance < 100  # a share that says something, not a division by nothing
+
+
 def test_colour_noise_keeps_mean_and_covariance() -> None:
     crops = np.random.default_rng(0).uniform(0.3, 0.6, (8, 3, 32, 32)).astype(np.float32)
     crops[:, 1] = 0.5 * crops[:, 0] + 0.2

@@ -304,5 +304,5 @@ def test_without_pyav_a_video_is_refused_before_anything_else(
     on_a_stream = [InputFile(film, "a.mp4"), InputFile(image, "a.png")]
     first, second = tasks_of(on_a_stream, 1, READING, threading.Event())
     assert isinstance(first, Unreadable)
-    assert "PyAV" in first.reason
+    assert "flawsmith[video]" in first.reason
     assert second.name == "a.png"  # type: ignore[union-attr]

@@ -16,6 +16,8 @@ from scipy.spatial.distance import cdist
 READY = 0.25  # relative distance up to which samples pass for normal surface
 MEMORISED = 0.5  # nearest-neighbour ratio below which samples are copies of training crops
 
+LEAST_SCALE = 0.1  # of the spread of real crops; where noise differs by less, it looks like the surface
+
 
 @dataclass(frozen=True)
 class Readiness:
@@ -41,7 +43,9 @@ def judge_readiness(
     scale = fit.std(axis=0) + 1e-8
     samples, heldout, fit, noise = ((part - fit.mean(axis=0)) / scale for part in (samples, heldout, fit, noise))
     floor, distance, ceiling = (energy_distance(part, heldout) for part in (fit, samples, noise))
-    relative = float(np.clip((distance - floor) / max(ceiling - floor, 1e-12), 0, None))
+    # a surface that looks like noise itself: there the spread of its crops is the measure, not what noise differs by
+    scale_of_noise = max(ceiling - floor, LEAST_SCALE * _within(heldout))
+    relative = float(np.clip((distance - floor) / scale_of_noise, 0, None)) if scale_of_noise else 0.0
     ratio = _nearest(samples, fit) / max(_nearest(heldout, fit), 1e-12)
     if ratio < MEMORISED:
         ready, verdict = (
@@ -72,8 +76,12 @@ def judge_readiness(
 
 def energy_distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| of samples (n, d) and (m, d), unbiased, so it may be slightly negative."""
-    within = [cdist(part, part).sum() / (len(part) * (len(part) - 1)) for part in (x, y)]
-    return float(2 * cdist(x, y).mean() - within[0] - within[1])
+    return float(2 * cdist(x, y).mean() - _within(x) - _within(y))
+
+
+def _within(x: NDArray[np.float64]) -> float:
+    """Mean distance of two different rows."""
+    return float(cdist(x, x).sum() / (len(x) * (len(x) - 1)))
 
 
 def colour_noise(crops: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
