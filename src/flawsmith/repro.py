@@ -93,6 +93,8 @@ class StageOutcome:
 def stages_of(root: Path, settings: Settings, category: str) -> list[str]:
     """The stages of one category as targets of `dvc repro`, in dvc.yaml's order.
 
+    Those of all demo surfaces belong to them, categories or not: what dvc.lock does not know of, nobody can pull.
+
     Raises:
         UserError: the category is not in params.yaml, or dvc.yaml cannot be read.
     """
@@ -104,8 +106,10 @@ def stages_of(root: Path, settings: Settings, category: str) -> list[str]:
     targets = []
     for name, stage in read_stages(root).items():
         variables = set(stage.get("matrix", {}))
-        if variables == {"category"} or (variables == {"surface"} and category in stage["matrix"]["surface"]):
+        if variables == {"category"}:
             targets.append(f"{name}@{category}")
+        elif variables == {"surface"}:
+            targets += [f"{name}@{surface}" for surface in stage["matrix"]["surface"]]
         elif not variables:
             targets.append(name)
     return targets
