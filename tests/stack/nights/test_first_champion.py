@@ -19,6 +19,7 @@ def checkout(stack: Stack, bare: Any) -> Iterator[Any]:
     made = bare.checkout
     params = made.folder / "params.yaml"
     params.write_text(yaml.safe_dump(yaml.safe_load(params.read_text()) | {"categories": [CATEGORY]}, sort_keys=False))
+    made.run("git", "commit", "--quiet", "--message", "One category", "params.yaml")
     made.run("python", "-m", "flows.setup", **stack.variables())
     stack.start_worker("gpu", "first", made.folder, gpu="gpu-0")
     stack.start_worker("control", "first-lead", made.folder)
