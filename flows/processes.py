@@ -24,6 +24,7 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import atomic_file, read_json, write_json
 
 MARK = "FLAWSMITH_STACK_PROCESS"
+MARK_LOOKS = 500  # for a second in all
 LEFTOVER_GRACE = 5.0  # seconds that children get after their parent has gone
 KILL_GRACE = 10.0
 LOOPBACK = "127.0.0.1"
@@ -113,6 +114,12 @@ class Processes:
             raise FlawsmithError(f"{part.command[0]} cannot be started ({error}).") from error
         self._handles[part.name] = process
         self._write(part.name, mark, process.pid, part.digest)
+        for _ in range(
+            MARK_LOOKS
+        ):  # the kernel lets us go on a moment before the new program's environment can be read
+            if _bears(process.pid, mark) or process.poll() is not None:
+                break
+            time.sleep(0.002)
 
     def wait(self, name: str, title: str, healthy: Callable[[], bool], seconds: float) -> None:
         """Wait until a started process is healthy.

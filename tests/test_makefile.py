@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OURS = ("PREFECT_API_URL", "MAKEFLAGS", "MAKEOVERRIDES", "ARGS")  # of the call of make that runs these tests
 
 # Makes an "environment" whose python notes each pip install, and breaks it off where a file `break` lies.
 PYTHON = """#!/bin/sh
@@ -46,7 +47,7 @@ class Checkout:
 
     def make(self, target: str, *arguments: str) -> list[str]:
         """The lines that `make target` printed; `result` holds the rest."""
-        environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+        environment = {key: value for key, value in os.environ.items() if key not in OURS}
         self.result = subprocess.run(
             ["make", "--silent", target, f"PYTHON={self.tools / 'python'}", *arguments],
             cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
