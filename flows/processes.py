@@ -114,9 +114,8 @@ class Processes:
             raise FlawsmithError(f"{part.command[0]} cannot be started ({error}).") from error
         self._handles[part.name] = process
         self._write(part.name, mark, process.pid, part.digest)
-        for _ in range(
-            MARK_LOOKS
-        ):  # the kernel lets us go on a moment before the new program's environment can be read
+        # the kernel lets us go on a moment before the new program's environment can be read
+        for _ in range(MARK_LOOKS):
             if _bears(process.pid, mark) or process.poll() is not None:
                 break
             time.sleep(0.002)
