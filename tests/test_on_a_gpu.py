@@ -10,6 +10,7 @@ import torch
 
 from flawsmith.bench import anomalib_runner, gpu
 from flawsmith.bench.measure import machine, seconds_of
+from flawsmith.devices import BFLOAT16, Compute
 from flawsmith.doctor import _look_at_device
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
@@ -59,7 +60,7 @@ def test_a_clock_waits_for_the_gpu_before_and_after(calls: list[str]) -> None:
 def test_figures_name_the_gpu_and_what_memory_it_took(
     calls: list[str], monkeypatch: pytest.MonkeyPatch, params_path: Path
 ) -> None:
-    assert {"device": "Fake 9000", "bf16": True}.items() <= machine(CUDA).items()
+    assert {"device": "Fake 9000", "bf16": True}.items() <= machine(Compute(CUDA, BFLOAT16)).items()
     assert {"device": "Fake 9000", "peak_device_mb": 2.0}.items() <= _measure(1.0).items()
     calls.clear()
     monkeypatch.setattr(gpu, "STAGES", {"distill": partial(lambda said, layout: said.append("distill"), calls)})

@@ -18,14 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from flawsmith.demo.render import KINDS
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file, digest_json, read_json, write_json
 from flawsmith.images import inspect_values
 from flawsmith.layout import Layout
 from flawsmith.looks import copies_sentence, find_copies, flat_sentence, source_digest, try_looks
+from flawsmith.progress import bar
 from flawsmith.settings import Settings, load_content, parse_settings, section_problems
 from flawsmith.standing import unseen_sentence
 from flawsmith.surfaces import (
@@ -41,7 +40,6 @@ from flawsmith.tiling import Tiling
 from flawsmith.walk import find, listed
 
 RECOMMENDED = 30  # normals
-DEMO_DATA = "data"  # where the first stage renders
 FOLDERS = ("train", "test", "ground_truth")
 MIXED = 1.5  # of aspects; more is told
 FAINT = 0.1  # of the usual deviation; an image that varies less is told
@@ -147,9 +145,9 @@ class _Category:
 
     def look(self) -> list[Finding]:
         """All findings."""
-        name, root = self.layout.category, self.layout.root / self.layout.settings.data.root
-        folder = root / name
-        if name in KINDS and root.resolve() == (self.layout.root / DEMO_DATA).resolve():
+        name = self.layout.category
+        folder = self.layout.root / self.layout.settings.data.root / name
+        if name in KINDS and self.layout.reads_demo_data:
             wanted = self.layout.settings.demo_data.train_good
             if len(find(folder / "train" / GOOD).images) != wanted:
                 self.facts["told"].append("is rendered by the first stage.")
@@ -321,7 +319,7 @@ class _Category:
                 self._said += known["said"]
                 return
         said, errors = len(self._said), 0
-        for item in tqdm(labelled, "looking at test", unit="image", disable=None, leave=False):
+        for item in bar(labelled, "looking at test", unit="image", leave=False):
             try:
                 load_labelled(item, tiling, reading, original=True)
             except (UserError, OSError) as error:

@@ -13,6 +13,8 @@ from flawsmith.surfaces import Split, Surface, ask_white_level
 
 log = logging.getLogger(__name__)
 
+DEMO_DATA = "data"  # where the first stage renders, in the project also where `data.root` names another place
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -47,12 +49,21 @@ class Layout:
         white = data.white_level or ask_white_level(self.surface().normals(), data.reading, self.category)
         return replace(data, white_level=white)
 
+    @property
+    def reads_demo_data(self) -> bool:
+        """Whether categories are read from where the first stage renders."""
+        return (self.root / self.settings.data.root).resolve() == (self.root / DEMO_DATA).resolve()
+
     def split(self) -> Split:
         """The fit and calibration parts of the category's normal images; copies among them are named in the log.
 
         Raises:
             UserError: images cannot be read or show nothing, or there are too few for both parts.
         """
+        return self._split
+
+    @cached_property
+    def _split(self) -> Split:  # every image's bytes are read for it, and evaluate asks twice
         data, surface = self.data, self.surface()
         paths = surface.normals()
         looks = look_at(paths, data.reading, self.kept_looks())

@@ -13,6 +13,7 @@ from torch import nn
 
 from flawsmith.bench.measure import MatmulSpeed, Target, bench_settings, count_flops, first_category
 from flawsmith.bench.synthesis import extrapolate, in_whole_image, main
+from flawsmith.devices import CPU
 from flawsmith.errors import UserError
 from flawsmith.synthesis.generate import Candidate, Defect
 from flawsmith.synthesis.masks import MaskDraw
@@ -38,7 +39,7 @@ def test_flops_are_those_of_the_shapes_and_grow_with_the_batch(batch: int, chann
 
 
 def test_matmul_speed_is_positive_and_its_best_is_no_worse_than_its_median() -> None:
-    speed = MatmulSpeed(torch.device("cpu"), side=64)
+    speed = MatmulSpeed(CPU, side=64)
     measured = [speed.measure() for _ in range(3)]
     assert min(measured) > 0
     assert speed.best == max(measured) >= speed.median

@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     category = chosen.category or first_category(chosen.data, named)
     settings = bench_settings(chosen.params, category, chosen.data, replaced)
     layout = Layout(settings, category, chosen.params.parent)
-    found = machine(Compute.choose().device)
+    found = machine(Compute.choose())
     request = {
         "models": models,
         "seed": chosen.seed,

@@ -108,17 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overlay = read_overlay(chosen.overlay)
     category = chosen.category or first_category(chosen.data, DEMO_SURFACE)
     bench_settings(chosen.params, category, chosen.data, overlay)  # a wrong preset is said on any machine
-    device = Compute.choose().device
-    if device.type != "cuda":
+    compute = Compute.choose()
+    if compute.device.type != "cuda":
         raise UserError(
             "torch sees no GPU here, and on a CPU this preset takes days; run it on a machine with one "
             "(`flawsmith doctor` says what torch sees), or measure the CPU preset with `make bench-synthesis`."
         )
-    found: dict[str, Any] = {"benchmark": "gpu", "category": category, "machine": machine(device)}
+    found: dict[str, Any] = {"benchmark": "gpu", "category": category, "machine": machine(compute)}
     print(f"{category}: {describe(found['machine'])}")
     with workplace(chosen.out) as root:
         layout = prepare(chosen.params, category, chosen.data, root, overlay)
-        found["stages"] = run_stages(layout, device)
+        found["stages"] = run_stages(layout, compute.device)
         found["metrics"] = read_json(layout.stage("evaluate") / "metrics.json")
         found["onnx_megabytes"] = (layout.stage("export") / "model.onnx").stat().st_size / 1e6
     found["minutes"] = sum(stage["seconds"] for stage in found["stages"].values()) / 60

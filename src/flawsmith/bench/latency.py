@@ -37,6 +37,7 @@ from flawsmith.bench.measure import bench_settings, describe, finish, guarded, m
 from flawsmith.detector.memory import memory_size
 from flawsmith.detector.model import Detector, DetectorConfig
 from flawsmith.detector.teacher import Teacher
+from flawsmith.devices import CPU
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.export.onnx import export_onnx
 from flawsmith.inference.metadata import ModelMetadata
@@ -522,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"EfficientAD takes no image smaller than {EFFICIENT_AD_SIDE} px; name larger --sizes, "
             "or pass --without-anomalib."
         )
-    found = machine(torch.device("cpu"))
+    found = machine(CPU)
     print(describe(found | {"threads": max(threads)}))
     with tempfile.TemporaryDirectory(prefix="flawsmith-latency-") as scratch, ExitStack() as stack:
         folder = Path(scratch)

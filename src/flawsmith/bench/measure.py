@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flawsmith.demo.render import KINDS
-from flawsmith.devices import has_fast_bf16
+from flawsmith.devices import BFLOAT16, Compute
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
 from flawsmith.settings import Settings, load_settings
@@ -71,13 +71,13 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 class MatmulSpeed:
     """FLOP/s of a large square matrix product in the precision that training uses; `measure` adds one sample."""
 
-    def __init__(self, device: torch.device, side: int | None = None) -> None:
-        self.device = device
-        self.side = side or MATMUL_SIDE[device.type]
-        kind = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    def __init__(self, compute: Compute, side: int | None = None) -> None:
+        self.device = compute.device
+        self.side = side or MATMUL_SIDE[self.device.type]
+        kind = torch.bfloat16 if compute.precision == BFLOAT16 else torch.float32
         generator = torch.Generator().manual_seed(0)
         self._factors: list[Tensor] = [
-            torch.randn((self.side, self.side), generator=generator).to(device, kind) for _ in range(2)
+            torch.randn((self.side, self.side), generator=generator).to(self.device, kind) for _ in range(2)
         ]
         self.samples: list[float] = []
         self._multiply()  # the first call starts threads and chooses a kernel
@@ -99,15 +99,15 @@ class MatmulSpeed:
         return float(np.median(self.samples))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(compute: Compute) -> dict[str, Any]:
     """What the figures were measured on."""
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else _processor()
     return {
         "device": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16": has_fast_bf16(device),
+        "bf16": compute.precision == BFLOAT16,
         "load_before": busy,
         "python": platform.python_version(),
         "torch": torch.__version__,

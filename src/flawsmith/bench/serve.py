@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not path.is_file():
             raise UserError(f"{path} does not exist; name a model.onnx and image files.")
     images = [path.read_bytes() for path in chosen.images]
-    found: dict[str, Any] = {"benchmark": "serve", "machine": machine(Compute.choose().device)}
+    found: dict[str, Any] = {"benchmark": "serve", "machine": machine(Compute.choose())}
     print(describe(found["machine"]))
     options = ["--workers", chosen.workers, "--threads", chosen.threads, "--queue", chosen.queue, "--poll", "0.5"]
     memory: list[float] = []

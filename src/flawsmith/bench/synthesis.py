@@ -77,7 +77,7 @@ def training_speed(
     alone = replace(settings, checkpoint_every=steps + WARM_UP + 1)
     resume = ResumePoint(scratch / "resume", "bench")
     flops = count_flops(lambda: train_denoiser(images, replace(alone, steps=1), resume, compute))
-    matmul = MatmulSpeed(compute.device)
+    matmul = MatmulSpeed(compute)
     taken: list[float] = []
     started = [time.perf_counter()]
 
@@ -253,7 +253,7 @@ def bench(layout: Layout, trained: Path, *, steps: int, chunks: int, compared: i
         "benchmark": "synthesis",
         "category": layout.category,
         "image_size": layout.settings.data.image_size,
-        "machine": machine(compute.device),
+        "machine": machine(compute),
     }
     with compute.fast_math():
         found["denoiser"] = provide_denoiser(layout, trained, steps)

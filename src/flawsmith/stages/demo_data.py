@@ -4,11 +4,11 @@ from pathlib import Path
 
 from flawsmith.demo.render import kind_of, write_category
 from flawsmith.files import atomic_folder
-from flawsmith.layout import Layout
+from flawsmith.layout import DEMO_DATA, Layout
 from flawsmith.settings import Settings, section_values
 from flawsmith.tracking import stage_run
 
-STAGE, DATA = "demo-data", "data"
+STAGE = "demo-data"
 
 
 def run(settings: Settings, root: Path, surface: str, if_category: bool = False) -> None:
@@ -21,13 +21,12 @@ def run(settings: Settings, root: Path, surface: str, if_category: bool = False)
         UserError: there is no such surface.
     """
     kind_of(surface)  # before a folder of a user's own of that name could be touched
-    target = root / DATA / surface
-    is_read = surface in settings.categories and (root / settings.data.root).resolve() == target.parent.resolve()
-    if if_category and not is_read:
+    layout, target = Layout(settings, surface, root), root / DEMO_DATA / surface
+    if if_category and not (surface in settings.categories and layout.reads_demo_data):
         target.mkdir(parents=True, exist_ok=True)
         print(f"{surface}: no category that is read from {target.parent}, so nothing is rendered.")
         return
-    with stage_run(Layout(settings, surface, root), STAGE, {}, {STAGE: section_values(settings.demo_data)}) as tracked:
+    with stage_run(layout, STAGE, {}, {STAGE: section_values(settings.demo_data)}) as tracked:
         with atomic_folder(target) as folder:
             write_category(folder, surface, settings.demo_data)
         tracked.set_outputs({"data": target})
