@@ -57,20 +57,20 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000, over the local store
 	DO_NOT_TRACK=1 mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
 
 bench-synthesis: install ## triplets a second, training speed over matmul speed; ARGS='--category C --data DIR'
-	python -m flawsmith.bench.synthesis $(ARGS)
+	python -m flawsmith_lab.bench.synthesis $(ARGS)
 
 bench-gpu: install ## one category from normals to ONNX on one GPU, preset docs/gpu-params.yaml; ARGS='--category C --data DIR'
-	python -m flawsmith.bench.gpu $(ARGS)
+	python -m flawsmith_lab.bench.gpu $(ARGS)
 
 bench-serve: install ## 30 clients on the web service for a minute; ARGS='MODEL IMAGE...'
-	python -m flawsmith.bench.serve $(ARGS)
+	python -m flawsmith_lab.bench.serve $(ARGS)
 
 bench-anomalib: install $(ANOMALIB)/.installed ## anomalib's PatchCore and STFPM beside kNN; ARGS='--category C --data DIR'
-	python -m flawsmith.bench.anomalib_side --python $(ANOMALIB)/bin/python $(ARGS)
+	python -m flawsmith_lab.bench.anomalib_side --python $(ANOMALIB)/bin/python $(ARGS)
 
 # Without anomalib its environment is not needed either.
 bench-latency: install $(if $(findstring --without-anomalib,$(ARGS)),,$(ANOMALIB)/.installed) ## ONNX latency beside anomalib's EfficientAD and PatchCore; ARGS='--model FILE'
-	python -m flawsmith.bench.latency --python $(ANOMALIB)/bin/python $(ARGS)
+	python -m flawsmith_lab.bench.latency --python $(ANOMALIB)/bin/python $(ARGS)
 
 # An environment of its own, with the same pins wherever both need a package: the same torch is compared.
 $(ANOMALIB)/.installed: constraints.txt

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flawsmith.images import read_image, to_uint8, write_png
+from flawsmith.data.images import read_image, to_uint8, write_png
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.inference.overlay import draw_overlay
 from flawsmith.inference.predictor import Predictor
 from flawsmith.synthesis.sheet import contact_sheet
-from flawsmith.triplets import TripletFolder
 
 
 def main(category: str, triplets: str, images: str, out: str = "docs/overview.png") -> None:

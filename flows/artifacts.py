@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flawsmith.repro import StageOutcome
+from flawsmith.dvc import StageOutcome
 
 LONGEST_SIDE = 1200  # pixels of a picture on a page
 MOST_BYTES = 300_000  # of a picture; it lies in the server's database, as text

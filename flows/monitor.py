@@ -26,9 +26,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flawsmith.dvc import InfrastructureError, failure
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.processes import stream
-from flawsmith.repro import InfrastructureError, failure
 from flows.artifacts import slug
 
 EVENT, RESOURCE = "flawsmith.drift", "flawsmith.category."

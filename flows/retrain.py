@@ -30,11 +30,11 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.tasks import exponential_backoff
 
-from flawsmith import repro
+from flawsmith import dvc
 from flawsmith.check import refuse
+from flawsmith.dvc import GateFailed, InfrastructureError, StageOutcome
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.processes import stream
-from flawsmith.repro import GateFailed, InfrastructureError, StageOutcome
 from flawsmith.settings import Settings, load_settings
 from flows.artifacts import (
     ENDINGS,
@@ -103,7 +103,7 @@ def retrain(
         root = Path.cwd()
         trail = Trail(category, root, load_settings(root / "params.yaml"))
         # first: a category that does not exist has no limit either, and that would be the wrong complaint
-        targets = repro.stages_of(root, trail.settings, category)
+        targets = dvc.stages_of(root, trail.settings, category)
         with _category(category, attempt):
             log.info("%s: attempt %d in %s on %s", category, attempt, root, socket.gethostname())
             try:
@@ -213,10 +213,10 @@ def _say(line: str) -> None:
 
 def _sync(trail: Trail, targets: list[str]) -> bool:
     """Bring data and known results; say whether there is a remote to send the new ones to."""
-    remote = repro.has_remote(trail.root)
+    remote = dvc.has_remote(trail.root)
     if not remote:
         get_run_logger().info("No DVC remote is configured: data and results are those of this machine's cache.")
-    repro.pull(trail.root, trail.category, trail.settings.data.root, targets, _say, remote=remote)
+    dvc.pull(trail.root, trail.category, trail.settings.data.root, targets, _say, remote=remote)
     return remote
 
 
@@ -224,8 +224,8 @@ def _stage(trail: Trail, target: str) -> StageOutcome:
     if target.partition("@")[0] in COMPUTING:
         gpu = os.environ.get("FLAWSMITH_GPU") or "gpu-0"
         with _slot(gpu, None):
-            return repro.reproduce(trail.root, target, _say, _environment())
-    return repro.reproduce(trail.root, target, _say, _environment())
+            return dvc.reproduce(trail.root, target, _say, _environment())
+    return dvc.reproduce(trail.root, target, _say, _environment())
 
 
 def _cli(trail: Trail, command: str, *options: str) -> dict[str, Any]:
@@ -237,17 +237,17 @@ def _cli(trail: Trail, command: str, *options: str) -> dict[str, Any]:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise repro.failure(f"`flawsmith {command}`", finished)
+        raise dvc.failure(f"`flawsmith {command}`", finished)
     get_run_logger().info("%s", json.dumps({key: value for key, value in answer.items() if key != "checks"}))
     return answer
 
 
 def _publish(trail: Trail, targets: list[str], branch: str) -> None:
     if trail.remote:
-        repro.push(trail.root, trail.category, trail.settings.data.root, targets, _say)
+        dvc.push(trail.root, trail.category, trail.settings.data.root, targets, _say)
     if branch:
         message = f"{trail.category}: version {trail.promotion['version']} {trail.promotion['outcome']}"
-        commit = repro.publish(trail.root, trail.category, trail.settings.data.root, branch, message)
+        commit = dvc.publish(trail.root, trail.category, trail.settings.data.root, branch, message)
         get_run_logger().info("branch %s: %s", branch, commit or "nothing new")
 
 
@@ -286,7 +286,7 @@ def _outcome(trail: Trail, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "version": known["version"],
         "reason": known.get("reason"),
         "image_auroc": auroc,
-        "lock": repro.lock_digest(trail.root),
+        "lock": dvc.lock_digest(trail.root),
     }
 
 

@@ -11,8 +11,8 @@ import pytest
 from small_settings import write_params
 
 from flawsmith.check import Report, check, refuse
+from flawsmith.data.images import write_png
 from flawsmith.errors import UserError
-from flawsmith.images import write_png
 
 SIDE = 64
 
@@ -142,7 +142,7 @@ def test_all_faults_of_params_are_told_at_once(root: Path) -> None:
 
 def test_nothing_is_opened_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = check(root / "params.yaml")
-    for module, name in (("flawsmith.looks", "read_image"), ("flawsmith.check", "load_labelled")):
+    for module, name in (("flawsmith.data.looks", "read_image"), ("flawsmith.check", "load_labelled")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_, **__: pytest.fail("opened again"))
     assert check(root / "params.yaml") == first
 

@@ -16,7 +16,7 @@ from flawsmith import __version__, cli, doctor
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
 from flawsmith.files import write_json
 from flawsmith.settings import SECTIONS
-from flawsmith.study.plan import METHODS
+from flawsmith_lab.study.plan import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from flawsmith.bench import anomalib_runner, gpu
-from flawsmith.bench.measure import machine, seconds_of
 from flawsmith.devices import BFLOAT16, Compute
 from flawsmith.doctor import _look_at_device
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
-from flawsmith.study.runner import _measure
+from flawsmith_lab.bench import anomalib_runner, gpu
+from flawsmith_lab.bench.measure import machine, seconds_of
+from flawsmith_lab.study.runner import _measure
 
 CUDA = torch.device("cuda")
 

@@ -18,26 +18,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from flawsmith.demo.render import KINDS
-from flawsmith.errors import UserError
-from flawsmith.files import digest_file, digest_json, read_json, write_json
-from flawsmith.images import inspect_values
-from flawsmith.layout import Layout
-from flawsmith.looks import copies_sentence, find_copies, flat_sentence, source_digest, try_looks
-from flawsmith.progress import bar
-from flawsmith.settings import Settings, load_content, parse_settings, section_problems
-from flawsmith.standing import unseen_sentence
-from flawsmith.surfaces import (
+from flawsmith.data.dataset import (
     GOOD,
     MIN_CALIBRATION_IMAGES,
     MIN_FIT_IMAGES,
+    Dataset,
     LabelledImage,
-    Surface,
     load_labelled,
     tell_losses,
 )
-from flawsmith.tiling import Tiling
-from flawsmith.walk import find, listed
+from flawsmith.data.images import inspect_values
+from flawsmith.data.looks import copies_sentence, find_copies, flat_sentence, source_digest, try_looks
+from flawsmith.data.tiling import Tiling
+from flawsmith.data.walk import find, listed
+from flawsmith.demo.render import KINDS
+from flawsmith.errors import UserError
+from flawsmith.files import digest_file, digest_json, read_json, write_json
+from flawsmith.layout import Layout
+from flawsmith.progress import bar
+from flawsmith.settings import Settings, load_content, parse_settings, section_problems
+from flawsmith.standing import unseen_sentence
 
 RECOMMENDED = 30  # normals
 FOLDERS = ("train", "test", "ground_truth")
@@ -184,7 +184,7 @@ class _Category:
         remedy = f"did you mean {close[0]}?" if close else f"put the normal images into {folder}/train/{GOOD}."
         return f"{folder} does not exist; {remedy}"
 
-    def _look_at_normals(self, surface: Surface) -> None:
+    def _look_at_normals(self, surface: Dataset) -> None:
         try:
             found = surface.find_normals()
         except UserError as error:
@@ -266,7 +266,7 @@ class _Category:
         more = f" and {len(self.facts['sizes']) - 3} other sizes" if len(self.facts["sizes"]) > 3 else ""
         self.facts["told"].append(f"{', '.join(shown)} pixels{more}; {', '.join(self.facts['depths'])}.")
 
-    def _misplaced(self, surface: Surface) -> str:
+    def _misplaced(self, surface: Dataset) -> str:
         """A sentence if images lie beside `train/good`."""
         wanted = surface.folder / "train" / GOOD
         places = Counter(
@@ -279,7 +279,7 @@ class _Category:
         place, count = places.most_common(1)[0]
         return f"{count} images lie in {place}, none in {wanted}; move the images to {wanted}."
 
-    def _look_at_test(self, surface: Surface) -> None:
+    def _look_at_test(self, surface: Dataset) -> None:
         if not (surface.folder / "test").exists():
             self.facts["told"].append("no labelled test set: held-out synthetic defects will be scored instead.")
             return

@@ -287,9 +287,9 @@ def predict(
     if watch is not None and formats and _comma_list(formats) != ("jsonl",):
         raise UserError("--watch writes results.jsonl; leave --format out.")
 
+    from flawsmith.data.walk import count_sentence
     from flawsmith.inference.predictor import Predictor
     from flawsmith.inference.writers import open_lines
-    from flawsmith.walk import count_sentence
 
     report: FolderReport | WatchReport
     predictor = Predictor(model, threads=threads, threshold=threshold, provider=provider)
@@ -630,8 +630,8 @@ def study(
 
     Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,knn --out study
     """
-    from flawsmith.study.plan import Request, parse_grid
-    from flawsmith.study.study import run_study
+    from flawsmith_lab.study.plan import Request, parse_grid
+    from flawsmith_lab.study.study import run_study
 
     try:
         numbers = tuple(int(seed) for seed in _comma_list([seeds]))

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from flawsmith.data.walk import SUFFIXES
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder
 from flawsmith.progress import bar
-from flawsmith.walk import SUFFIXES
 
 PAGE = "https://www.mvtec.com/company/research/datasets/mvtec-ad/downloads"
 LICENCE = (

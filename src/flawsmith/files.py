@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from flawsmith.data.walk import FILE, UNREADABLE, entries
 from flawsmith.errors import UserError, name_file
-from flawsmith.walk import FILE, UNREADABLE, entries
 
 LONGEST_NAME = 255  # bytes; all common file systems take so many
 LOCK_SECONDS = 0.3  # a writer that is just ending is waited for

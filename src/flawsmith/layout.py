@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from flawsmith.data.dataset import Dataset, Split, ask_white_level
+from flawsmith.data.looks import copies_sentence, find_copies, flat_sentence, look_at
 from flawsmith.errors import UserError
 from flawsmith.files import restore
-from flawsmith.looks import copies_sentence, find_copies, flat_sentence, look_at
 from flawsmith.settings import DataSettings, Settings
-from flawsmith.surfaces import Split, Surface, ask_white_level
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Layout:
     category: str
     root: Path = Path()
 
-    def surface(self) -> Surface:
+    def surface(self) -> Dataset:
         """The category's folder of images.
 
         Raises:
@@ -36,7 +36,7 @@ class Layout:
                 f"{folder} does not exist; put the images of '{self.category}' there in MVTec AD layout "
                 "(train/good/*.png), or correct `categories` and `data.root` in params.yaml."
             )
-        return Surface(folder)
+        return Dataset(folder)
 
     @cached_property
     def data(self) -> DataSettings:

@@ -20,7 +20,7 @@ from flawsmith.errors import UserError
 from flawsmith.files import digest_json
 
 if TYPE_CHECKING:
-    from flawsmith.images import Reading
+    from flawsmith.data.images import Reading
 
 MIN_SCALE = 0.01  # of data.scale but 0
 TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # of `data`; without a scale they decide nothing
@@ -72,7 +72,7 @@ class DataSettings:
     @property
     def reading(self) -> "Reading":
         """How images are read; with `white_level` 0 those of more than 8 bits by the full scale of their files."""
-        from flawsmith.images import Reading  # who only reads settings need not wait for it
+        from flawsmith.data.images import Reading  # who only reads settings need not wait for it
 
         return Reading(int(self.max_megapixels * 1e6), self.white_level)
 

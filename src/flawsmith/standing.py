@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
+from flawsmith.data.walk import FILE, entries, listed
+from flawsmith.dvc import read_stages
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file
 from flawsmith.layout import Layout
-from flawsmith.repro import read_stages
 from flawsmith.settings import read_yaml
-from flawsmith.walk import FILE, entries, listed
 
 PARAMS = "params.yaml"
 DVC_STAGE = "DVC_STAGE"  # what DVC sets for the commands that it runs

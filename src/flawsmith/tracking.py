@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from flawsmith import repro
+from flawsmith import dvc
 from flawsmith.errors import UserError
 from flawsmith.files import digest_json, digest_path
 from flawsmith.layout import Layout
@@ -146,7 +146,7 @@ def read_lineage(root: Path, settings: Settings, target: str | Path) -> Lineage:
             f"`{target}` is no existing file or folder and no digest; give an ONNX file, a stage's folder, or at "
             f"least {MIN_PREFIX} hex digits of a digest."
         )
-    stages = repro.locked_stages(root, settings.data.root)
+    stages = dvc.locked_stages(root, settings.data.root)
     locked = _locked_artefact(root, stages, target)
     if locked is not None:
         return _proven_lineage(root, settings, stages, *locked)
@@ -181,7 +181,7 @@ def _locked_artefact(
     if len(makers) == 1:  # a stage's folder, or a file inside an output
         return Artefact(path.name, shown, digest_path(path)), next(iter(makers.values()))
     if path.is_file():
-        digest = repro.dvc_digest(path)
+        digest = dvc.dvc_digest(path)
         return next(((item, stage) for item, stage in made if item.digest == digest), None)
     return None
 
@@ -208,7 +208,7 @@ def _proven_lineage(
 
     chain = {node.run.key: node.run for node in walk(start, makers_of, is_source, explain).nodes() if node.run}
     content = {item.path for stage in chain.values() for item in (*stage.inputs, *stage.outputs)}
-    found = repro.changed(root, list(chain)) if chain else {}
+    found = dvc.changed(root, list(chain)) if chain else {}
     changed = {path: stage for path, stage in found.items() if path in content}  # newer code makes no origin untrue
     known = _recorded(root, settings, list(chain.values()), changed)
     tree = walk(start, lambda item: [known[run.key] for run in makers_of(item)], is_source, explain)

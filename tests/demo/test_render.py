@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
+from flawsmith.data.dataset import GOOD, Dataset
+from flawsmith.data.images import read_image, to_uint8
+from flawsmith.data.masks import read_mask
 from flawsmith.demo import render
 from flawsmith.demo.render import KINDS, largest_part, render_defective, render_normal, visible_mask, write_category
 from flawsmith.errors import UserError
-from flawsmith.images import read_image, to_uint8
-from flawsmith.masks import read_mask
 from flawsmith.settings import DemoDataSettings
-from flawsmith.surfaces import GOOD, Surface
 
 SIZE = 128
 SMALL = DemoDataSettings(seed=3, image_size=SIZE, train_good=4, test_good=1, test_per_defect=1)
@@ -24,13 +24,13 @@ EVERY_DEFECT = [(surface, defect) for surface, kind in KINDS.items() for defect 
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def category(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Surface:
+def category(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("demo") / request.param
     write_category(folder, request.param, SMALL)
-    return Surface(folder)
+    return Dataset(folder)
 
 
-def test_the_layout_is_read_like_a_users_folder(category: Surface) -> None:
+def test_the_layout_is_read_like_a_users_folder(category: Dataset) -> None:
     assert len(category.normals()) == SMALL.train_good
     labelled = category.labelled_test()
     assert {item.defect for item in labelled} == {GOOD, *KINDS[category.category].defects}
@@ -41,14 +41,14 @@ def test_the_layout_is_read_like_a_users_folder(category: Surface) -> None:
             assert read_mask(item.mask_path).any()
 
 
-def test_another_seed_gives_other_images(category: Surface, tmp_path: Path) -> None:
+def test_another_seed_gives_other_images(category: Dataset, tmp_path: Path) -> None:
     write_category(tmp_path / "other", category.category, replace(SMALL, seed=4))
     for path in category.folder.rglob("*.png"):
         assert path.read_bytes() != (tmp_path / "other" / path.relative_to(category.folder)).read_bytes()
 
 
 def test_the_same_seed_gives_the_same_bytes_however_many_images_are_asked_for(
-    category: Surface, tmp_path: Path
+    category: Dataset, tmp_path: Path
 ) -> None:
     write_category(tmp_path / "more", category.category, replace(SMALL, train_good=5, test_per_defect=2))
     for path in category.folder.rglob("*.png"):

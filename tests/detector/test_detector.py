@@ -10,6 +10,8 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from flawsmith.data.images import resize_image
+from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays
 from flawsmith.detector.distill import (
     Batch,
     FeatureBank,
@@ -37,10 +39,8 @@ from flawsmith.detector.student import DistanceHead
 from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import BFLOAT16, CPU, FLOAT32
 from flawsmith.errors import UserError
-from flawsmith.images import resize_image
-from flawsmith.resume import ResumePoint
 from flawsmith.settings import TeacherSettings, load_settings
-from flawsmith.triplets import FIT, VALIDATION, TripletArrays
+from flawsmith.training import ResumePoint
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 SETTINGS = dataclasses.replace(

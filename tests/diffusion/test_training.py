@@ -12,8 +12,8 @@ from flawsmith.diffusion.readiness import colour_noise, energy_distance, judge_r
 from flawsmith.diffusion.train import random_crops, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, load_denoiser, save_denoiser
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.resume import ResumePoint
 from flawsmith.settings import load_settings
+from flawsmith.training import ResumePoint
 
 SETTINGS = replace(
     load_settings(Path(__file__).parents[2] / "params.yaml").ddpm_train,

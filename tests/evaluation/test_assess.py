@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from flawsmith.data.dataset import GOOD
 from flawsmith.errors import UserError
 from flawsmith.evaluation import threshold as threshold_module
 from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, LIMITING, assess, measure, rank_errors, spread
-from flawsmith.evaluation.memory import assess_synthetic, contrast_scorer, main, synthetic_item
 from flawsmith.evaluation.scoring import open_spools
 from flawsmith.randomness import numpy_generator
-from flawsmith.surfaces import GOOD
+from flawsmith_lab.memory import assess_synthetic, contrast_scorer, main, synthetic_item
 
 OPTIONS = {"false_alarm_rate": 0.1, "bootstrap": 60, "aupro_limit": 0.3, "batch": 4, "gallery": 8}
 

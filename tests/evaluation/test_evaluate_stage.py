@@ -12,20 +12,18 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from flawsmith.data.images import read_image, write_png
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.evaluation import fidelity
 from flawsmith.evaluation.assess import KEYS
-from flawsmith.evaluation.crops import MAX_CROPS
 from flawsmith.export.onnx import export_network, export_onnx
 from flawsmith.files import write_json
-from flawsmith.images import read_image, write_png
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import evaluate
 from flawsmith.tracking import StageRun
-from flawsmith.triplets import TripletFolder
 
 
 class ToyDetector(nn.Module):
@@ -181,48 +179,6 @@ def test_a_type_of_one_image_is_missing_from_the_report_half_and_nothing_breaks(
     for part, types in (("research", {"dent", "scratch"}), ("report", {"dent"})):
         evaluate.run(set_settings(made, part=part))
         assert set(json.loads((made.stage("evaluate") / "metrics.json").read_text())["by_defect"]) == types
-
-
-def test_fidelity_is_reported_where_there_are_real_defects_and_triplets(layout, monkeypatch):
-    made, _ = layout
-    add_test_set(made.root)
-    add_triplets(made)
-
-    def run_with(part, real):
-        monkeypatch.setattr(evaluate, "build_teacher", lambda settings, root: nn.Identity())
-        monkeypatch.setattr(
-            evaluate, "pooled_features", lambda teacher, images: images.reshape(len(images), 3, -1).std(axis=2)
-        )
-        monkeypatch.setattr(evaluate, "compare", lambda real, others, **rest: real_table(real, others, **rest))
-        seen.clear()
-        evaluate.run(set_settings(made, part=part))
-        assert seen == {"real": real, "synthetic": 3, "before": 3, "normal": MAX_CROPS, "basis": MAX_CROPS}
-        return json.loads((made.stage("evaluate") / "metrics.json").read_text())
-
-    def real_table(real, others, *, basis, generator):
-        seen.update({"real": len(real), **{name: len(part) for name, part in others.items()}, "basis": len(basis)})
-        grown = {name: np.repeat(part, 6, axis=0) for name, part in others.items()}  # three triplets are too few
-        return fidelity.compare(np.repeat(real, 6, axis=0), grown, basis, generator, subsets=5)
-
-    seen = {}
-    found = run_with("all", real=5)["fidelity"]
-    assert {"real", "synthetic", "before", "normal"} <= set(found)
-    for row in ("real", "synthetic", "before", "normal"):
-        for measure in fidelity.MEASURES:
-            assert found[row][f"{measure}_ci"][0] <= found[row][measure] <= found[row][f"{measure}_ci"][1]
-    assert found["synthetic"]["frechet"] < found["before"]["frechet"]  # the triplets' defects are like the real ones
-    text = (made.stage("evaluate") / "report.html").read_text()
-    assert "Do the synthetic defects look like real ones?" in text
-    assert run_with("all", real=5)["fidelity"] == found
-    run_with("report", real=2)  # of the real defects only those that are judged
-
-
-def test_without_triplets_there_is_no_fidelity(layout):
-    made, _ = layout
-    add_test_set(made.root)
-    evaluate.run(made)
-    assert "fidelity" not in json.loads((made.stage("evaluate") / "metrics.json").read_text())
-    assert "look like real ones" not in (made.stage("evaluate") / "report.html").read_text()
 
 
 def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flawsmith.data.dataset import GOOD
+from flawsmith.data.images import read_image, to_uint8
+from flawsmith.data.tiling import Tiling
 from flawsmith.evaluation.assess import KEYS, LIMITING, assess
 from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, sheet, verdict_text
 from flawsmith.evaluation.intervals import share_interval
-from flawsmith.evaluation.memory import assess_synthetic, contrast_scorer, synthetic_item
 from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
 from flawsmith.evaluation.report import (
     Subject,
@@ -23,9 +25,7 @@ from flawsmith.evaluation.report import (
     write_report,
 )
 from flawsmith.files import digest_path
-from flawsmith.images import read_image, to_uint8
-from flawsmith.surfaces import GOOD
-from flawsmith.tiling import Tiling
+from flawsmith_lab.memory import assess_synthetic, contrast_scorer, synthetic_item
 
 
 @pytest.fixture(scope="module")

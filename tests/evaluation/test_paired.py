@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_onnx import write_toy
 
+from flawsmith.data.dataset import GOOD
+from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import DEFECT_KEYS, KEYS, measure, paired_difference
 from flawsmith.evaluation.intervals import percentile_interval
@@ -17,8 +19,6 @@ from flawsmith.evaluation.scoring import Item, open_spools
 from flawsmith.inference.predictor import Predictor
 from flawsmith.randomness import numpy_generator
 from flawsmith.stages.promote import _demand_scale
-from flawsmith.surfaces import GOOD
-from flawsmith.tiling import Tiling
 
 SIZE = 24
 OPTIONS = {"bootstrap": 100, "aupro_limit": 0.3, "batch": 8, "min_defect_images": 5}

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from flawsmith.data.dataset import Dataset
+from flawsmith.data.images import READING, write_png
+from flawsmith.data.tiling import Tiling
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.evaluation.memory import contrast_scorer, synthetic_item
 from flawsmith.evaluation.scoring import (
     SYNTHETIC,
     Item,
@@ -17,10 +20,7 @@ from flawsmith.evaluation.scoring import (
     torch_scorer,
     triplet_items,
 )
-from flawsmith.images import READING, write_png
-from flawsmith.surfaces import Surface
-from flawsmith.tiling import Tiling
-from flawsmith.triplets import TripletFolder
+from flawsmith_lab.memory import contrast_scorer, synthetic_item
 
 ITEMS = [synthetic_item(index, 32) for index in range(7)]
 
@@ -119,7 +119,7 @@ def write_surface(folder, normals=6, defects=("dent", "scratch")):
             pixels[mask] = 200
             write_png(folder / "test" / defect / f"{index:03d}.png", pixels)
             write_png(folder / "ground_truth" / defect / f"{index:03d}_mask.png", mask)
-    return Surface(folder)
+    return Dataset(folder)
 
 
 def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):

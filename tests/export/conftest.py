@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from toy_detector import SIZE, Exported, ToyDetector
 
+from flawsmith.data.dataset import load_images
+from flawsmith.data.images import write_png
 from flawsmith.detector.model import Detector, DetectorConfig, remember
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.export.onnx import export_onnx
 from flawsmith.export.parity import run_detector
-from flawsmith.images import write_png
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.settings import load_settings
-from flawsmith.surfaces import load_images
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from flawsmith.cli import app
+from flawsmith.data.images import write_png
 from flawsmith.detector.model import Detector
 from flawsmith.export.onnx import export_onnx
 from flawsmith.export.variant_report import Images, Limits, Samples, build_variant, objections
 from flawsmith.export.variants import FP16, INT8
 from flawsmith.files import digest_file
-from flawsmith.images import write_png
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from flawsmith.images import write_png
+from flawsmith.data.images import write_png
 
 ROOT = Path(__file__).parents[2]
 

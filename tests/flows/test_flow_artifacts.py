@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flawsmith.dvc import StageOutcome
 from flawsmith.quality.verdict import Outcome, Rule, decide
-from flawsmith.repro import StageOutcome
 from flows import artifacts
 
 

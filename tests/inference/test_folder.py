@@ -13,10 +13,10 @@ from PIL import Image
 
 import flawsmith.inference.readahead as readahead_module
 import flawsmith.inference.writers as writers_module
-from flawsmith import images
+from flawsmith.data import images
+from flawsmith.data.images import read_image, write_png
 from flawsmith.errors import UserError
 from flawsmith.files import digest_name
-from flawsmith.images import read_image, write_png
 from flawsmith.inference.folder import FolderReport, predict_folder
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import Unreadable, find_images

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flawsmith.images import to_uint8
+from flawsmith.data.images import to_uint8
 from flawsmith.inference.overlay import MAX_OPACITY, draw_overlay, heat_colours, resize_map
 
 RANGE = (0.0, 1.0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flawsmith.data.images import on_levels, resize_image
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import on_levels, resize_image
 from flawsmith.inference.predictor import Predictor, is_defective
 
 MODULES = [path.stem for path in Path(sys.modules["flawsmith.inference.predictor"].__file__ or "").parent.glob("*.py")]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from line_samples import call, clip, plate, start, wait_until
 
+from flawsmith.data.images import FloatImage
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage
 from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.readahead import Decoded, Readahead, judge

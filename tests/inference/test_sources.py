@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from line_samples import call, clip, json_lines, plate, start
 
+from flawsmith.data.images import READING
+from flawsmith.data.walk import SUFFIXES
 from flawsmith.errors import UserError
-from flawsmith.images import READING
 from flawsmith.inference import video
 from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.video import read_frames
-from flawsmith.walk import SUFFIXES
 
 
 def names(*inputs: Path, leave_out: Path | None = None) -> list[str]:

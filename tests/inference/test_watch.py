@@ -19,8 +19,8 @@ from line_samples import BRIGHT, DARK, call, environment, json_lines, plate, sta
 from PIL import Image
 
 import flawsmith.inference.watch as watch_module
+from flawsmith.data.images import Reading
 from flawsmith.errors import UserError
-from flawsmith.images import Reading
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.watch import FORGET, Journal, watch_folder
 

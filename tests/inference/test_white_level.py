@@ -12,13 +12,13 @@ from PIL import Image
 from small_settings import SHIPPED
 from toy_onnx import METADATA
 
-from flawsmith import images
+from flawsmith.data import images
+from flawsmith.data.dataset import ask_white_level, load_tiles, plan_tiles
+from flawsmith.data.images import READING, Reading, read_image
 from flawsmith.errors import UserError
-from flawsmith.images import READING, Reading, read_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
-from flawsmith.surfaces import ask_white_level, load_tiles, plan_tiles
 
 RNG = np.random.default_rng(0)
 EIGHT = [np.clip(RNG.normal(140, 40, (40, 40)), 0, 255).astype(np.uint8) for _ in range(6)]

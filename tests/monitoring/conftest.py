@@ -9,8 +9,8 @@ import pytest
 from monitoring_samples import METADATA, SIZE, part
 from onnx import TensorProto, helper, numpy_helper
 
+from flawsmith.data.images import write_png
 from flawsmith.detector.teacher import Teacher, build_teacher
-from flawsmith.images import write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.monitoring.reference import Measurement, measure
 from flawsmith.settings import MonitorSettings, load_settings

@@ -7,7 +7,7 @@ import toy_onnx
 from numpy.typing import NDArray
 from toy_onnx import SIZE
 
-from flawsmith.images import FloatImage
+from flawsmith.data.images import FloatImage
 from flawsmith.monitoring.reference import Measurement
 
 METADATA = replace(toy_onnx.METADATA, threshold=0.7, pixel_threshold=0.6, map_high=0.9)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from monitoring_samples import measurement, part
 
+from flawsmith.data.images import FloatImage, resize_image
+from flawsmith.data.tiling import Tiling
 from flawsmith.detector.teacher import Teacher, pooled_features
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, resize_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.monitoring.reference import (
     Measurement,
@@ -23,7 +24,6 @@ from flawsmith.monitoring.reference import (
     save_reference,
     teacher_digest,
 )
-from flawsmith.tiling import Tiling
 
 
 @pytest.fixture

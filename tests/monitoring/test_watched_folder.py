@@ -17,9 +17,9 @@ import yaml
 from monitoring_samples import part
 
 from flawsmith import cli
+from flawsmith.data.images import write_png
 from flawsmith.detector.teacher import Teacher
 from flawsmith.errors import UserError
-from flawsmith.images import write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.monitoring import report

@@ -14,8 +14,8 @@ import yaml
 from conftest import CATEGORY, DEMO, Project  # type: ignore[import-not-found]
 from small_settings import SMALL
 
-from flawsmith.images import read_image
-from flawsmith.masks import read_mask
+from flawsmith.data.images import read_image
+from flawsmith.data.masks import read_mask
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -156,7 +156,7 @@ def test_the_detectors_own_weights_of_maps_give_the_detectors_own_figures(projec
     distill = yaml.safe_load((project.folder / "params.yaml").read_text())["distill"]
     own = ":".join(",".join(map(str, distill[key])) for key in ("map_weights", "score_weights"))
     asked = [own, "0,0,0,0,1"]
-    call = [sys.executable, "-m", "flawsmith.study.maps", "--category", CATEGORY, "--part", "all"]
+    call = [sys.executable, "-m", "flawsmith_lab.study.maps", "--category", CATEGORY, "--part", "all"]
     call += [word for one in asked for word in ("--weights", one)]
     told = project.run(*call, "--seed", "0", "--out", str(tmp_path / "rows.json"))
     as_trained, locator = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from triplet_sets import SIDE, Report, edit, judge, write_manifest
 
-from flawsmith.images import FloatImage, Mask, write_png
+from flawsmith.data.images import FloatImage, Mask, write_png
 from flawsmith.quality.measures import part_path
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from triplet_sets import SIDE, make_set, make_triplet, write_triplet
 
-from flawsmith.images import FloatImage, write_png
+from flawsmith.data.images import FloatImage, write_png
 from flawsmith.quality.measures import (
     Measures,
     Scale,

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 from toy_onnx import write_toy
 
+from flawsmith.data.images import write_png
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file, read_json, write_json
-from flawsmith.images import write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.lineage import Artefact, Lineage, RunRecord, render_lineage
@@ -41,7 +42,6 @@ from flawsmith.registry.package import (
     write_health,
 )
 from flawsmith.settings import load_settings
-from flawsmith.triplets import TripletFolder
 
 SIZE = 32
 DIGEST = "d" * 64

@@ -17,9 +17,10 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from flawsmith.data.images import write_png
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file, write_json
-from flawsmith.images import write_png
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.layout import Layout
 from flawsmith.monitoring.reference import load_reference
@@ -30,7 +31,6 @@ from flawsmith.registry.store import Registry
 from flawsmith.settings import load_settings
 from flawsmith.stages.promote import run as promote
 from flawsmith.tracking import read_lineage, render_lineage, stage_run
-from flawsmith.triplets import TripletFolder
 
 SIDE = 64
 PARAMS = Path(__file__).parents[2] / "params.yaml"

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from toy_onnx import SIZE, write_toy
 
+from flawsmith.data.images import read_image
 from flawsmith.errors import UserError
-from flawsmith.images import read_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor

@@ -20,8 +20,8 @@ from PIL import Image
 from served import COMMAND, PREDICT, Server, asking, encoded, form, plate, serving
 from toy_onnx import METADATA, SIZE, write_toy
 
+from flawsmith.data.images import read_image
 from flawsmith.files import digest_file
-from flawsmith.images import read_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from flawsmith.data.dataset import Dataset
 from flawsmith.demo import render
 from flawsmith.errors import UserError
 from flawsmith.settings import DemoDataSettings, Settings, load_settings
 from flawsmith.stages.demo_data import run
-from flawsmith.surfaces import Surface
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
@@ -25,7 +25,7 @@ def test_a_run_replaces_what_an_earlier_one_left(settings: Settings, tmp_path: P
     stale.parent.mkdir(parents=True)
     stale.touch()
     run(settings, tmp_path, "brushed_metal")
-    assert len(Surface(tmp_path / settings.data.root / "brushed_metal").normals()) == 4
+    assert len(Dataset(tmp_path / settings.data.root / "brushed_metal").normals()) == 4
     assert not stale.exists()
 
 

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flawsmith.data.dataset import Split, Tile
+from flawsmith.data.triplets import FIT, VALIDATION, TripletFolder
 from flawsmith.errors import UserError
 from flawsmith.stages.distill import _manifest_rows, image_of, remembered_normals, source_indices, textured
-from flawsmith.surfaces import Split, Tile
-from flawsmith.triplets import FIT, VALIDATION, TripletFolder
 
 NORMALS = [Path("good") / name for name in ("a.png", "b.png", "c.png", "d.png")]
 SPLIT = Split(fit=tuple(NORMALS), calibration=())

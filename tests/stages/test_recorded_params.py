@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import yaml
 
+from flawsmith.data.images import write_png
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.files import write_json
-from flawsmith.images import write_png
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
-from flawsmith.triplets import TripletFolder
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"ddpm-train": ddpm_train, "synthesize": synthesize, "validate": validate, "distill": distill,

@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from small_settings import SHIPPED, SMALL, dotted
 
+from flawsmith.data.dataset import plan_tiles
+from flawsmith.data.images import read_image, write_png
+from flawsmith.data.tiling import Tiling
+from flawsmith.data.triplets import TripletFolder, read_manifest
 from flawsmith.files import digest_path, read_json
-from flawsmith.images import read_image, write_png
 from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import ddpm_train, distill, evaluate, export, promote, synthesize, validate
 from flawsmith.stages.explain import explain
-from flawsmith.surfaces import plan_tiles
-from flawsmith.tiling import Tiling
-from flawsmith.triplets import TripletFolder, read_manifest
 
 pytestmark = pytest.mark.timeout(1200)
 

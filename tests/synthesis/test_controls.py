@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage, stats
 
+from flawsmith.data.foreground import Foreground
+from flawsmith.data.images import Mask
+from flawsmith.data.triplets import FIT, VALIDATION
 from flawsmith.errors import UserError
-from flawsmith.foreground import Foreground
-from flawsmith.images import Mask
 from flawsmith.settings import SynthesizeSettings, load_settings
 from flawsmith.synthesis.controls import (
     AUGMENTERS,
@@ -30,7 +31,6 @@ from flawsmith.synthesis.controls import (
 )
 from flawsmith.synthesis.generate import Workshop, changed_mask, generate, manifest_row, remake
 from flawsmith.synthesis.masks import margin, sample_mask
-from flawsmith.triplets import FIT, VALIDATION
 
 SEEDS = st.integers(0, 2**32 - 1)
 PARAMS = Path(__file__).parents[2] / "params.yaml"

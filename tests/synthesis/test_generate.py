@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from flawsmith.data.foreground import Foreground
+from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder
 from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import UserError
-from flawsmith.foreground import Foreground
 from flawsmith.settings import load_settings
 from flawsmith.synthesis.generate import (
     MIN_SEEN,
@@ -24,7 +25,6 @@ from flawsmith.synthesis.generate import (
     role_counts,
 )
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row, zoom
-from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 DDPM = dataclasses.replace(PARAMS.ddpm_train, crop=16, patch=2, channels=(8, 16), fine_channels=8)

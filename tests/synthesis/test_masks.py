@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
+from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
-from flawsmith.images import Mask
 from flawsmith.settings import SynthesizeSettings, load_settings
 from flawsmith.synthesis.masks import FILL, MAX_PARTS, MaskDraw, _close, feathered, margin, sample_mask
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from flawsmith.foreground import Foreground
+from flawsmith.data.foreground import Foreground
+from flawsmith.data.triplets import FIT
 from flawsmith.settings import SynthesizeSettings, load_settings
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, quotas, remake
 from flawsmith.synthesis.shades import sample_shade, shaded
-from flawsmith.triplets import FIT
 
 SEEDS = st.integers(0, 2**32 - 1)
 DEFAULTS: SynthesizeSettings = replace(

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from flawsmith.data.images import write_png
+from flawsmith.data.triplets import TripletFolder, read_manifest
 from flawsmith.errors import UserError
-from flawsmith.images import write_png
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith.stages import synthesize
 from flawsmith.stages.explain import explain
-from flawsmith.triplets import TripletFolder, read_manifest
 
 OVERRIDES = {
     "categories": ["plate"],

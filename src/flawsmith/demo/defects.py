@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from flawsmith.data.images import Mask
 from flawsmith.demo.fabric import OVERSAMPLING, PITCH, Fabric, draw_hairs
 from flawsmith.demo.metal import Metal
 from flawsmith.demo.optics import Field, Overlay, pixel_grid
-from flawsmith.images import Mask
 
 Piece = TypeVar("Piece", Metal, Fabric)
 Generator = np.random.Generator

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import fft, ndimage
 
-from flawsmith.images import FloatImage
+from flawsmith.data.images import FloatImage
 
 # (H, W), or (H, W, 3) for light and colour. float32 would show the same, but CPUs differ in the last bits, and those of
 # float64 are too small to decide a pixel of 8 bits: every machine renders the same files.

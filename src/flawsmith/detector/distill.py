@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.model import Detector, feature_products
@@ -22,10 +23,8 @@ from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.devices import Compute
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
-from flawsmith.resume import ResumePoint, Rows, check_finite
-from flawsmith.schedule import learning_rate
 from flawsmith.settings import DistillSettings
-from flawsmith.triplets import FIT, VALIDATION, TripletArrays
+from flawsmith.training import ResumePoint, Rows, check_finite, learning_rate
 
 BLOCK = 8  # images whose features are computed together
 STUDENT, HEAD, LOCATOR = "student", "head", "locator"  # the phases in order

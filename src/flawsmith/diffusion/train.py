@@ -18,9 +18,8 @@ from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator, torch_generator
-from flawsmith.resume import ResumePoint, Rows, check_finite
-from flawsmith.schedule import learning_rate
 from flawsmith.settings import DdpmTrainSettings
+from flawsmith.training import ResumePoint, Rows, check_finite, learning_rate
 
 LOSS_COLUMNS = ("step", "loss", "learning_rate")
 

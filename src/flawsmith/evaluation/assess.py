@@ -11,6 +11,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.dataset import GOOD
+from flawsmith.data.images import FloatImage, Mask
 from flawsmith.errors import UserError
 from flawsmith.evaluation import metrics
 from flawsmith.evaluation.intervals import (
@@ -22,9 +24,7 @@ from flawsmith.evaluation.intervals import (
 )
 from flawsmith.evaluation.scoring import Item, Scorer, Scores, Spool, open_spools, score_items
 from flawsmith.evaluation.threshold import Threshold, conformal_threshold
-from flawsmith.images import FloatImage, Mask
 from flawsmith.inference.predictor import flags, is_defective
-from flawsmith.surfaces import GOOD
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
 DEFECT_KEYS = ("image_auroc", "pixel_auroc", "aupro")

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from flawsmith.data.dataset import GOOD
+from flawsmith.data.images import FloatImage, Mask, resize_image, to_uint8
 from flawsmith.evaluation.assess import Assessment, Example, Performance
 from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS, Curve
-from flawsmith.images import FloatImage, Mask, resize_image, to_uint8
 from flawsmith.inference.predictor import region_threshold
 from flawsmith.pages import LIGHT, Theme, dress, figure_png
-from flawsmith.surfaces import GOOD
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Corner = Literal["lower left", "lower right", "upper right"]  # matplotlib's search for the best place is slow

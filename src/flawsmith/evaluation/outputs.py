@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.images import Mask, write_png
+from flawsmith.data.tiling import Place, Tiling
 from flawsmith.evaluation.assess import KEYS, Assessment, Performance, spread
-from flawsmith.evaluation.crops import WINDOW
-from flawsmith.evaluation.fidelity import Fidelity
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.evaluation.scoring import Item
 from flawsmith.files import atomic_file, fit_name, write_csv, write_json
-from flawsmith.images import Mask, write_png
-from flawsmith.tiling import Place, Tiling
 
 GRID = np.linspace(0, 1, 201)
 
@@ -42,11 +40,9 @@ def pixel_note(items: Sequence[Item]) -> str:
     )
 
 
-def metrics_content(
-    result: Assessment, labelled: bool, part: str = "all", fidelity: Fidelity | None = None
-) -> dict[str, Any]:
+def metrics_content(result: Assessment, labelled: bool, part: str = "all") -> dict[str, Any]:
     """metrics.json: flat keys, each with `<key>_ci`, null where not measured (pixels without masks); rates at the
-    threshold; the baseline; fidelity where measured.
+    threshold; the baseline.
 
     Metrics are rounded to 6 decimals; thresholds are exact, since a verdict hangs on them.
     """
@@ -54,18 +50,6 @@ def metrics_content(
         **performance_content(result.detector, result.items, labelled, part),
         "baseline": _performance_content(result.baseline),
         "over_baseline": _flat(result.advantage),
-        **({"fidelity": fidelity_content(fidelity)} if fidelity else {}),
-    }
-
-
-def fidelity_content(fidelity: Fidelity) -> dict[str, Any]:
-    """The table of `fidelity.compare`: a mapping a row, flat keys as elsewhere."""
-    return {
-        **{name: _flat(values) for name, values in fidelity.rows.items()},
-        "crops": dict(fidelity.crops),
-        "samples": fidelity.samples,
-        "frechet_dimensions": fidelity.dimensions,
-        "window": WINDOW,
     }
 
 
@@ -125,13 +109,12 @@ def write_data(
     result: Assessment,
     labelled: bool,
     part: str = "all",
-    fidelity: Fidelity | None = None,
     training_precision: str = "",
     shades: Sequence[Item] = (),
     flagged_shades: Estimate | None = None,
 ) -> None:
     """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
-    content = metrics_content(result, labelled, part, fidelity)
+    content = metrics_content(result, labelled, part)
     content["training_precision"] = training_precision
     if flagged_shades:
         content["shades"] = {"n": len(shades), **_flat({"flagged_rate": flagged_shades})}

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.dataset import GOOD
+from flawsmith.data.tiling import Tiling
 from flawsmith.evaluation.assess import Performance, flagged_share, measure, paired_difference
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.evaluation.scoring import Item, Scorer, open_spools
 from flawsmith.inference.overlay import resize_map
 from flawsmith.inference.predictor import Predictor, flags
-from flawsmith.surfaces import GOOD
-from flawsmith.tiling import Tiling
 
 RARE = "rare types"  # defect types too rare to be judged one by one, pooled
 COMPARED = ("image_auroc", "aupro", "pixel_ap")

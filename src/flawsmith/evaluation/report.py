@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flawsmith.data.images import write_png
 from flawsmith.evaluation.assess import KEYS, Assessment, Example, Performance
-from flawsmith.evaluation.crops import WINDOW
-from flawsmith.evaluation.fidelity import Fidelity
 from flawsmith.evaluation.figures import (
     HeatScale,
     curves_png,
@@ -23,7 +22,6 @@ from flawsmith.evaluation.figures import (
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.outputs import pixel_note, scored_on
 from flawsmith.files import atomic_file
-from flawsmith.images import write_png
 from flawsmith.pages import DARK, LIGHT, Theme, data_uri, jpeg_uri, render
 
 PANE_SIDE = 256  # pixels; the lossless ones stay in the data folder
@@ -35,12 +33,6 @@ NAMES = {
     "pixel_ap": ("Pixel AP", "average precision of pixels sorted by heat; strict where defects are small"),
     "pixel_f1_max": ("Pixel F1-max", "best F1 of marked pixels, picked with the labels: an upper bound"),
     "aupro": ("AUPRO", "mean overlap with each defect region while few normal pixels are marked"),
-}
-FIDELITY_ROWS = {
-    "real": ("Real defects, the other half", "the least there is to reach"),
-    "synthetic": ("Synthetic defects", "what the detector learned from"),
-    "before": ("The same places before the defect", "the triplets' normal images"),
-    "normal": ("Normal images at random places", "calibration normals: no defect at all"),
 }
 HEADLINE = ("image_auroc", "pixel_auroc", "aupro")
 SHEET_EXAMPLES = 16
@@ -63,7 +55,7 @@ class Subject:
     flagged_shades: Estimate | None = None
 
 
-def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: Fidelity | None = None) -> None:
+def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
     """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,failures}.png and
     gallery/{worst,typical,limiting}.png."""
     title = figure_title(result, subject)
@@ -87,7 +79,7 @@ def write_report(folder: Path, result: Assessment, subject: Subject, fidelity: F
     write_png(folder / "figures" / "failures.png", failures_sheet(result, f"{title}; worst misses and false alarms"))
     figures = {name: (data_uri(light[name]), data_uri(draw(DARK))) for name, draw in drawings.items()}
     with atomic_file(folder / "report.html") as path:
-        path.write_text(render_report(result, subject, figures, fidelity), encoding="utf-8")
+        path.write_text(render_report(result, subject, figures), encoding="utf-8")
 
 
 def figure_title(result: Assessment, subject: Subject) -> str:
@@ -98,9 +90,7 @@ def figure_title(result: Assessment, subject: Subject) -> str:
     return f"{subject.category}: {len(result.items)} SYNTHETIC images, no labelled test set"
 
 
-def render_report(
-    result: Assessment, subject: Subject, figures: dict[str, tuple[str, str]], fidelity: Fidelity | None = None
-) -> str:
+def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple[str, str]]) -> str:
     """The HTML text. `figures` maps a name to its data URIs for light and dark."""
     detector, scale = result.detector, HeatScale.of(result.detector)
     counts = Counter(item.defect for item in result.items)
@@ -130,9 +120,6 @@ def render_report(
         alarm_warning=alarm_warning(detector),
         flagged=_flagged_counts(result),
         figures=figures,
-        fidelity=fidelity,
-        fidelity_rows=FIDELITY_ROWS,
-        window=WINDOW,
         gallery=[_card(example, scale) for example in result.gallery],
         typical=[_card(example, scale) for example in result.typical],
         limiting=[_card(example, scale) for example in result.limiting],

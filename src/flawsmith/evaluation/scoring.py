@@ -1,6 +1,6 @@
 """One streaming pass of detectors over images: a batch in memory, anomaly maps spooled to disk.
 
-Memory does not grow with the number of images: `python -m flawsmith.evaluation.memory` measures it.
+Memory does not grow with the number of images: `python -m flawsmith_lab.memory` measures it.
 """
 
 import math
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.dataset import GOOD, LabelledImage, load_labelled, normal_name
+from flawsmith.data.images import FloatImage, Mask, Reading, resize_image, resize_mask
+from flawsmith.data.tiling import Run, Tiling
+from flawsmith.data.triplets import VALIDATION, TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import FloatImage, Mask, Reading, resize_image, resize_mask
 from flawsmith.progress import bar
-from flawsmith.surfaces import GOOD, LabelledImage, load_labelled, normal_name
-from flawsmith.tiling import Run, Tiling
-from flawsmith.triplets import VALIDATION, TripletFolder
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ import onnx
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from flawsmith.data.images import FloatImage
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.export.onnx import write_model
 from flawsmith.export.parity import significant
 from flawsmith.export.variants import MAKERS
 from flawsmith.files import digest_file
-from flawsmith.images import FloatImage
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.providers import package_version
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.images import FloatImage
+from flawsmith.data.images import FloatImage
 from flawsmith.inference.overlay import draw_overlay
 from flawsmith.inference.predictor import Prediction, Predictor, is_defective
 from flawsmith.inference.regions import MAX_REGIONS, find_peak, find_regions

@@ -11,9 +11,9 @@ from pathlib import Path
 from threading import Event
 from typing import TextIO
 
+from flawsmith.data.images import MAX_PIXELS, tell_once
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder, restore
-from flawsmith.images import MAX_PIXELS, tell_once
 from flawsmith.inference import video
 from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor

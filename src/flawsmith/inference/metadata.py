@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
-from flawsmith.tiling import Tiling
 
 INPUT_NAME = "image"
 OUTPUT_NAMES = ("anomaly_map", "score")

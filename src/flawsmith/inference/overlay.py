@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from flawsmith.images import FloatImage, to_uint8
+from flawsmith.data.images import FloatImage, to_uint8
 
 MAX_OPACITY = 0.6  # of the strongest colour: the defect stays visible under it
 ALARM, QUIET = (255, 96, 80), (120, 230, 140)  # caption colours: red for a defect, green for a good part

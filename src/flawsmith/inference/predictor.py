@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.images import MAX_PIXELS, FloatImage, Reading
 from flawsmith.errors import UserError
-from flawsmith.images import MAX_PIXELS, FloatImage, Reading
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.network import Network
 

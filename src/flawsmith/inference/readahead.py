@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
+from flawsmith.data.images import FloatImage
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.sources import Task, Unreadable
 

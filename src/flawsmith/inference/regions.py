@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from flawsmith.images import Mask
+from flawsmith.data.images import Mask
 from flawsmith.inference.contours import Point, outline, simplify
 
 MAX_REGIONS = 100  # with a polygon, and listed in results: a map that is hot all over must not fill the disk

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from flawsmith.data.images import FloatImage, Reading, count_pixels, read_image
+from flawsmith.data.walk import NO_SUFFIX, SUFFIXES, count_sentence, find
 from flawsmith.errors import UserError
-from flawsmith.images import FloatImage, Reading, count_pixels, read_image
 from flawsmith.inference import video
-from flawsmith.walk import NO_SUFFIX, SUFFIXES, count_sentence, find
 
 STREAM = Path("-")  # as an input: paths come on standard input
 STOP_LOOK = 0.1  # seconds between looks whether a wait for lines should end

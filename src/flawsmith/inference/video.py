@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flawsmith.data.images import FloatImage, Reading
 from flawsmith.errors import UserError
 from flawsmith.extras import missing
-from flawsmith.images import FloatImage, Reading
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -27,9 +27,10 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
+from flawsmith.data.images import MAX_PIXELS, FloatImage, count_pixels, read_image
+from flawsmith.data.walk import UNREADABLE, entries, image_kind
 from flawsmith.errors import UserError, name_file
 from flawsmith.files import digest_file, is_ours, read_json, write_json
-from flawsmith.images import MAX_PIXELS, FloatImage, count_pixels, read_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.folder import WORKERS, unreadable_row
 from flawsmith.inference.predictor import Prediction, Predictor
@@ -45,7 +46,6 @@ from flawsmith.inference.writers import (
     json_line,
     picture_name,
 )
-from flawsmith.walk import UNREADABLE, entries, image_kind
 
 POLL = 0.5  # seconds between two looks
 REST = 9  # a look is followed by a rest of so many times its length: a huge folder costs a tenth of one core at most

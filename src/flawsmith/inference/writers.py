@@ -25,9 +25,9 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.images import FloatImage, Mask, write_png
 from flawsmith.errors import UserError, is_of_all
 from flawsmith.files import LOST, digest_name, fit_name, is_ours
-from flawsmith.images import FloatImage, Mask, write_png
 from flawsmith.inference.answers import draw
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.regions import region_mask

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flawsmith.data.images import MAX_PIXELS, FloatImage, read_image
+from flawsmith.data.walk import count_sentence, printable
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder, restore
-from flawsmith.images import MAX_PIXELS, FloatImage, read_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images
 from flawsmith.inference.writers import check_out
@@ -23,7 +24,6 @@ from flawsmith.monitoring.report import CSV, HTML, JSON, Picture, Watched, write
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import MonitorSettings
-from flawsmith.walk import count_sentence, printable
 
 if TYPE_CHECKING:
     from flawsmith.detector.teacher import Teacher

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.images import FloatImage, resize_image
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import atomic_file
-from flawsmith.images import FloatImage, resize_image
 from flawsmith.inference.predictor import Predictor
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from flawsmith.data.images import FloatImage
 from flawsmith.files import atomic_file, write_csv, write_json
-from flawsmith.images import FloatImage
 from flawsmith.inference.answers import draw
 from flawsmith.inference.predictor import Predictor, flags, is_defective
 from flawsmith.inference.sources import Unreadable

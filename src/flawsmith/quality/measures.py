@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from flawsmith.data.foreground import Foreground
+from flawsmith.data.images import FloatImage, Mask, read_image, to_uint8
+from flawsmith.data.masks import read_mask
 from flawsmith.errors import UserError
-from flawsmith.foreground import Foreground
-from flawsmith.images import FloatImage, Mask, read_image, to_uint8
-from flawsmith.masks import read_mask
 from flawsmith.progress import bar
 
 PARTS = ("normal", "defect", "mask")

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from flawsmith.data.images import draw_outline, read_image, resize_image, resize_mask, to_uint8
+from flawsmith.data.masks import read_mask
 from flawsmith.errors import UserError
-from flawsmith.images import draw_outline, read_image, resize_image, resize_mask, to_uint8
-from flawsmith.masks import read_mask
 from flawsmith.quality.measures import PARTS, Measures, part_path
 from flawsmith.quality.verdict import Outcome, Verdict
 

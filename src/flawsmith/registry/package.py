@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from flawsmith import repro
+from flawsmith import dvc
+from flawsmith.data.dataset import load_prepared, normal_name
+from flawsmith.data.images import FloatImage, read_image, write_png
+from flawsmith.data.triplets import VALIDATION, TripletFolder
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.errors import FlawsmithError
 from flawsmith.files import digest_file, digest_json, read_json, write_json
-from flawsmith.images import FloatImage, read_image, write_png
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Lineage, render_lineage
 from flawsmith.monitoring.reference import measure, save_reference
-from flawsmith.surfaces import load_prepared, normal_name
-from flawsmith.triplets import VALIDATION, TripletFolder
 
 MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
 REPORT, DOCS, REFERENCE, HEALTH = "report.html", "docs", "reference.npz", "health"
@@ -188,7 +188,7 @@ def lineage_objections(chain: Mapping[str, Any]) -> tuple[str, ...]:
 
 def knows(chain: Mapping[str, Any], path: Path) -> bool:
     """Whether a file's content, by either of its digests, is among those behind a model."""
-    return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), repro.dvc_digest(path)})
+    return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), dvc.dvc_digest(path)})
 
 
 def ddpm_standing(verdict: Mapping[str, Any]) -> tuple[str, float | None, float | None]:
@@ -255,7 +255,7 @@ def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
 
 def lock_digest(root: Path) -> str:
     """SHA-256 of dvc.lock as a tag, "" if there is none."""
-    return repro.lock_digest(root) or ""
+    return dvc.lock_digest(root) or ""
 
 
 def megabytes(path: Path) -> float:

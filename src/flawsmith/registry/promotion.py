@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from flawsmith import __version__
+from flawsmith.data.images import FloatImage, read_image, resize_image
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.paired import Comparison
 from flawsmith.files import digest_file, read_json, write_json
-from flawsmith.images import FloatImage, read_image, resize_image
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.registry import package

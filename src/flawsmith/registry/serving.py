@@ -24,8 +24,8 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType, Array, Object, Property
 
+from flawsmith.data.images import MAX_PIXELS, FloatImage, Reading, decode_image
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import MAX_PIXELS, FloatImage, Reading, decode_image
 from flawsmith.inference.answers import describe
 from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor

@@ -33,8 +33,8 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from flawsmith.data.images import decode_image
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import decode_image
 from flawsmith.inference.answers import describe, draw
 from flawsmith.inference.codec import encode_map, encode_png
 from flawsmith.serve.models import Loaded, ModelSlot

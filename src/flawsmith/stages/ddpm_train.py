@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flawsmith.data.dataset import load_tiles, plan_tiles, tell_losses
+from flawsmith.data.images import to_uint8, write_png
 from flawsmith.detector.teacher import Teacher, build_teacher, pooled_features
 from flawsmith.devices import Compute
 from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
@@ -13,14 +15,12 @@ from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, to_unit_range, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
 from flawsmith.files import atomic_folder, digest_json, digest_path, sole_writer, write_csv, write_json
-from flawsmith.images import to_uint8, write_png
 from flawsmith.layout import Layout
 from flawsmith.processes import is_main_process
 from flawsmith.randomness import numpy_generator, torch_generator
-from flawsmith.resume import ResumePoint
 from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
-from flawsmith.surfaces import load_tiles, plan_tiles, tell_losses
 from flawsmith.tracking import stage_run
+from flawsmith.training import ResumePoint
 
 STAGE = "ddpm-train"
 SAMPLE_STEPS = 40  # reverse steps of a plain sample: strided DDPM needs more than a few from pure noise

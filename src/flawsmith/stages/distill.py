@@ -15,6 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawsmith.data.dataset import Split, Tile, iter_tiles, normal_name, plan_tiles
+from flawsmith.data.images import to_uint8
+from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, is_shade, read_manifest
 from flawsmith.detector.distill import LOSS_COLUMNS, Origins, Provenance, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
@@ -31,15 +34,12 @@ from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import Compute
 from flawsmith.errors import QualityGateError, UserError
 from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, sole_writer, write_csv
-from flawsmith.images import to_uint8
 from flawsmith.layout import Layout
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
-from flawsmith.resume import ResumePoint
 from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
-from flawsmith.surfaces import Split, Tile, iter_tiles, normal_name, plan_tiles
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, is_shade, read_manifest
+from flawsmith.training import ResumePoint
 
 STAGE = "distill"
 NORMALS_BATCH = 8

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flawsmith.data.dataset import Split, iter_tiles, labelled_part, plan_tiles
+from flawsmith.data.tiling import Tiling
+from flawsmith.data.triplets import VALIDATION, TripletFolder, is_shade, read_manifest
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.model import load_detector
-from flawsmith.detector.teacher import build_teacher, pooled_features
+from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import KEYS, Assessment, Performance, assess, flagged_share, measure
-from flawsmith.evaluation.crops import gather_crops
-from flawsmith.evaluation.fidelity import Fidelity, compare
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import Subject, summary, write_report
@@ -45,10 +46,7 @@ from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import section_values
-from flawsmith.surfaces import Split, iter_tiles, labelled_part, plan_tiles
-from flawsmith.tiling import Tiling
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import VALIDATION, TripletFolder, is_shade, read_manifest
 
 STAGE, BASELINE = "evaluate", "knn"
 
@@ -114,7 +112,7 @@ def run(layout: Layout) -> None:
         )
         with atomic_folder(layout.stage(STAGE)) as folder:
             shades = flagged_share(detector, judged.shades, result.detector.threshold.value, settings.batch)
-            write_outputs(folder, result, measure_fidelity(layout, judged), layout, judged, shades)
+            write_outputs(folder, result, layout, judged, shades)
         out = layout.stage(STAGE)
         tracked.log_metrics(_tracked_values(result))
         for name in ("report.html", "metrics.json", "figures", "gallery"):
@@ -230,20 +228,6 @@ def _normal_of(row: Mapping[str, Any]) -> str:
     return f"{row['source']}@{row['source_top']},{row['source_left']}" if "source_top" in row else str(row["source"])
 
 
-def measure_fidelity(layout: Layout, judged: Judged) -> Fidelity | None:
-    """How much the triplets' defects resemble the real ones that are judged; None where either are too few."""
-    settings = layout.settings
-    defective = [item for item in judged.items if item.is_defective and item.has_pixel_labels and judged.labelled]
-    triplets, ids = TripletFolder(layout.stage("synthesize")), _triplet_ids(layout)
-    if not defective or not ids:
-        return None
-    generator = numpy_generator(settings.evaluate.seed, "fidelity")
-    crops = gather_crops(defective, triplets, ids, layout.split(), layout.data, generator)
-    teacher = build_teacher(settings.teacher, layout.root).to(Compute.choose(settings.compute).device)
-    features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
-    return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)
-
-
 def _triplet_ids(layout: Layout) -> list[str]:
     return sorted(path.stem for path in (layout.stage("synthesize") / "mask").glob("*.png"))
 
@@ -251,7 +235,6 @@ def _triplet_ids(layout: Layout) -> list[str]:
 def write_outputs(
     folder: Path,
     result: Assessment,
-    fidelity: Fidelity | None,
     layout: Layout,
     judged: Judged,
     shades: Estimate | None,
@@ -272,11 +255,11 @@ def write_outputs(
         flagged_shades=shades,
     )
     precision = read_json(layout.input("distill", "config.json")).get("precision", "")
-    write_data(folder, result, judged.labelled, judged.part, fidelity, precision, judged.shades, shades)
+    write_data(folder, result, judged.labelled, judged.part, precision, judged.shades, shades)
     write_parity_images(
         folder / "parity", judged.items, settings.evaluate.parity_images, Tiling.of(layout.settings.data)
     )
-    write_report(folder, result, subject, fidelity)
+    write_report(folder, result, subject)
 
 
 def _gate(layout: Layout) -> tuple[str, bool]:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from flawsmith.data.images import to_uint8, write_png
+from flawsmith.data.triplets import TripletFolder
 from flawsmith.devices import Compute
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.images import to_uint8, write_png
 from flawsmith.layout import Layout
 from flawsmith.stages.synthesize import STAGE, build_workshop, made_with, read_rows
 from flawsmith.synthesis.generate import manifest_row, remake
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
-from flawsmith.triplets import TripletFolder
 
 
 def explain(layout: Layout, triplet_id: str, out: Path) -> bool:

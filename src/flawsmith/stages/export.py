@@ -17,6 +17,9 @@ import onnx
 from numpy.typing import NDArray
 
 from flawsmith import __version__
+from flawsmith.data.dataset import Tile, iter_tiles, load_images, plan_tiles
+from flawsmith.data.images import FloatImage, resize_image
+from flawsmith.data.triplets import FIT, VALIDATION, TripletFolder, is_shade, read_manifest
 from flawsmith.detector.model import load_detector
 from flawsmith.errors import UserError
 from flawsmith.export.cost import count
@@ -24,14 +27,11 @@ from flawsmith.export.onnx import export_onnx, map_range
 from flawsmith.export.parity import certificate, measure_latency, run_detector
 from flawsmith.export.variant_report import Images, Limits, Samples, build_variant
 from flawsmith.files import atomic_folder, digest_path, read_json, write_json
-from flawsmith.images import FloatImage, resize_image
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import section_values
-from flawsmith.surfaces import Tile, iter_tiles, load_images, plan_tiles
 from flawsmith.tracking import StageRun, stage_run
-from flawsmith.triplets import FIT, VALIDATION, TripletFolder, is_shade, read_manifest
 
 MODEL, PARITY, COST, VARIANTS = "model.onnx", "parity.json", "cost.json", "variants"
 

@@ -6,6 +6,7 @@ models are finished when they come here, so reading the test set is an evaluatio
 
 import logging
 
+from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
 from flawsmith.evaluation.paired import Comparison, compare_models
 from flawsmith.evaluation.scoring import normal_items
@@ -14,7 +15,6 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.registry.promotion import Outcome, promote
 from flawsmith.stages.evaluate import judged_images
-from flawsmith.tiling import Tiling
 
 log = logging.getLogger(__name__)
 

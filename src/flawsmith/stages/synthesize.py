@@ -8,19 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from flawsmith.data.dataset import load_tiles, normal_name, plan_tiles
+from flawsmith.data.foreground import Foreground
+from flawsmith.data.images import write_png
+from flawsmith.data.triplets import TripletFolder, read_manifest
 from flawsmith.devices import Compute
 from flawsmith.diffusion.unet import build_scheduler, load_denoiser
 from flawsmith.files import atomic_file, atomic_folder
-from flawsmith.foreground import Foreground
-from flawsmith.images import write_png
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import section_values, settings_digest
-from flawsmith.surfaces import load_tiles, normal_name, plan_tiles
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run
-from flawsmith.triplets import TripletFolder, read_manifest
 
 STAGE = "synthesize"
 SHEET_ROWS = 16

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
-from flawsmith.images import Mask
 from flawsmith.settings import SynthesizeSettings
 from flawsmith.synthesis.masks import TRIES, MaskDraw, MaskKind, Places, Room, log_uniform, on_margin
 

@@ -19,19 +19,19 @@ from diffusers import DDPMScheduler
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from flawsmith.data.foreground import Foreground
+from flawsmith.data.images import Mask
+from flawsmith.data.triplets import FIT, VALIDATION
 from flawsmith.devices import CPU, Compute
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.unet import Denoiser
 from flawsmith.errors import UserError
-from flawsmith.foreground import Foreground
-from flawsmith.images import Mask
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.settings import SynthesizeSettings
 from flawsmith.synthesis.controls import cutpaste_texture, noise_mask, own_texture, rectangle_mask
 from flawsmith.synthesis.masks import MaskDraw, feathered, sample_mask
 from flawsmith.synthesis.shades import Shade, sample_shade, shaded
-from flawsmith.triplets import FIT, VALIDATION
 
 CHUNK_BATCHES = 4  # candidates are drawn in chunks of so many batches, then grouped by window size
 MAX_TRIES = 5  # candidates drawn for each triplet wanted before giving up

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
-from flawsmith.images import Mask
 from flawsmith.settings import SynthesizeSettings
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flawsmith.images import Mask, draw_outline
+from flawsmith.data.images import Mask, draw_outline
 
 OUTLINE = (255, 60, 60)
 

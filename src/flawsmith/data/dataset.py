@@ -1,0 +1,479 @@
+"""A category folder in MVTec AD layout: what lies where, and which normal image is used for what.
+
+    <category>/train/good/**           normal images: split into fit (trains everything) and calibration (never trains)
+    <category>/test/good/**            optional; normal images of the labelled test set
+    <category>/test/<defect>/**        optional; defective images
+    <category>/ground_truth/<defect>/**/<stem>_mask.png  optional; an image without a mask has a verdict alone
+
+What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
+
+Nothing is learned from `test`: only `labelled_test` opens it, for those who judge finished models (`evaluate`,
+`promote`, study and bench). `labelled_part` halves what it finds by a fixed rule: a research half to look at as often
+as one likes, and a report half for final figures alone.
+"""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flawsmith.data.images import (
+    READING,
+    FloatImage,
+    Mask,
+    Reading,
+    inspect_values,
+    read_image,
+    read_size,
+    resize_image,
+    stored_size,
+    tell_once,
+    to_uint8,
+)
+from flawsmith.data.masks import inspect_mask
+from flawsmith.data.tiling import Place, Tiling
+from flawsmith.data.walk import SUFFIXES, Found, find, listed
+from flawsmith.errors import UserError
+from flawsmith.settings import DataSettings
+
+GOOD = "good"
+GOOD_NAMES = {GOOD, "ok", "okay", "normal", "pass"}  # folders of `test`, in any case
+MASK_WORDS = ("_mask", "", "_label", "_gt", "-mask", "_groundtruth", "_ground_truth", "_seg")  # behind an image's stem
+PARTS = ("all", "research", "report")
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give; files hold them in 16
+MIN_FIT_IMAGES = 8  # fewer show no surface, only themselves; the README recommends 30
+MIN_CALIBRATION_IMAGES = 2  # of one there is no deviation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two parts of `train/good`: `fit` trains, `calibration` sets normalisation and threshold.
+
+    Attributes:
+        fit, calibration: of one picture all copies are in `fit`, or one of them is in `calibration`.
+        copies: groups of files that show one picture, each in the order of the split: its first is the one that counts.
+    """
+
+    fit: tuple[Path, ...]
+    calibration: tuple[Path, ...]
+    copies: tuple[tuple[Path, ...], ...] = ()
+
+    @property
+    def twins(self) -> dict[str, str]:
+        """Name → the first name that shows the same, of the files that are copies."""
+        return {normal_name(path): normal_name(group[0]) for group in self.copies for path in group}
+
+    def fit_without(self, names: Iterable[str]) -> list[Path]:
+        """The fit images but for those of the names given, and their copies."""
+        twins = self.twins
+        left_out = {twins.get(name, name) for name in names}
+        return [path for path in self.fit if twins.get(name := normal_name(path), name) not in left_out]
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One test image: `defect` is "good" for a normal one; `mask_path` is None then, and where nobody drew a mask.
+
+    `inside` is the folder it lies in below that of its type, with forward slashes; empty if in none. `folder` is that
+    of its type where it is named otherwise (`OK` for good ones).
+    """
+
+    path: Path
+    defect: str
+    mask_path: Path | None
+    inside: str = ""
+    folder: str = ""
+
+    @property
+    def shown_name(self) -> str:
+        """Its place below `test`."""
+        return f"{self.folder or self.defect}/{self.name}"
+
+    @property
+    def has_pixel_labels(self) -> bool:
+        """Whether it is known of its every pixel whether it is defective."""
+        return not self.is_defective or self.mask_path is not None
+
+    @property
+    def name(self) -> str:
+        """Its place below the folder of its type."""
+        return f"{self.inside}/{self.path.name}" if self.inside else self.path.name
+
+    @property
+    def is_defective(self) -> bool:
+        return self.defect != GOOD
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A category on disk. Nothing is read before a method asks for it."""
+
+    folder: Path
+
+    @property
+    def category(self) -> str:
+        return self.folder.name
+
+    def find_normals(self) -> Found:
+        """What lies in `train/good`.
+
+        Raises:
+            UserError: the folder is missing, holds no image, or cannot be read as a whole.
+        """
+        found = find(self.folder / "train" / GOOD)
+        found.check()
+        if not found.images:
+            raise UserError(
+                f"{found.folder} holds no image ({', '.join(SUFFIXES)}): {found}; put the defect-free images of "
+                f"'{self.category}' there, or correct `categories` in params.yaml."
+            )
+        return found
+
+    def normals(self) -> tuple[Path, ...]:
+        """All images of `train/good`, sorted by name; raises as `find_normals`."""
+        return self.find_normals().images
+
+    def find_test(self) -> Found:
+        """What lies in `test`, which may be missing. For the evaluate stage alone.
+
+        Raises:
+            UserError: a part of it cannot be read, or an image lies in no type's folder.
+        """
+        found = find(self.folder / "test")
+        found.check()
+        if stray := [path for path in found.images if path.parent == found.folder]:
+            raise UserError(
+                f"{stray[0]} lies in no folder of a type ({len(stray)} such in all); move it to test/{GOOD} or "
+                "test/<defect>."
+            )
+        return found
+
+    def split(self, calibration_fraction: float, seed: int, copies: Sequence[Sequence[Path]] = ()) -> Split:
+        """Split the normals by a hash of each one's `normal_name`, so that adding an image moves at most one other.
+
+        Args:
+            calibration_fraction: share of the pictures that calibrate.
+            seed: of the hash.
+            copies: groups of paths that show one picture (`looks.find_copies`).
+
+        Raises:
+            UserError: too few images for both parts.
+        """
+        normals = self.normals()
+        ranked = sorted(normals, key=lambda path: _split_rank(path, seed))
+        rank = {path: place for place, path in enumerate(ranked)}
+        groups = tuple(tuple(sorted(group, key=rank.__getitem__)) for group in copies)
+        repeated = {path for group in groups for path in group[1:]}
+        pictures = [path for path in ranked if path not in repeated]
+        count = max(MIN_CALIBRATION_IMAGES, round(len(pictures) * calibration_fraction))
+        if len(pictures) - count < MIN_FIT_IMAGES:
+            least = MIN_FIT_IMAGES + MIN_CALIBRATION_IMAGES
+            lacking = least - len(pictures)
+            remedy = f"add {lacking} or more" if lacking > 0 else "lower data.calibration_fraction, or add some"
+            shown = f" of {len(pictures)} different pictures" if repeated else ""
+            raise UserError(
+                f"{self.folder}/train/{GOOD} holds {len(ranked)} image(s){shown}, too few to learn from "
+                f"({MIN_FIT_IMAGES} at least) and to calibrate on ({MIN_CALIBRATION_IMAGES}); {remedy} "
+                "(30 or more normal images are recommended)."
+            )
+        calibration = set(pictures[:count])
+        kept_out = calibration.union(*(group for group in groups if group[0] in calibration))
+        return Split(
+            fit=tuple(path for path in normals if path not in kept_out),
+            calibration=tuple(path for path in normals if path in calibration),
+            copies=groups,
+        )
+
+    def labelled_test(self) -> tuple[LabelledImage, ...]:
+        """The labelled test set, or an empty tuple if there is none. For the evaluate stage alone.
+
+        Raises:
+            UserError: `test` holds only one of good and defective images, or masks that belong to none of its images.
+        """
+        test = self.find_test()
+        found: list[LabelledImage] = []
+        for path in test.images:
+            folder, *folders, _ = test.name_of(path).split("/")
+            defect = GOOD if folder.casefold() in GOOD_NAMES else folder
+            found.append(LabelledImage(path, defect, None, "/".join(folders), folder))
+        if found and len({item.is_defective for item in found}) < 2:
+            missing = f"test/{GOOD}" if found[0].is_defective else "test/<defect>"
+            raise UserError(
+                f"{self.folder} has a labelled test set without any image in {missing}; a score needs good and "
+                "defective images: add them, or remove the folder `test`."
+            )
+        return self._with_masks(found)
+
+    def _with_masks(self, images: Sequence[LabelledImage]) -> tuple[LabelledImage, ...]:
+        """The images with their masks as far as there are any: in the same folder of `ground_truth`, or in that of the
+        type where no other image of it has this stem; by the stem, with or without one of MASK_WORDS behind it, in any
+        case."""
+        drawn = find(self.folder / "ground_truth")
+        drawn.check()
+        if drawn.passed_over:
+            tell_once(
+                f"masks passed over {self.category}", f"{drawn.folder}: {drawn}; a mask is one of {listed(SUFFIXES)}."
+            )
+        masks: dict[str, Path] = {}
+        for mask in drawn.images:
+            place = PurePosixPath(drawn.name_of(mask).casefold())
+            if place.parts[0] not in GOOD_NAMES:
+                masks.setdefault(str(place.with_suffix("")), mask)
+        stems = [PurePosixPath(item.shown_name.casefold()).with_suffix("") for item in images]
+        tops = [PurePosixPath(stem.parts[0], stem.name) for stem in stems]
+        counted = Counter(tops)
+        found, used = [], set()
+        for item, stem, top in zip(images, stems, tops, strict=True):
+            places = (stem, top) if counted[top] == 1 else (stem,)
+            keys = (f"{place}{word}" for place in places if item.is_defective for word in MASK_WORDS)
+            key = next((key for key in keys if key in masks), "")
+            found.append(replace(item, mask_path=masks.get(key)))
+            used.add(key)
+        foreign = [path for key, path in masks.items() if key not in used]
+        if foreign:
+            sentence = (
+                f"{foreign[0]} is the mask of no image in test ({len(foreign)} such in all); a mask lies in the folder "
+                "of its image's type and is named like it, as ground_truth/scratch/001_mask.png is for "
+                "test/scratch/001.jpg."
+            )
+            if len(foreign) == len(masks):
+                raise UserError(sentence)
+            tell_once(f"foreign masks {self.category}", sentence)
+        return tuple(found)
+
+
+def normal_name(path: Path) -> str:
+    """What tells a normal image from every other of its category: its place below `train/good`, its name where it lies
+    in no such folder."""
+    parts = path.parts
+    ends = [place for place in range(2, len(parts)) if parts[place - 2 : place] == ("train", GOOD)]
+    return "/".join(parts[ends[0] :]) if ends else path.name
+
+
+def _split_rank(path: Path, seed: int) -> bytes:
+    return hashlib.sha256(os.fsencode(f"{seed}/{normal_name(path)}")).digest()
+
+
+def ask_white_level(paths: Sequence[Path], reading: Reading, category: str) -> int:
+    """The value that is white in the normals `paths` of more than 8 bits: the end of the depth that all of them use,
+    unless their headers tell it. 0 where there are none such, or floats in [0, 1].
+
+    What does not fit together is told, once a category.
+
+    Raises:
+        UserError: only `data.white_level` can tell what is white.
+    """
+    found = {}
+    for path in paths:
+        with suppress(UserError):  # whoever reads them all tells all that cannot be read
+            found[path] = inspect_values(path, reading)
+    deep = {path: values for path, values in found.items() if values.is_deep}
+    if not deep:
+        return 0
+    if len({values.kind for values in deep.values()}) > 1:
+        raise UserError(f"{paths[0].parent} mixes whole numbers and floats; export all of it as 8 or 16 bit unsigned.")
+    path, brightest = max(deep.items(), key=lambda item: item[1].largest)
+    if brightest.kind == "int" or (brightest.kind == "float" and brightest.largest > 1):
+        raise UserError(
+            f"{path} does not tell what is white (its largest value is {brightest.largest:g}); export it as 8 or 16 "
+            "bit unsigned, or set data.white_level."
+        )
+    if brightest.kind == "float":
+        return 0
+    told = max((values.significant for values in deep.values() if values.significant < DEPTHS[-1]), default=0)
+    used = next(bits for bits in DEPTHS if brightest.largest < 2**bits)
+    white = 2 ** max(told, used) - 1
+    if len(deep) < len(found):
+        other = next(path for path in found if path not in deep)
+        tell_once(
+            f"depths {category}",
+            f"{category}: {len(deep)} of {len(found)} normal images have more than 8 bits ({white} is white in "
+            f"them), the others, such as {other.name}, 8 bits; check that both look alike.",
+        )
+    if dark := [path for path, values in deep.items() if values.bulk <= white / 16]:
+        tell_once(
+            f"dark {category}",
+            f"{category}: {len(dark)} of {len(found)} normal images (such as {dark[0].name}) are nearly black beside "
+            f"the largest value of all, {brightest.largest:g} in {path.name}; export all in one depth, or set "
+            "data.white_level.",
+        )
+    log.info("%s: %d is white in images of more than 8 bits.", category, white)
+    return white
+
+
+def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledImage, ...]:
+    """One of PARTS of a labelled test set, in the order given.
+
+    Within each type (good and each defect) the images, sorted by the SHA-256 of "<type>/<name without suffix>", go to
+    research and report by turns: every type is halved, whatever else the folder holds, and a type of one image is
+    research's.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}, not one of {PARTS}")
+    if part == "all":
+        return tuple(images)
+    by_type: dict[str, list[LabelledImage]] = {}
+    for image in images:
+        by_type.setdefault(image.defect, []).append(image)
+    kept: set[Path] = set()
+    for members in by_type.values():
+        ranked = sorted(members, key=lambda image: (_rank(image), image.name))  # the name parts equal stems
+        kept |= {image.path for image in ranked[PARTS.index(part) - 1 :: 2]}
+    return tuple(image for image in images if image.path in kept)
+
+
+def _rank(image: LabelledImage) -> bytes:
+    name = image.name.removesuffix(image.path.suffix)
+    return hashlib.sha256(os.fsencode(f"{image.defect}/{name}")).digest()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a model sees at once of an image: all of it, stretched (no `place`), or a tile.
+
+    `place` is the tile's top and left in pixels at working resolution (`tiling.Tiling`).
+    """
+
+    path: Path
+    place: Place | None = None
+
+
+def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
+    """What training sees of images, in their order: each image once, or with `data.scale` up to `data.max_tiles` tiles.
+
+    Where there are more, every image gives as many as any other, as far as it has them, evenly spaced over it and
+    shifted from image to image, so that together they show all parts. Images are decoded for their size alone.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    tiling = Tiling.of(data)
+    if not tiling.is_tiled:
+        return tuple(Tile(path) for path in paths)
+    found = [tiling.places(*tiling.shape(*read_size(path, data.reading))) for path in paths]
+    shares = even_shares([len(places) for places in found], data.max_tiles)
+    return tuple(
+        Tile(path, places[place])
+        for number, (path, places, share) in enumerate(zip(paths, found, shares, strict=True))
+        for place in _spread(len(places), share, number)
+    )
+
+
+def even_shares(available: Sequence[int], limit: int) -> list[int]:
+    """How much each gives so that the sum is at most `limit` and nobody gives more than another that could give more,
+    but for a remainder of one each, which evenly spaced ones give."""
+    shares = [0] * len(available)
+    left, open_ = min(limit, sum(available)), [place for place, count in enumerate(available) if count]
+    while left >= len(open_) > 0:
+        step = min(left // len(open_), min(available[place] - shares[place] for place in open_))
+        for place in open_:
+            shares[place] += step
+        left -= step * len(open_)
+        open_ = [place for place in open_ if shares[place] < available[place]]
+    for number in range(left):
+        shares[open_[number * len(open_) // left]] += 1
+    return shares
+
+
+def _spread(count: int, wanted: int, number: int) -> list[int]:
+    """`wanted` of `count` places in order, evenly spaced; the first is shifted by the golden ratio an image."""
+    start = (number * 0.6180339887498949) % 1.0
+    return sorted({int((step + start) * count / wanted) % count for step in range(wanted)})
+
+
+def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage]:
+    """The pixels `(3, image_size, image_size)` of tiles in their order; an image is decoded once for all that follow
+    each other."""
+    tiling = Tiling.of(data)
+    path, padded = None, np.zeros((3, 0, 0), np.float32)
+    for tile in tiles:
+        if tile.path != path:
+            path, padded = tile.path, tiling.pad(load_prepared(tile.path, data))
+        yield padded if tile.place is None else tiling.cut(padded, tile.place)
+
+
+def load_tiles(tiles: Sequence[Tile], data: DataSettings) -> NDArray[np.uint8]:
+    """Tiles as one array `(N, 3, image_size, image_size)` of bytes: a quarter of the memory, and what PNGs hold."""
+    pixels = np.empty((len(tiles), 3, data.image_size, data.image_size), np.uint8)
+    for place, tile in enumerate(iter_tiles(tiles, data)):
+        pixels[place] = to_uint8(tile).transpose(2, 0, 1)
+    return pixels
+
+
+def tell_losses(paths: Sequence[Path], data: DataSettings, category: str) -> None:
+    """Say in one sentence if images lose more than they should by being stretched whole."""
+    tiling = Tiling.of(data)
+    found = [(path, said) for path in paths if (said := tiling.objection(*stored_size(path)))]
+    if found:
+        path, said = found[0]
+        counts = f"{len(found)} of {len(paths)} normal images lose detail"
+        log.warning("%s: %s, such as %s: %s", category, counts, path.name, said)
+
+
+def load_prepared(path: Path, data: DataSettings) -> FloatImage:
+    """Read one image at its working resolution: `(3, image_size, image_size)` without tiles."""
+    return Tiling.of(data).prepare(read_image(path, data.reading))
+
+
+def load_images(paths: Sequence[Path], size: int, reading: Reading = READING) -> NDArray[np.float32]:
+    """Read images into one array `(N, 3, size, size)`, each stretched to it."""
+    return np.stack([resize_image(read_image(path, reading), size) for path in paths])
+
+
+def load_labelled(
+    item: LabelledImage, tiling: Tiling, reading: Reading = READING, original: bool = False
+) -> tuple[FloatImage, Mask]:
+    """Read one test image, at working resolution or as it is, and its mask at working resolution (all False for a
+    normal one).
+
+    Raises:
+        UserError: the mask's size differs from the image's, or the mask of a defective image is empty.
+    """
+    image = read_image(item.path, reading)
+    shown = image if original else tiling.prepare(image)
+    if item.mask_path is None:
+        return shown, np.zeros(tiling.shape(*image.shape[1:]), np.bool_)
+    return shown, tiling.prepare_mask(load_mask(item.mask_path, image.shape[1:], item.defect, reading))
+
+
+def load_mask(path: Path, shape: tuple[int, ...], defect: str, reading: Reading = READING) -> Mask:
+    """The mask of an image of this shape `(H, W)`; what is assumed is told once for each kind and type of defect.
+
+    Raises:
+        UserError: it has another shape that is not a multiple of the image's, or marks nothing.
+    """
+    mask, assumed = inspect_mask(path, reading)
+    where = f"{path.parents[2].name}/{defect}"
+    if assumed:
+        kind = " ".join(assumed.split()[:2])
+        tell_once(f"mask {where} {kind}", f"{path}: {assumed}; so in all masks like it.")
+    height, width = shape
+    if mask.shape != (height, width):
+        if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
+            raise UserError(
+                f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels but its image is {width} x {height}; a mask must "
+                "have its image's size, or at least its proportions."
+            )
+        tell_once(f"mask {where} size", f"{path} has not its image's size and is scaled to it, as are all like it.")
+        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    if not mask.any():
+        raise UserError(
+            f"{path} marks no pixel; correct it, or remove it if nobody has drawn it: its image then counts without "
+            "a mask."
+        )
+    if mask.mean() > 0.5:
+        tell_once(
+            f"mask {where} large",
+            f"{path} marks {mask.mean():.0%} of its image as defective; if that is the background, invert the mask.",
+        )
+    return mask

@@ -1,0 +1,1 @@
+"""Research beside the product: studies, benchmarks, fidelity. Needs the extras `train` and `lab`; not in the wheel."""

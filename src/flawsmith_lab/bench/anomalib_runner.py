@@ -1,0 +1,207 @@
+"""anomalib's models on arrays: `bench.anomalib_side` runs this where anomalib is installed.
+
+    python -P anomalib_runner.py FOLDER
+
+FOLDER holds request.json, fit.npy, calibration.npy and test.npy, (N, 3, S, S) uint8, and teacher.safetensors. Left
+there: MODEL.calibration.npy and MODEL.test.npy, float32 maps (N, S, S), MODEL.scores.npz, and answer.json with seconds.
+
+The networks, losses, coreset and optimiser settings are anomalib's own; its trainer, whose thresholds and early
+stopping look at test images, is left out. Nothing is downloaded: the teacher's weights come from the file.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+Answer = dict[str, Any]
+EFFICIENT_AD_STEPS = 70_000  # of a training, as in the paper; a few are timed
+EFFICIENT_AD_SIDE = 256  # pixels; its autoencoder takes no smaller image
+TIMED_STEPS, WARM_UP = 2, 1  # a step is some 450 GFLOP: many seconds on a CPU
+
+
+def main(folder: Path) -> None:
+    """Run what request.json asks for."""
+    request = json.loads((folder / "request.json").read_text())
+    images = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("fit", "calibration", "test")}
+    state = load_file(folder / "teacher.safetensors")
+    run: dict[str, Callable[[], Answer]] = {
+        "patchcore": lambda: patchcore(images, state, request, folder),
+        "stfpm": lambda: stfpm(images, state, request, folder),
+        "efficientad": lambda: efficient_ad(images, request),
+    }
+    answer: Answer = {"anomalib": import_module("anomalib").__version__, "torch": torch.__version__}
+    for name in request["models"]:
+        torch.manual_seed(request["seed"])  # anomalib draws from the global generator
+        answer[name] = run[name]()
+        print(f"anomalib's {name}: {answer[name]}", flush=True)
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def patchcore(images: dict[str, Any], state: dict[str, Tensor], request: Answer, folder: Path) -> Answer:
+    """PatchCore (Roth et al., CVPR 2022): the two deeper levels, a greedy coreset, 9 neighbours."""
+    module = import_module("anomalib.models.image.patchcore.torch_model")
+    model = module.PatchcoreModel(
+        layers=request["out_indices"][1:], backbone=request["backbone"], pre_trained=False, num_neighbors=9
+    )
+    load_teacher(model.feature_extractor.feature_extractor, state)
+    model.to(device()).train()
+    start = time.perf_counter()
+    for batch in batches(images["fit"], request):
+        model(batch)
+    model.subsample_embedding(request["coreset"])
+    seconds = time.perf_counter() - start
+    spent = predict("patchcore", model.eval(), images, request, folder)
+    return {"fit_seconds": seconds, "memory_vectors": len(model.memory_bank), **spent}
+
+
+def stfpm(images: dict[str, Any], state: dict[str, Tensor], request: Answer, folder: Path) -> Answer:
+    """Student-teacher feature pyramid matching (Wang et al., BMVC 2021), trained for as long as the request allows."""
+    module: Any = import_module("anomalib.models.image.stfpm.torch_model")
+    extractor = module.TimmFeatureExtractor
+
+    def without_download(*arguments: Any, **keywords: Any) -> Any:
+        return extractor(*arguments, **keywords | {"pre_trained": False})
+
+    module.TimmFeatureExtractor = without_download
+    try:
+        model = module.STFPMModel(layers=request["out_indices"], backbone=request["backbone"])
+    finally:
+        module.TimmFeatureExtractor = extractor
+    load_teacher(model.teacher_model.feature_extractor, state)
+    model.to(device()).train()
+    loss_of = import_module("anomalib.models.image.stfpm.loss").STFPMLoss()
+    optimizer = torch.optim.SGD(  # the values of anomalib's Stfpm.configure_optimizers
+        model.student_model.parameters(), lr=0.4, momentum=0.9, weight_decay=0.001
+    )
+    start, epochs = time.perf_counter(), 0.0
+    generator = torch.Generator().manual_seed(request["seed"])
+    while epochs < request["stfpm_epochs"] and time.perf_counter() - start < request["stfpm_seconds"]:
+        order = torch.randperm(len(images["fit"]), generator=generator).numpy()
+        for first in range(0, len(order), request["stfpm_batch"]):
+            part = np.sort(order[first : first + request["stfpm_batch"]])
+            loss = loss_of(*model(normalised(images["fit"][part], request)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            epochs += len(part) / len(order)
+            if time.perf_counter() - start >= request["stfpm_seconds"]:
+                break
+    seconds = time.perf_counter() - start
+    spent = predict("stfpm", model.eval(), images, request, folder)
+    return {"fit_seconds": seconds, "epochs": round(epochs, 2), "last_loss": float(loss), **spent}
+
+
+def efficient_ad(images: dict[str, Any], request: Answer) -> Answer:
+    """Speed of EfficientAD-S alone: its teacher's weights come from a hub, so this one is random and learns nothing."""
+    module = import_module("anomalib.models.image.efficient_ad.torch_model")
+    model = module.EfficientAdModel(teacher_out_channels=384, model_size=module.EfficientAdModelSize.S).to(device())
+    model.train()
+    trained = [*model.student.parameters(), *model.ae.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=1e-4, weight_decay=1e-5)
+    plain = request | {"mean": [0.0] * 3, "std": [1.0] * 3}  # it normalises by itself
+    side = max(images["fit"].shape[-1], EFFICIENT_AD_SIDE)
+    taken = []
+    for step in range(WARM_UP + TIMED_STEPS):
+        batch = F.interpolate(normalised(images["fit"][[step % len(images["fit"])]], plain), size=side)
+        start = time.perf_counter()
+        loss = sum(model(batch, batch))  # the second batch would be an ImageNet picture of the same size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        wait()
+        taken.append(time.perf_counter() - start)
+    step_seconds = float(np.median(taken[WARM_UP:]))
+    model.eval()
+    spent = []
+    with torch.inference_mode():
+        for part in batches(images["test"][: WARM_UP + TIMED_STEPS], plain | {"batch": 1}):
+            batch = F.interpolate(part, size=side)
+            start = time.perf_counter()
+            model(batch)
+            wait()
+            spent.append(time.perf_counter() - start)
+    return {
+        "step_seconds": step_seconds,
+        "fit_seconds": step_seconds * EFFICIENT_AD_STEPS,
+        "seconds_an_image": min(spent),
+        "trained": False,
+    }
+
+
+def predict(name: str, model: Any, images: dict[str, Any], request: Answer, folder: Path) -> Answer:
+    """Write maps and scores of the calibration and the test images; seconds an image of the model alone."""
+    scores, spent, count = {}, 0.0, 0
+    for part in ("calibration", "test"):
+        shape = (len(images[part]), *images[part].shape[2:])
+        maps = np.lib.format.open_memmap(folder / f"{name}.{part}.npy", "w+", np.float32, shape)
+        found: list[NDArray[np.float32]] = []
+        with torch.inference_mode():
+            for batch in batches(images[part], request):
+                start = time.perf_counter()
+                answer = model(batch)
+                wait()
+                spent, count = spent + time.perf_counter() - start, count + len(batch)
+                first = sum(len(values) for values in found)
+                maps[first : first + len(batch)] = answer.anomaly_map.reshape(len(batch), *shape[1:]).float().cpu()
+                found.append(answer.pred_score.reshape(len(batch)).float().cpu().numpy())
+        maps.flush()
+        scores[part] = np.concatenate(found)
+    np.savez(folder / f"{name}.scores.npz", **scores)  # type: ignore[arg-type]
+    return {"seconds_an_image": spent / count}
+
+
+def load_teacher(body: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """Load the exchanged weights; what the exchanged teacher has must fit, what it was cut of stays random, unused."""
+    result = body.load_state_dict({key: state[key] for key in state if key in body.state_dict()}, strict=False)
+    depth = max((key.split(".")[1] for key in state if key.startswith("blocks.")), default="", key=int_or_zero)
+    lost = [
+        key
+        for key in result.missing_keys
+        if not key.endswith("num_batches_tracked")
+        and not (depth and key.startswith("blocks.") and int_or_zero(key.split(".")[1]) > int(depth))
+    ]
+    if lost:
+        sys.exit(f"the teacher's weights lack {lost[0]} and {len(lost) - 1} more of anomalib's backbone")
+
+
+def int_or_zero(text: str) -> int:
+    """A number in a key of a state dict."""
+    return int(text) if text.isdigit() else 0
+
+
+def batches(images: NDArray[np.uint8], request: Answer) -> Iterator[Tensor]:
+    """The images in their order, ready for the networks."""
+    for first in range(0, len(images), request["batch"]):
+        yield normalised(images[first : first + request["batch"]], request)
+
+
+def normalised(images: NDArray[np.uint8], request: Answer) -> Tensor:
+    """(B, 3, S, S) uint8 → float32 with the teacher's mean and deviation."""
+    mean, std = (np.asarray(request[key], np.float32).reshape(1, 3, 1, 1) for key in ("mean", "std"))
+    return torch.from_numpy((images.astype(np.float32) / np.float32(255) - mean) / std).to(device())
+
+
+def device() -> torch.device:
+    """The GPU where there is one, as flawsmith does."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
+    """Let a GPU finish before the clock is read."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

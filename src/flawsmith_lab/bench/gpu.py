@@ -1,0 +1,135 @@
+"""One category from normal images to ONNX on one GPU, with a preset as in the paper: seconds, memory, accuracy.
+
+    python -m flawsmith_lab.bench.gpu [--category C] [--data DIR] [--overlay docs/gpu-params.yaml]
+
+The pipeline's own stages run one after the other in a temporary folder (or in --out, where they stay). The last line of
+stdout is JSON. Without a GPU it refuses: on a CPU the preset takes days.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from flawsmith.devices import Compute
+from flawsmith.errors import UserError
+from flawsmith.files import read_json
+from flawsmith.layout import Layout
+from flawsmith.settings import SECTIONS, read_yaml
+from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
+from flawsmith_lab.bench.measure import (
+    DEMO_SURFACE,
+    Target,
+    bench_settings,
+    describe,
+    finish,
+    first_category,
+    guarded,
+    machine,
+    prepare,
+    seconds_of,
+)
+
+MINUTES = 10.0  # target for everything together
+STAGES: Mapping[str, Callable[[Layout], Any]] = {
+    "ddpm-train": ddpm_train.run,
+    "synthesize": synthesize.run,
+    "validate": validate.run,
+    "distill": distill.run,
+    "evaluate": evaluate.run,
+    "export": export.run,
+}
+
+
+def read_overlay(path: Path) -> dict[str, Any]:
+    """A file shaped like params.yaml, but with some sections and keys only, as `section.key` → value.
+
+    Raises:
+        UserError: it is missing, no YAML, or no mapping of sections to keys. Unknown keys are refused by the settings.
+    """
+    try:
+        content = read_yaml(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name a preset with --overlay.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
+        raise UserError(f"{path} must hold sections such as `ddpm-train:` with `key: value` lines below.")
+    for section in content:
+        if section not in SECTIONS:
+            raise UserError(f"{path}: unknown section `{section}`; known are {', '.join(SECTIONS)}.")
+    return {f"{section}.{key}": value for section, values in content.items() for key, value in values.items()}
+
+
+def run_stages(layout: Layout, device: torch.device) -> dict[str, dict[str, float]]:
+    """Every stage in order: its seconds and the most GPU memory its tensors took, in MB (0 on a CPU)."""
+    found = {}
+    for name, run in STAGES.items():
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = seconds_of(partial(run, layout), device)
+        peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
+        found[name] = {"seconds": seconds, "gpu_peak_mb": peak}
+        print(f"{name}: {seconds:.1f} s, {peak:.0f} MB of GPU memory at most", flush=True)
+    return found
+
+
+@contextmanager
+def workplace(out: Path | None) -> Iterator[Path]:
+    """The folder that is worked in: `out`, which stays, or a temporary one."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        yield out
+    else:
+        with tempfile.TemporaryDirectory(prefix="flawsmith-gpu-") as scratch:
+            yield Path(scratch)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the preset, print what it took, and end with the JSON line.
+
+    Raises:
+        UserError: there is no GPU, or the preset or the category cannot be used.
+    """
+    parser = argparse.ArgumentParser(prog="flawsmith_lab.bench.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--category", help=f"default: the first of --data, or {DEMO_SURFACE}, rendered if need be")
+    parser.add_argument("--data", type=Path, help="folder of categories; default: data.root of params.yaml")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--overlay", type=Path, default=Path("docs/gpu-params.yaml"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="keep the stages' outputs there")
+    chosen = parser.parse_args(arguments)
+    overlay = read_overlay(chosen.overlay)
+    category = chosen.category or first_category(chosen.data, DEMO_SURFACE)
+    bench_settings(chosen.params, category, chosen.data, overlay)  # a wrong preset is said on any machine
+    compute = Compute.choose()
+    if compute.device.type != "cuda":
+        raise UserError(
+            "torch sees no GPU here, and on a CPU this preset takes days; run it on a machine with one "
+            "(`flawsmith doctor` says what torch sees), or measure the CPU preset with `make bench-synthesis`."
+        )
+    found: dict[str, Any] = {"benchmark": "gpu", "category": category, "machine": machine(compute)}
+    print(f"{category}: {describe(found['machine'])}")
+    with workplace(chosen.out) as root:
+        layout = prepare(chosen.params, category, chosen.data, root, overlay)
+        found["stages"] = run_stages(layout, compute.device)
+        found["metrics"] = read_json(layout.stage("evaluate") / "metrics.json")
+        found["onnx_megabytes"] = (layout.stage("export") / "model.onnx").stat().st_size / 1e6
+    found["minutes"] = sum(stage["seconds"] for stage in found["stages"].values()) / 60
+    found["target"] = {"minutes": MINUTES, "met": Target("", -found["minutes"], -MINUTES).is_met}
+    print(
+        f"{found['minutes']:.1f} minutes in all (target: at most {MINUTES:g}) - "
+        f"{'met' if found['target']['met'] else 'MISSED'}; image AUROC {found['metrics']['image_auroc']}, "
+        f"AUPRO {found['metrics']['aupro']}"
+    )
+    finish(found)
+
+
+if __name__ == "__main__":
+    guarded(main, "bench-gpu")

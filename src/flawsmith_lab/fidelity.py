@@ -1,0 +1,190 @@
+"""How much synthetic defects resemble real ones: distances of distributions of crops, in the frozen teacher's features.
+
+For reporting alone: nothing is trained, tuned, chosen or gated by it. A crop is a window around a defect
+(`flawsmith_lab.crops`). A distance by itself means little, so each is put beside others from as many crops: two random
+halves of the real defects (the least there is to reach), the synthetic crops' own places before the defect was put in,
+and normals at random places (what no defect at all would reach).
+
+Features are the teacher's pooled ones, each channel in units of its standard deviation over normal crops. KID,
+precision and recall use all channels. The Frechet distance needs covariances, which few crops cannot give in hundreds
+of dimensions, so it sees the projection onto the leading principal components of normals alone: at most DIMENSIONS and
+at most half as many as there are crops. What a defect does outside of these directions it does not see, and with few
+crops it is biased upwards (Chong & Forsyth, CVPR 2020), the more the fewer they are: compare it within one table, where
+every row has as many crops, never across tables.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+
+from flawsmith.data.triplets import TripletFolder
+from flawsmith.detector.teacher import build_teacher, pooled_features
+from flawsmith.devices import Compute
+from flawsmith.evaluation.intervals import Estimate, percentile_interval
+from flawsmith.layout import Layout
+from flawsmith.randomness import numpy_generator
+from flawsmith.stages.evaluate import judged_images
+from flawsmith_lab.crops import gather_crops
+
+Features = NDArray[np.floating]  # (n, D), a row a crop
+
+MIN_SAMPLES = 8  # in each half of the real crops: twice (k + 1), below which precision and recall are all but blind
+DIMENSIONS = 64
+SUBSETS = 100
+NEIGHBOUR = 3  # k of Kynkaanniemi et al.
+MEASURES = ("frechet", "kid", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The comparison table.
+
+    Attributes:
+        rows: what is compared with real defects (`synthetic`, `real`: the other half, `before`, `normal`) → each of
+            MEASURES: the mean over SUBSETS random subsets, and the central 95 % of them.
+        crops: how many crops there were of each kind to draw subsets from.
+        samples: crops in each subset, the same in every row.
+        dimensions: principal components that the Frechet distance saw.
+    """
+
+    rows: Mapping[str, Mapping[str, Estimate]]
+    crops: Mapping[str, int]
+    samples: int
+    dimensions: int
+
+
+def compare(
+    real: Features,
+    others: Mapping[str, Features],
+    basis: Features,
+    generator: np.random.Generator,
+    subsets: int = SUBSETS,
+) -> Fidelity | None:
+    """Compare each of `others` with the real crops, and the real ones with themselves.
+
+    Every subset splits the real crops into random halves; one half is compared with the other half, and with as many
+    random crops (without replacement) of each other kind. The spread of a mean over such halves equals its sampling
+    error over all real crops (McCarthy 1969, balanced half-samples), so the interval is an honest if rough one. By this
+    construction the mean KID of the halves is 0 up to the number of subsets: its interval is what chance alone gives.
+
+    Args:
+        real: features of real defects `(n, D)`.
+        others: name → features `(m, D)` of what is compared with them.
+        basis: features of normals that are in no other set; they set scale and principal components.
+        generator: draws the subsets.
+        subsets: how many.
+
+    Returns:
+        The table, or None where there are too few crops of a kind for one.
+    """
+    samples = min(len(real) // 2, *(len(features) for features in others.values()))
+    if samples < MIN_SAMPLES or len(basis) < 2:
+        return None
+    space = Space.of(basis, min(DIMENSIONS, samples // 2))
+    known = {name: space.scaled(features) for name, features in {"real": real, **others}.items()}
+    draws: dict[str, list[tuple[float, ...]]] = {name: [] for name in known}
+    for _ in range(subsets):
+        order = generator.permutation(len(real))
+        half = known["real"][order[:samples]]
+        for name, features in known.items():
+            places = order[samples : 2 * samples] if name == "real" else generator.permutation(len(features))[:samples]
+            other = features[places]
+            gap = frechet(space.projected(half), space.projected(other))
+            draws[name].append((gap, kid(half, other), *precision_recall(half, other)))
+    rows = {}
+    for name, values in draws.items():
+        columns = np.asarray(values).T
+        rows[name] = {
+            measure: percentile_interval(float(column.mean()), column)
+            for measure, column in zip(MEASURES, columns, strict=True)
+        }
+    counts = {name: len(features) for name, features in known.items()}
+    return Fidelity(rows, counts, samples, space.components.shape[1])
+
+
+@dataclass(frozen=True)
+class Space:
+    """Standardised features and their leading principal components, both from normal crops: `alive` `(D,)` marks the
+    channels that vary at all, `components` is `(alive channels, dimensions)`."""
+
+    mean: NDArray[np.float64]
+    deviation: NDArray[np.float64]
+    alive: NDArray[np.bool_]
+    components: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, normals: Features, dimensions: int) -> "Space":
+        values = np.asarray(normals, np.float64)
+        mean, deviation = values.mean(axis=0), values.std(axis=0)
+        alive = deviation > 1e-6 * np.abs(values).max(axis=0)  # rounding noise must not be blown up to a channel
+        scaled = (values[:, alive] - mean[alive]) / deviation[alive]
+        _, _, directions = np.linalg.svd(scaled, full_matrices=False)
+        return cls(mean[alive], deviation[alive], alive, directions[:dimensions].T)
+
+    def scaled(self, features: Features) -> NDArray[np.float64]:
+        """`(n, D)` to `(n, alive channels)` in units of the normals' standard deviation."""
+        return (np.asarray(features, np.float64)[:, self.alive] - self.mean) / self.deviation
+
+    def projected(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scaled features onto the principal components `(n, dimensions)`."""
+        return scaled @ self.components
+
+
+def frechet(one: Features, other: Features) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two samples taken as Gaussians (Heusel et al., NeurIPS 2017).
+
+    The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric.
+    """
+    first, second = (np.atleast_2d(np.cov(np.asarray(part, np.float64), rowvar=False)) for part in (one, other))
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    overlap = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
+    shift = np.asarray(one, np.float64).mean(axis=0) - np.asarray(other, np.float64).mean(axis=0)
+    return float(max(shift @ shift + np.trace(first) + np.trace(second) - 2 * overlap, 0.0))
+
+
+def kid(one: Features, other: Features) -> float:
+    """The kernel inception distance (Binkowski et al., ICLR 2018): MMD^2 with the kernel (x.y / D + 1)^3.
+
+    The unbiased estimate (Gretton et al. 2012, lemma 6): its mean is 0 for equal distributions, so it may be negative.
+    """
+    x, y = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    n, m, width = len(x), len(y), x.shape[1]
+    inside, outside, across = ((a @ b.T / width + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = (inside.sum() - np.trace(inside)) / (n * (n - 1)) + (outside.sum() - np.trace(outside)) / (m * (m - 1))
+    return float(within - 2 * across.mean())
+
+
+def precision_recall(real: Features, other: Features, neighbour: int = NEIGHBOUR) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019, eq. 1-3).
+
+    A set's manifold is the union of balls around its members, each as wide as the distance to its k-th nearest
+    neighbour in the set. Precision is the share of `other` inside the manifold of `real`, recall the converse.
+    """
+    distances = cdist(real, other)  # (n, m)
+    precision = (distances <= _radii(real, neighbour)[:, None]).any(axis=0).mean()
+    recall = (distances <= _radii(other, neighbour)[None]).any(axis=1).mean()
+    return float(precision), float(recall)
+
+
+def _radii(features: Features, neighbour: int) -> NDArray[np.float64]:
+    distances = np.sort(cdist(features, features), axis=1)  # column 0 is the distance to itself
+    return np.asarray(distances[:, neighbour], np.float64)
+
+
+def measure_fidelity(layout: Layout) -> Fidelity | None:
+    """How much the triplets' defects resemble the real ones that are judged; None where either are too few."""
+    settings, judged = layout.settings, judged_images(layout)
+    defective = [item for item in judged.items if item.is_defective and item.has_pixel_labels and judged.labelled]
+    ids = sorted(path.stem for path in (layout.stage("synthesize") / "mask").glob("*.png"))
+    if not defective or not ids:
+        return None
+    generator = numpy_generator(settings.evaluate.seed, "fidelity")
+    triplets = TripletFolder(layout.stage("synthesize"))
+    crops = gather_crops(defective, triplets, ids, layout.split(), layout.data, generator)
+    teacher = build_teacher(settings.teacher, layout.root).to(Compute.choose(settings.compute).device)
+    features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
+    return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)

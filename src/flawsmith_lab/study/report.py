@@ -1,0 +1,236 @@
+"""What a person reads of a study: the same tables as report.md and report.html, and the ablation curves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flawsmith.evaluation.report import NAMES
+from flawsmith.files import atomic_file
+from flawsmith.pages import data_uri, render
+from flawsmith_lab.study.curves import curves, curves_png, file_name, numeric_key
+from flawsmith_lab.study.plan import METHODS, STAGES
+from flawsmith_lab.study.results import DETECTIONS, FALSE_ALARMS, Row
+from flawsmith_lab.study.statistics import ALPHA, PairedTest, Spread, spread
+from flawsmith_lab.study.summary import Summary, summarise
+
+SHOWN = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
+COMPARED = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
+
+
+@dataclass(frozen=True)
+class About:
+    """What the report says of the study itself."""
+
+    command: str
+    commit: str
+    changed: bool
+    reference: str
+    seeds: tuple[int, ...]
+    grid: Mapping[str, Sequence[object]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts; the first column names the row."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of the report; `picture` is PNG bytes for light and for dark, and the light one's path."""
+
+    title: str
+    tables: tuple[Table, ...] = ()
+    picture: tuple[bytes, bytes, str] | None = None
+
+
+def write_report(out: Path, rows: Sequence[Row], about: About) -> None:
+    """report.md, report.html and curves/*.png."""
+    sections = build_sections(rows, about)
+    for section in sections:
+        if section.picture is not None:
+            with atomic_file(out / section.picture[2]) as path:
+                path.write_bytes(section.picture[0])
+    lines = introduction(rows, about)
+    with atomic_file(out / "report.md") as path:
+        path.write_text(_markdown(sections, lines, about), encoding="utf-8")
+    page = render(
+        Path(__file__).with_name("report.html"), {"uri": data_uri}, sections=sections, lines=lines, about=about
+    )
+    with atomic_file(out / "report.html") as path:
+        path.write_text(page, encoding="utf-8")
+
+
+def introduction(rows: Sequence[Row], about: About) -> tuple[str, ...]:
+    """How the figures came about and how to read them, in sentences."""
+    failed = sum(not row.is_done for row in rows)
+    methods = dict.fromkeys(row.cell.method for row in rows)
+    return (
+        f"{len(rows)} cells, {failed} of them without a result; seeds {', '.join(map(str, about.seeds))}; "
+        f"commit {about.commit[:12]}{' with changed files' if about.changed else ''}.",
+        "Methods: " + "; ".join(f"{name}: {METHODS[name].meaning}" for name in methods) + ".",
+        "Values are means over seeds ± the sample standard deviation; over all categories, of each seed's mean over "
+        f"them. Differences are to {about.reference} with the same category and seed. The interval (95 %) comes from a "
+        "bootstrap over test images paired between the two rows; the seeds' intervals are averaged, since all seeds "
+        "share the images. t and Wilcoxon test the pairs of category and seed: whether a difference outlives the "
+        "randomness of training on these very images and categories, not whether it would hold on others. Nothing is "
+        "corrected for the number of comparisons.",
+    )
+
+
+def build_sections(rows: Sequence[Row], about: About) -> tuple[Section, ...]:
+    """Results a part and category, ablation curves, costs, failures."""
+    summaries = summarise(rows, about.reference)
+    sections = []
+    for part, category in dict.fromkeys((one.part, one.category) for one in summaries):
+        here = [one for one in summaries if (one.part, one.category) == (part, category)]
+        sections.append(Section(_title(part, category), _result_tables(here, about)))
+    key = numeric_key(about.grid)
+    for part, category in dict.fromkeys((row.cell.part, row.cell.category) for row in rows) if key else ():
+        lines = curves([row for row in rows if (row.cell.part, row.cell.category) == (part, category)], key or "")
+        if lines:
+            title = f"{key}: {_title(part, category)}"
+            light, dark = (curves_png(lines, key or "", title, shade) for shade in (False, True))
+            sections.append(Section(title, (), (light, dark, f"curves/{file_name(part, category, key or '')}")))
+    sections.append(Section("Time and memory", (_cost_table(rows),)))
+    failures = _failure_table(rows)
+    return (*sections, Section("Cells without a result", (failures,))) if failures.rows else tuple(sections)
+
+
+def _title(part: str, category: str) -> str:
+    images = "all test images" if part == "all" else f"{part} half of the test images"
+    return f"{category or 'Over all categories'}, {images}"
+
+
+def _result_tables(summaries: Sequence[Summary], about: About) -> tuple[Table, ...]:
+    rates = ((FALSE_ALARMS, "False alarms"), (DETECTIONS, "Found"))
+    names = [*(NAMES[key][0] for key in SHOWN), *(words for _, words in rates)]
+    values = tuple(
+        (
+            one.label + (f" ({one.missing} cells missing)" if one.missing else ""),
+            *(_spread(one.metrics[key]) for key in (*SHOWN, *(key for key, _ in rates))),
+        )
+        for one in summaries
+    )
+    tables = [Table(("Row", *names), values, "False alarms and Found: shares of good and defective images flagged.")]
+    differences = tuple(
+        (
+            one.label,
+            NAMES[key][0],
+            _signed(found.value),
+            "n/a" if found.interval is None else f"{_signed(found.interval.low)} to {_signed(found.interval.high)}",
+            _probability(found.test.t),
+            _probability(found.test.wilcoxon),
+            str(found.test.n),
+        )
+        for one in summaries
+        for key in COMPARED
+        if (found := one.differences.get(key)) is not None
+    )
+    if differences:
+        tests = [found.test for one in summaries for found in one.differences.values()]
+        header = ("Row", "Metric", f"Minus {about.reference}", "95 % over images", "p (t)", "p (Wilcoxon)", "Pairs")
+        tables.append(Table(header, differences, power_note(tests)))
+    defects = list(dict.fromkeys(name for one in summaries for name in one.by_defect))
+    if defects:
+        shares = tuple(
+            (one.label, *(_spread(one.by_defect[name]) if name in one.by_defect else "" for name in defects))
+            for one in summaries
+        )
+        tables.append(Table(("Image AUROC by defect", *defects), shares))
+    return tuple(tables)
+
+
+def power_note(tests: Sequence[PairedTest]) -> str:
+    """Say so where there are too few pairs for any result to be significant."""
+    weak = [test for test in tests if not test.can_be_significant]
+    if not weak:
+        return ""
+    fewest = min(weak, key=lambda test: test.n)
+    if fewest.n < 2:
+        return "With fewer than 2 pairs of (category, seed) there is no test; run more seeds or categories."
+    return (
+        f"With {fewest.n} pairs Wilcoxon's p cannot fall below {fewest.smallest:.3g}, so "
+        f"it cannot show p < {ALPHA:g} whatever the difference; that takes 6 pairs. The t test can, but rests on "
+        "normal differences, which so few cannot show."
+    )
+
+
+def _cost_table(rows: Sequence[Row]) -> Table:
+    stages = [stage for stage in STAGES if any(stage in row.costs for row in rows)]
+    found = []
+    for category, label in dict.fromkeys((row.cell.category, row.cell.label) for row in rows):
+        mine = [row for row in rows if (row.cell.category, row.cell.label) == (category, label) and row.is_done]
+        if not mine:
+            continue
+        cells = []
+        for stage in stages:
+            costs = [row.costs[stage] for row in mine if stage in row.costs]
+            peak = max((cost["peak_mb"] for cost in costs), default=0.0)
+            cells.append(f"{_seconds([cost['seconds'] for cost in costs])}, {peak:.0f} MB" if costs else "")
+        total = f"{_seconds([row.seconds for row in mine])}, {max(row.peak_mb for row in mine):.0f} MB"
+        found.append((f"{category}: {label}", *cells, total))
+    devices = dict.fromkeys(str(cost["device"]) for row in rows for cost in row.costs.values())
+    threads = dict.fromkeys(str(cost["threads"]) for row in rows for cost in row.costs.values())
+    note = (
+        "Mean seconds of a stage over seeds (process start included) and its highest resident memory in MiB; a stage "
+        "that rows share counts in full in each, so a row's sum is what it would cost alone. "
+        f"Device: {', '.join(devices) or 'none'}; threads: {', '.join(threads) or 'none'}."
+    )
+    return Table(("Row", *stages, "sum"), tuple(found), note)
+
+
+def _failure_table(rows: Sequence[Row]) -> Table:
+    failed = tuple(
+        (
+            f"{row.cell.category}: {row.cell.label}, seed {row.cell.seed}, {row.cell.part}",
+            row.failed_stage or "not run",
+            row.failure,
+        )
+        for row in rows
+        if not row.is_done
+    )
+    return Table(("Cell", "Stage", "Reason"), failed)
+
+
+def _markdown(sections: Sequence[Section], lines: Sequence[str], about: About) -> str:
+    text = ["# Study", "", "```", about.command, "```", ""]
+    for line in lines:
+        text += [line, ""]
+    for section in sections:
+        text += [f"## {section.title}", ""]
+        if section.picture is not None:
+            text += [f"![{section.title}]({section.picture[2]})", ""]
+        for table in section.tables:
+            text += [_markdown_row(table.header), _markdown_row(["---"] * len(table.header))]
+            text += [*map(_markdown_row, table.rows), "", *([table.note, ""] if table.note else [])]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _spread(value: Spread) -> str:
+    if value.n == 0:
+        return "n/a"
+    return f"{value.mean:.3f}" + ("" if math.isnan(value.deviation) else f" ± {value.deviation:.3f}")
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{spread(values).mean:.1f} s"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _probability(value: float) -> str:
+    if math.isnan(value):
+        return "n/a"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

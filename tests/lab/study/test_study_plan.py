@@ -1,0 +1,229 @@
+"""What a study would run: sharing, addresses, and what is refused before an hour is spent."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from study_samples import ROOT, create_project
+
+from flawsmith.errors import UserError
+from flawsmith.settings import parse_settings
+from flawsmith_lab.study import plan as planning
+from flawsmith_lab.study.plan import KNN, METHODS, PIPELINE, build_plan, parse_grid, read_dependencies, settings_content
+
+
+@pytest.fixture
+def project(tmp_path):
+    return create_project(tmp_path / "project")
+
+
+def stages(plan):
+    return Counter(task.stage for task in plan.tasks)
+
+
+def digests(plan):
+    return {task.stage: task.digest for task in plan.tasks}
+
+
+def test_a_diffusion_model_is_trained_once_a_seed_and_only_for_methods_that_diffuse(project):
+    plan = build_plan(project.request(methods=tuple(METHODS), seeds=(0, 1), parts=("all", "research", "report")))
+    assert len(plan.cells) == 6 * 2 * 3
+    assert stages(plan) == {
+        "ddpm-train": 2, "synthesize": 8, "validate": 8, "distill": 8, "evaluate": 24, KNN: 12,
+    }  # fmt: skip
+    without = {task.stage for cell in plan.cells if cell.method == "no-diffusion" for task in cell.tasks}
+    assert without == set(PIPELINE) - {"ddpm-train"}
+
+
+def test_a_grid_shares_every_stage_before_the_first_that_reads_its_key(project):
+    grid = parse_grid(["distill.head_steps=2,4,6", "evaluate.false_alarm_rate=0.05,0.1"])
+    plan = build_plan(project.request(grid=grid))
+    assert len({cell.label for cell in plan.cells}) == 6
+    assert stages(plan) == {"ddpm-train": 1, "synthesize": 1, "validate": 1, "distill": 3, "evaluate": 6}
+
+
+def test_a_method_gets_no_row_for_a_key_that_it_does_not_read(project):
+    grid = parse_grid(["ddpm-train.steps=4,8", "distill.batch=2,3"])
+    plan = build_plan(project.request(methods=("flawsmith", "cutpaste", KNN), grid=grid))
+    rows = Counter(cell.method for cell in plan.cells)
+    assert rows == {"flawsmith": 4, "cutpaste": 2, KNN: 1}
+    assert stages(plan)["synthesize"] == 3
+
+
+def test_tasks_come_after_what_they_read(project):
+    seen = set()
+    for task in build_plan(project.request(methods=tuple(METHODS), seeds=(0, 1))).tasks:
+        assert all(before.key in seen for before in task.upstream)
+        seen.add(task.key)
+
+
+def test_the_seed_is_every_stages_and_the_splits(project):
+    (cell,) = build_plan(project.request(seeds=(7,))).cells
+    settings = cell.tasks[-1].settings
+    sections = (settings.ddpm_train, settings.synthesize, settings.distill, settings.evaluate)
+    assert [settings.data.split_seed, *(section.seed for section in sections)] == [7] * 5
+    assert settings.tracking.mode == "off"
+
+
+def test_tracking_can_be_asked_for(project):
+    (cell,) = build_plan(project.request(replaced={"tracking.mode": "on"})).cells
+    assert cell.tasks[0].settings.tracking.mode == "on"
+
+
+def test_the_teacher_and_the_place_of_the_data_do_not_train_the_diffusion_model_again(project, tmp_path):
+    before = digests(build_plan(project.request()))
+    other = digests(build_plan(project.request(replaced={"teacher.backbone": "resnet18"})))
+    assert {name for name in before if before[name] != other[name]} == {"distill", "evaluate"}
+    (project.folder / "data").rename(tmp_path / "elsewhere")
+    assert digests(build_plan(project.request(data=tmp_path / "elsewhere"))) == before
+
+
+def test_an_image_changes_what_reads_it(project):
+    before = digests(build_plan(project.request(methods=("flawsmith", KNN))))
+    tiles = project.folder / "data" / "tiles"
+    (tiles / "test" / "good" / "000.png").write_bytes((tiles / "test" / "good" / "001.png").read_bytes())
+    tested = digests(build_plan(project.request(methods=("flawsmith", KNN))))
+    assert {name for name in before if before[name] != tested[name]} == {"evaluate", KNN}
+    (tiles / "train" / "good" / "000.png").write_bytes((tiles / "train" / "good" / "001.png").read_bytes())
+    trained = digests(build_plan(project.request(methods=("flawsmith", KNN))))
+    assert all(trained[name] != tested[name] for name in before)
+
+
+def test_source_code_changes_what_it_decides_and_compiled_files_do_not(project, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    for path in read_dependencies(ROOT / "dvc.yaml")["evaluate"].code:
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text(path) if "." in path else (package / path).mkdir()
+    monkeypatch.setattr(planning, "PACKAGE", package)
+    before = digests(build_plan(project.request(methods=(KNN,))))
+    (package / "detector" / "__pycache__").mkdir()
+    (package / "detector" / "__pycache__" / "knn.pyc").write_bytes(b"compiled")
+    (package / "stages" / "distill.py").write_text("not a dependency")
+    assert digests(build_plan(project.request(methods=(KNN,)))) == before
+    (package / "detector" / "knn.py").write_text("changed")
+    assert digests(build_plan(project.request(methods=(KNN,)))) != before
+
+
+def test_dependencies_are_those_of_dvc_yaml():
+    stated = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    found = read_dependencies(ROOT / "dvc.yaml")
+    for name in PIPELINE:
+        ignored = planning.REPORTED_ONLY.get(name, ())
+        assert {*found[name].sections, *ignored} >= set(stated[name]["params"])
+        assert all((planning.PACKAGE / path).exists() for path in found[name].code)
+    assert found["ddpm-train"].data == found["distill"].data == "train"
+    assert found["evaluate"].data == "."
+    assert found["validate"].data is None
+    assert found["validate"].upstream == ("ddpm-train", "synthesize")
+    assert found["distill"].upstream == ("synthesize", "validate")
+    assert found[KNN].upstream == ()
+
+
+def test_what_only_the_readiness_report_reads_decides_at_most_whether_the_gate_opens():
+    """Else leaving it out of the digest would hide a change of what later stages read."""
+    content = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    readers = [name for name, stage in content.items() for path in stage["deps"] if path.endswith("readiness.json")]
+    assert readers == ["validate"]
+    source = (planning.PACKAGE / "diffusion" / "train.py").read_text()
+    assert "teacher" not in source.lower()
+
+
+def test_settings_survive_being_written_down(project):
+    (cell,) = build_plan(project.request()).cells
+    settings = cell.tasks[0].settings
+    assert parse_settings(settings_content(settings), "here") == settings
+
+
+def test_grid_values_are_yaml_and_may_be_lists():
+    grid = parse_grid(["synthesize.strength=[0.1,0.4], [0.2, 0.2]", "ddpm-train.flip=true,false", "x.y=a"])
+    assert grid == {"synthesize.strength": ([0.1, 0.4], [0.2, 0.2]), "ddpm-train.flip": (True, False), "x.y": ("a",)}
+
+
+@pytest.mark.parametrize("text", ["distill.batch", "batch=2,4", "distill.batch=", "distill.batch=[2", "a.b=1,,2"])
+def test_a_grid_of_another_form_is_refused(text):
+    with pytest.raises(UserError, match="write it as section"):
+        parse_grid([text])
+
+
+def test_a_grid_that_repeats_itself_is_refused():
+    with pytest.raises(UserError, match="stands there twice"):
+        parse_grid(["distill.batch=2,2"])
+    with pytest.raises(UserError, match=r"names .* twice"):
+        parse_grid(["distill.batch=2,3", "distill.batch=4"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("patchcore",)}, "--methods patchcore: there is no such one; known are flawsmith"),
+        ({"parts": ("half",)}, "--part half"),
+        ({"categories": ("bolts",)}, "bolts does not exist"),
+        ({"categories": ("tiles", "tiles")}, "--categories names one twice"),
+        ({"seeds": ()}, "--seeds is empty"),
+        ({"seeds": (-1,)}, "-1; it must be 0 or more"),
+        ({"data": Path("nowhere")}, "nowhere/tiles does not exist"),
+        ({"reference": "best"}, "--reference best: no such row; known are flawsmith"),
+        ({"replaced": {"distill.seed": 3}}, "use --seeds"),
+        ({"replaced": {"data.root": "x"}}, "use --data"),
+        ({"grid": {"evaluate.part": ("all", "report")}}, "use --part"),
+        ({"grid": {"distill.bach": (1, 2)}}, "did you mean `batch`"),
+        ({"grid": {"distill.batch": (1, 0)}}, "flawsmith distill.batch=0: .*must be from 1"),
+        ({"grid": {"export.latency_runs": (17, 18)}}, "no stage of flawsmith reads it"),
+        ({"grid": {"distill.batch": (1, 2)}, "replaced": {"distill.batch": 2}}, "in --set and in --grid"),
+        ({"grid": {"synthesize.mask": ("perlin", "noise")}, "methods": ("random-mask",)}, "random-mask sets it"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_a_sentence(project, changes, words):
+    with pytest.raises(UserError, match=words):
+        build_plan(project.request(**changes))
+
+
+def test_without_a_labelled_test_set_there_is_no_knn_and_no_part(project):
+    (project.folder / "data" / "tiles" / "test").rename(project.folder / "gone")
+    assert len(build_plan(project.request()).cells) == 1
+    for changes in ({"methods": (KNN,)}, {"parts": ("report",)}):
+        with pytest.raises(UserError, match="no labelled test set"):
+            build_plan(project.request(**changes))
+
+
+def test_a_folder_without_dvc_yaml_is_refused(project):
+    (project.folder / "dvc.yaml").unlink()
+    with pytest.raises(UserError, match="pass --params of a project"):
+        build_plan(project.request())
+
+
+def test_a_dependency_that_a_study_cannot_follow_is_refused(project):
+    path = project.folder / "dvc.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["stages"]["distill"]["deps"].append("weights/teacher.pth")
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"weights/teacher\.pth"):
+        build_plan(project.request())
+
+
+def test_the_reference_is_knn_unless_another_is_named(project):
+    assert build_plan(project.request(methods=("flawsmith", KNN))).reference == KNN
+    assert build_plan(project.request()).reference == "flawsmith"
+    named = project.request(grid={"distill.batch": (2, 3)}, reference="flawsmith distill.batch=3")
+    assert build_plan(named).reference == "flawsmith distill.batch=3"
+
+
+def test_a_request_does_not_depend_on_where_it_is_called(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project.folder)
+    request = dataclasses.replace(project.request(), params=Path("params.yaml"), data=Path("data"))
+    here = build_plan(request)
+    monkeypatch.chdir(tmp_path)
+    assert [task.key for task in here.tasks] == [task.key for task in build_plan(project.request()).tasks]
+    assert all(Path(task.settings.data.root).is_absolute() for task in here.tasks)
+
+
+def test_a_second_category_shares_nothing_of_the_first(project):
+    for index in range(4):
+        source = project.folder / f"data/tiles/train/good/{index:03d}.png"
+        target = project.folder / f"data/bolts/train/good/{index:03d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    plan = build_plan(project.request(categories=("tiles", "bolts")))
+    assert stages(plan) == dict.fromkeys(PIPELINE, 2)
