@@ -7,13 +7,13 @@ for (a defect, a drift), 130 interrupted.
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -582,78 +582,10 @@ def _comma_list(texts: list[str] | None) -> tuple[str, ...]:
     return tuple(part.strip() for text in texts or [] for part in text.split(",") if part.strip())
 
 
-@app.command(rich_help_panel=STUDY_PANEL)
-def study(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Results, report, and the store of stages.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Folder of the categories. Default: data.root.")
-    ] = None,
-    categories: Annotated[
-        list[str] | None,
-        typer.Option("--categories", "-c", metavar="A,B", help="Folders of DIR. Default: all of params."),
-    ] = None,
-    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Each seeds the split and every stage at once.")] = "0",
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="A,B",
-            help="Of flawsmith, no-diffusion, random-mask, cutpaste, knn, memory. Default: flawsmith,knn.",
-        ),
-    ] = None,
-    overrides: SetOption = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SECTION.KEY=V1,V2",
-            help="A row for each value, e.g. distill.head_steps=60,120 or synthesize.strength=[0.1,0.1],[0.4,0.4]. "
-            "Repeatable: every combination.",
-        ),
-    ] = None,
-    part: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--part", metavar="A,B", help="Judge on all, research or report images, or several. Default: all."
-        ),
-    ] = None,
-    reference: Annotated[
-        str, typer.Option(metavar="NAME", help="Method or row to compare with. Default: knn, else the first row.")
-    ] = "",
-    workers: Annotated[
-        int, typer.Option(metavar="N", help="Stages run at once; their times then say less.", min=1)
-    ] = 1,
-    params: ParamsOption = DEFAULT_PARAMS,
-) -> None:
-    """Run the pipeline for many categories, seeds, methods and settings; compare them in one report.
+if find_spec("flawsmith_lab"):  # in a checkout; the wheel leaves the laboratory out
+    from flawsmith_lab.study.command import study
 
-    Nothing is computed twice: a stage runs once for all cells that agree in what decides it, a stopped study goes on
-    when called again, and several calls may share one DIR. Exit 1 if a cell failed; its reason is in the report.
-
-    Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,knn --out study
-    """
-    from flawsmith_lab.study.plan import Request, parse_grid
-    from flawsmith_lab.study.study import run_study
-
-    try:
-        numbers = tuple(int(seed) for seed in _comma_list([seeds]))
-    except ValueError as error:
-        raise UserError(
-            f"--seeds {seeds}: write whole numbers with commas between them, e.g. --seeds 0,1,2."
-        ) from error
-    request = Request(
-        params=params,
-        data=data,
-        categories=_comma_list(categories),
-        seeds=numbers,
-        methods=_comma_list(methods) or ("flawsmith", "knn"),
-        parts=_comma_list(part) or ("all",),
-        replaced=parse_overrides(overrides or []),
-        grid=parse_grid(grid or []),
-        reference=reference,
-    )
-    done = run_study(request, out, workers, shlex.join(["flawsmith", *sys.argv[1:]]))
-    print(f"{done.cells - done.failed} of {done.cells} cells have results. Report: {done.report}")
-    if done.failed:
-        raise typer.Exit(1)
+    app.command(rich_help_panel=STUDY_PANEL)(study)
 
 
 @app.command(rich_help_panel=HOUSE_PANEL)
