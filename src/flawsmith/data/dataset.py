@@ -42,6 +42,7 @@ from flawsmith.data.masks import inspect_mask
 from flawsmith.data.tiling import Place, Tiling
 from flawsmith.data.walk import SUFFIXES, Found, find, listed
 from flawsmith.errors import UserError
+from flawsmith.sequences import evenly
 from flawsmith.settings import DataSettings
 
 GOOD = "good"
@@ -50,6 +51,7 @@ MASK_WORDS = ("_mask", "", "_label", "_gt", "-mask", "_groundtruth", "_ground_tr
 PARTS = ("all", "research", "report")
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give; files hold them in 16
 MIN_FIT_IMAGES = 8  # fewer show no surface, only themselves; the README recommends 30
+GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly however many there are
 MIN_CALIBRATION_IMAGES = 2  # of one there is no deviation
 
 log = logging.getLogger(__name__)
@@ -365,7 +367,7 @@ def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
     return tuple(
         Tile(path, places[place])
         for number, (path, places, share) in enumerate(zip(paths, found, shares, strict=True))
-        for place in _spread(len(places), share, number)
+        for place in evenly(len(places), share, start=number * GOLDEN_RATIO % 1.0)
     )
 
 
@@ -383,12 +385,6 @@ def even_shares(available: Sequence[int], limit: int) -> list[int]:
     for number in range(left):
         shares[open_[number * len(open_) // left]] += 1
     return shares
-
-
-def _spread(count: int, wanted: int, number: int) -> list[int]:
-    """`wanted` of `count` places in order, evenly spaced; the first is shifted by the golden ratio an image."""
-    start = (number * 0.6180339887498949) % 1.0
-    return sorted({int((step + start) * count / wanted) % count for step in range(wanted)})
 
 
 def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.data.images import FloatImage, Mask, on_levels, resize_image, resize_mask
+from flawsmith.sequences import batched
 
 if TYPE_CHECKING:  # inference, which is served without it, needs no YAML
     from flawsmith.settings import DataSettings
@@ -120,7 +121,7 @@ class Tiling:
             return [(anomaly_map, float(score)) for anomaly_map, score in zip(maps, scores, strict=True)]
         merged = [np.zeros(image.shape[1:], np.float32) for image in prepared]
         highest = np.full(len(prepared), -np.inf)
-        for part in _groups(self._tiles(prepared), batch):
+        for part in batched(self._tiles(prepared), batch):
             maps, scores = run(np.stack([tile for _, _, tile in part]))
             for (index, place, _), anomaly_map, score in zip(part, maps, scores, strict=True):
                 self._merge(merged[index], place, anomaly_map)
@@ -176,16 +177,3 @@ def _weights(starts: tuple[int, ...], size: int) -> NDArray[np.float64]:
     weights = np.stack([row / total[start : start + size] for row, start in zip(raw, starts, strict=True)])
     weights.setflags(write=False)
     return weights
-
-
-def _groups(
-    tiles: Iterator[tuple[int, Place, FloatImage]], count: int
-) -> Iterator[list[tuple[int, Place, FloatImage]]]:
-    part = []
-    for tile in tiles:
-        part.append(tile)
-        if len(part) == count:
-            yield part
-            part = []
-    if part:
-        yield part
