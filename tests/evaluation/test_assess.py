@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
+from synthetic import assess_synthetic, contrast_scorer, synthetic_item
 
 from flawsmith.data.dataset import GOOD
 from flawsmith.errors import UserError
@@ -15,7 +16,6 @@ from flawsmith.evaluation import threshold as threshold_module
 from flawsmith.evaluation.assess import DEFECT_KEYS, FAILURES, KEYS, LIMITING, assess, measure, rank_errors, spread
 from flawsmith.evaluation.scoring import open_spools
 from flawsmith.randomness import numpy_generator
-from flawsmith_lab.memory import assess_synthetic, contrast_scorer, main, synthetic_item
 
 OPTIONS = {"false_alarm_rate": 0.1, "bootstrap": 60, "aupro_limit": 0.3, "batch": 4, "gallery": 8}
 
@@ -259,8 +259,3 @@ def test_memory_does_not_grow_with_the_test_set(monkeypatch):
     peak(8)  # caches of the first call
     few, many = peak(36), peak(108)
     assert many < few + 2**20
-
-
-def test_memory_command_prints_the_peak(capsys):
-    main(["--images", "8", "--size", "32", "--bootstrap", "10"])
-    assert "8 images of 32 px, 10 resamples: peak" in capsys.readouterr().out

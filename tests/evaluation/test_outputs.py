@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from synthetic import assess_synthetic, contrast_scorer, synthetic_item
 
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import read_image, to_uint8
@@ -25,7 +26,6 @@ from flawsmith.evaluation.report import (
     write_report,
 )
 from flawsmith.files import digest_path
-from flawsmith_lab.memory import assess_synthetic, contrast_scorer, synthetic_item
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from synthetic import contrast_scorer, synthetic_item
 from torch import nn
 
 from flawsmith.data.dataset import Dataset
@@ -20,7 +21,6 @@ from flawsmith.evaluation.scoring import (
     torch_scorer,
     triplet_items,
 )
-from flawsmith_lab.memory import contrast_scorer, synthetic_item
 
 ITEMS = [synthetic_item(index, 32) for index in range(7)]
 

@@ -1,6 +1,6 @@
 """One streaming pass of detectors over images: a batch in memory, anomaly maps spooled to disk.
 
-Memory does not grow with the number of images: `python -m flawsmith_lab.memory` measures it.
+Memory does not grow with the number of images: `python tests/evaluation/synthetic.py` measures it.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Measures what an evaluation costs: peak memory and time over synthetic images with a toy scorer.
+"""Synthetic images and toy scorers for tests of the evaluation; as a program it measures memory and time of one.
 
-    python -m flawsmith_lab.memory --images 1000 --size 256
+    python tests/evaluation/synthetic.py --images 1000 --size 256
 
 prints the process's peak resident memory. It must not depend on `--images`.
 """
