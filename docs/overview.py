@@ -10,7 +10,7 @@ import numpy as np
 
 from flawsmith.data.images import read_image, to_uint8, write_png
 from flawsmith.data.triplets import TripletFolder
-from flawsmith.inference.overlay import draw_overlay
+from flawsmith.inference.draw import draw_overlay
 from flawsmith.inference.predictor import Predictor
 from flawsmith.synthesis.sheet import contact_sheet
 

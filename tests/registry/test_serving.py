@@ -30,9 +30,8 @@ from toy_onnx import SIZE, write_toy
 
 from flawsmith.data.images import read_image
 from flawsmith.errors import UserError
-from flawsmith.inference.answers import describe
-from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.serialise import describe, encode_map
 from flawsmith.registry import serving
 from flawsmith.registry.serving import REQUIREMENTS, fetch_artifact, log_serving_model, pip_requirements
 

@@ -22,8 +22,8 @@ from toy_onnx import METADATA, SIZE, write_toy
 
 from flawsmith.data.images import read_image
 from flawsmith.files import digest_file
-from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.serialise import describe
 
 GOOD, DEFECTIVE = encoded(plate(defect=False)), encoded(plate())
 MAX_PIXELS, MAX_BYTES = 40_000, 200_000

@@ -16,7 +16,7 @@ from flawsmith.data.tiling import Tiling
 from flawsmith.evaluation.assess import Performance, flagged_share, measure, paired_difference
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.evaluation.scoring import Item, Scorer, open_spools
-from flawsmith.inference.overlay import resize_map
+from flawsmith.inference.draw import resize_map
 from flawsmith.inference.predictor import Predictor, flags
 
 RARE = "rare types"  # defect types too rare to be judged one by one, pooled

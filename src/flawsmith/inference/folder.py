@@ -15,9 +15,9 @@ from flawsmith.data.images import MAX_PIXELS, tell_once
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_folder, restore
 from flawsmith.inference import video
-from flawsmith.inference.answers import describe
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.readahead import Decoded, Readahead, judge
+from flawsmith.inference.serialise import describe
 from flawsmith.inference.sources import STREAM, InputFile, Inputs, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.writers import (
     LineRows,

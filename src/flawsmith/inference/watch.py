@@ -31,10 +31,10 @@ from flawsmith.data.images import MAX_PIXELS, FloatImage, count_pixels, read_ima
 from flawsmith.data.walk import UNREADABLE, entries, image_kind
 from flawsmith.errors import UserError, name_file
 from flawsmith.files import digest_file, is_ours, read_json, write_json
-from flawsmith.inference.answers import describe
 from flawsmith.inference.folder import WORKERS, unreadable_row
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.readahead import Decoded, Readahead, judge
+from flawsmith.inference.serialise import describe
 from flawsmith.inference.sources import Task
 from flawsmith.inference.writers import (
     LINES,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from flawsmith.data.images import FloatImage, Mask, write_png
 from flawsmith.errors import UserError, is_of_all
 from flawsmith.files import LOST, digest_name, fit_name, is_ours
-from flawsmith.inference.answers import draw
+from flawsmith.inference.draw import draw_prediction
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.regions import region_mask
 from flawsmith.inference.sources import STREAM, InputFile
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
-    """Takes one row a file, as `answers.describe` makes it."""
+    """Takes one row a file, as `serialise.describe` makes it."""
 
     def add(self, row: Mapping[str, Any]) -> None: ...
 
@@ -156,7 +156,7 @@ class Pictures:
         for kind in self._kinds:
             height, width = image.shape[1:]
             pixels = (
-                draw(image, prediction, self._predictor)
+                draw_prediction(image, prediction, self._predictor)
                 if kind == OVERLAYS
                 else region_mask(prediction.anomaly_map, self._predictor.regions_above(prediction), height, width)
             )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flawsmith.data.images import FloatImage
 from flawsmith.files import atomic_file, write_csv, write_json
-from flawsmith.inference.answers import draw
+from flawsmith.inference.draw import draw_prediction
 from flawsmith.inference.predictor import Predictor, flags, is_defective
 from flawsmith.inference.sources import Unreadable
 from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport
@@ -66,7 +66,7 @@ class Picture:
     def of(cls, predictor: Predictor, name: str, image: FloatImage) -> "Picture":
         """Score the image once more and draw it."""
         (prediction,) = predictor.predict([image])
-        drawn = draw(image, prediction, predictor)
+        drawn = draw_prediction(image, prediction, predictor)
         return cls(name, prediction.score, prediction.is_defective, jpeg_uri(drawn, PICTURE_SIDE))
 
 

@@ -26,10 +26,9 @@ from mlflow.types.schema import AnyType, Array, Object, Property
 
 from flawsmith.data.images import MAX_PIXELS, FloatImage, Reading, decode_image
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.inference.answers import describe
-from flawsmith.inference.codec import encode_map
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.providers import package_version
+from flawsmith.inference.serialise import describe, encode_map
 
 with warnings.catch_warnings():  # MLflow's own classes warn of their type hints when they are first imported
     warnings.filterwarnings("ignore", message=r".*AnyType", category=UserWarning)

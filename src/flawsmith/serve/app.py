@@ -35,8 +35,8 @@ from starlette.requests import ClientDisconnect
 
 from flawsmith.data.images import decode_image
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.inference.answers import describe, draw
-from flawsmith.inference.codec import encode_map, encode_png
+from flawsmith.inference.draw import draw_prediction
+from flawsmith.inference.serialise import describe, encode_map, encode_png
 from flawsmith.serve.models import Loaded, ModelSlot
 from flawsmith.serve.telemetry import Telemetry
 
@@ -223,7 +223,7 @@ class Service:
             if with_map:
                 answer["anomaly_map"] = encode_map(prediction.anomaly_map)
             if with_overlay:
-                answer["overlay"] = encode_png(draw(image, prediction, predictor))
+                answer["overlay"] = encode_png(draw_prediction(image, prediction, predictor))
         self.telemetry.verdicts.labels(answer["verdict"]).inc()
         self.telemetry.margins.observe(prediction.score - predictor.threshold)
         return answer

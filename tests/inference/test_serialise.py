@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flawsmith.inference.answers import _stamp, describe, draw
+from flawsmith.inference.draw import caption_parts, draw_prediction
 from flawsmith.inference.metadata import PREFIX, ModelMetadata
 from flawsmith.inference.predictor import Prediction, Predictor, flags, is_defective, region_threshold
+from flawsmith.inference.serialise import describe
 from flawsmith.inference.writers import Pictures
 
 FINITE = st.floats(-1e6, 1e6)
@@ -41,9 +42,11 @@ def test_a_region_is_shown_in_a_defective_image_alone_and_everywhere(
     with Image.open(tmp_path / "masks" / "a.png") as mask:
         assert np.asarray(mask).any() == has_region
     unmarked = Prediction(score, prediction.is_defective, np.minimum(prediction.anomaly_map, 0))
-    outline = (draw(image, prediction, predictor) == 255) & (draw(image, unmarked, predictor) != 255)
+    outline = (draw_prediction(image, prediction, predictor) == 255) & (
+        draw_prediction(image, unmarked, predictor) != 255
+    )
     assert outline.all(axis=2).any() == has_region
-    assert any("no region, peak at 17, 17" in part for part in _stamp(prediction, predictor, 64, 64)) == (
+    assert any("no region, peak at 17, 17" in part for part in caption_parts(prediction, predictor, 64, 64)) == (
         prediction.is_defective and not has_region
     )
 
@@ -66,7 +69,7 @@ def test_the_verdict_follows_from_what_is_shown(
     assert (answer["score"] > answer["threshold"]) == is_bad
     assert (answer["relative_score"] > 1) == is_bad
     assert predictor.relative_score(threshold) == 1
-    relative, raw = _stamp(prediction, predictor, 32, 32)[:2]
+    relative, raw = caption_parts(prediction, predictor, 32, 32)[:2]
     assert (float(relative.split()[1]) > 1) == is_bad
     left, _, right = raw.removeprefix("score ").split()
     assert (float(left) > float(right)) == is_bad
