@@ -142,7 +142,7 @@ def test_all_faults_of_params_are_told_at_once(root: Path) -> None:
 
 def test_nothing_is_opened_twice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = check(root / "params.yaml")
-    for module, name in (("flawsmith.data.looks", "read_image"), ("flawsmith.check", "load_labelled")):
+    for module, name in (("flawsmith.data.statistics", "read_image"), ("flawsmith.check", "load_labelled")):
         monkeypatch.setattr(f"{module}.{name}", lambda *_, **__: pytest.fail("opened again"))
     assert check(root / "params.yaml") == first
 

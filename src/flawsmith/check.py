@@ -28,7 +28,7 @@ from flawsmith.data.dataset import (
     tell_losses,
 )
 from flawsmith.data.images import inspect_values
-from flawsmith.data.looks import copies_sentence, find_copies, flat_sentence, source_digest, try_looks
+from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, source_digest, try_statistics
 from flawsmith.data.tiling import Tiling
 from flawsmith.data.walk import find, listed
 from flawsmith.demo.render import KINDS
@@ -200,18 +200,18 @@ class _Category:
         if data.white_level:
             self.facts["white_level"] = data.white_level
             self.facts["told"].append(f"{data.white_level} is white in images of more than 8 bits.")
-        looks, bad = try_looks(paths, data.reading, self.layout.kept_looks())
+        statistics, bad = try_statistics(paths, data.reading, self.layout.kept_statistics())
         for sentence in bad.values():
             self._say("error", sentence)
-        self._describe(list(looks))
-        tell_losses(list(looks), data, self.layout.category)
-        flat = [path for path, look in looks.items() if look.is_flat]
-        shown = [path for path in looks if path not in flat]
-        usual = median([looks[path].deviation for path in shown] or [0.0])
-        if faint := [path.name for path in shown if looks[path].deviation < FAINT * usual]:
+        self._describe(list(statistics))
+        tell_losses(list(statistics), data, self.layout.category)
+        flat = [path for path, one in statistics.items() if one.is_flat]
+        shown = [path for path in statistics if path not in flat]
+        usual = median([statistics[path].deviation for path in shown] or [0.0])
+        if faint := [path.name for path in shown if statistics[path].deviation < FAINT * usual]:
             self._say("warning", f"{len(faint)} normal image(s) show next to nothing beside the others "
                                  f"({listed(faint)}); look at them.")  # fmt: skip
-        copies = find_copies(shown, [looks[path] for path in shown])
+        copies = find_copies(shown, [statistics[path] for path in shown])
         self.facts |= {"normals": len(paths), "copies": [[path.name for path in group] for group in copies]}
         if copies:
             self._say("warning", copies_sentence(copies))
@@ -308,7 +308,7 @@ class _Category:
         """Tell test images and masks that cannot be used as they are; if all could once, none is opened again."""
         reading, tiling = self.layout.data.reading, Tiling.of(self.layout.settings.data)
         files = [path for item in labelled for path in (item.path, item.mask_path) if path is not None]
-        kept = self.layout.kept_looks().with_name("test.json")
+        kept = self.layout.kept_statistics().with_name("test.json")
         identity = ""
         with suppress(OSError):  # a file that cannot be read is told below
             digests = [f"{path}: {digest_file(path)}" for path in files]

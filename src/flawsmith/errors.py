@@ -4,11 +4,16 @@ A message is one clear sentence that names the file or key and the remedy; the C
 """
 
 import errno
+import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+_telling, _told = threading.Lock(), set[str]()
 
 
 class FlawsmithError(Exception):
@@ -73,6 +78,15 @@ def refusal(error: BaseException) -> UserError | None:
 def is_of_all(error: OSError) -> bool:
     """Whether writing any other file there would fail too: a full disk, a read-only file system."""
     return _number(error) in _OF_ALL
+
+
+def tell_once(key: str, sentence: str) -> None:
+    """Log a warning unless this process has logged one of the same key."""
+    with _telling:
+        if key in _told:
+            return
+        _told.add(key)
+    log.warning("%s", sentence)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from flawsmith.data.dataset import Dataset, Split, ask_white_level
-from flawsmith.data.looks import copies_sentence, find_copies, flat_sentence, look_at
+from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, read_statistics
 from flawsmith.errors import UserError
 from flawsmith.files import restore
 from flawsmith.settings import DataSettings, Settings
@@ -66,17 +66,17 @@ class Layout:
     def _split(self) -> Split:  # every image's bytes are read for it, and evaluate asks twice
         data, surface = self.data, self.surface()
         paths = surface.normals()
-        looks = look_at(paths, data.reading, self.kept_looks())
-        if flat := [path for path, look in zip(paths, looks, strict=True) if look.is_flat]:
+        statistics = read_statistics(paths, data.reading, self.kept_statistics())
+        if flat := [path for path, one in zip(paths, statistics, strict=True) if one.is_flat]:
             raise UserError(flat_sentence(flat))
-        split = surface.split(data.calibration_fraction, data.split_seed, find_copies(paths, looks))
+        split = surface.split(data.calibration_fraction, data.split_seed, find_copies(paths, statistics))
         if split.copies:
             log.warning("%s: %s", self.category, copies_sentence(split.copies))
         return split
 
-    def kept_looks(self) -> Path:
+    def kept_statistics(self) -> Path:
         """The file that keeps what was seen of the category's images."""
-        return self.root / "artifacts" / self.category / ".cache" / "looks.npz"
+        return self.root / "artifacts" / self.category / ".cache" / "statistics.npz"
 
     def stage(self, name: str) -> Path:
         """The folder a stage writes; its name is the stage's."""

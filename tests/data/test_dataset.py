@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flawsmith.data import dataset, images
+from flawsmith import errors
+from flawsmith.data import dataset
 from flawsmith.data.dataset import (
     GOOD,
     PARTS,
@@ -235,7 +236,7 @@ def test_masks_are_found_by_common_names_in_any_case(tmp_path: Path, name: str) 
 
 
 def test_masks_of_no_image_are_refused_or_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images._told.clear()
+    errors._told.clear()
     surface = labelled(tmp_path)
     folder = surface.folder / "ground_truth" / "scratch"
     (folder / "000_mask.png").rename(folder / "mask_of_000.png")
@@ -274,7 +275,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_a_mask_of_the_same_proportions_is_scaled_and_what_is_odd_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images._told.clear()
+    errors._told.clear()
     surface = labelled(tmp_path)
     half = np.full((SIZE // 2, SIZE // 2), 2, np.uint8)
     half[0] = 0

@@ -13,7 +13,7 @@ from PIL import Image
 
 import flawsmith.inference.readahead as readahead_module
 import flawsmith.inference.writers as writers_module
-from flawsmith.data import images
+from flawsmith import errors
 from flawsmith.data.images import read_image, write_png
 from flawsmith.errors import UserError
 from flawsmith.files import digest_name
@@ -369,7 +369,7 @@ def test_the_exit_status_tells_unreadable_files_and_defects(defective: int, bad:
 def test_images_that_stretching_harms_are_told_in_one_sentence(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images._told.clear()
+    errors._told.clear()
     for name in ("a.png", "b.png"):
         write_png(tmp_path / "in" / name, np.zeros((30, 300, 3), np.uint8))
     predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")

@@ -12,7 +12,7 @@ from PIL import Image
 from small_settings import SHIPPED
 from toy_onnx import METADATA
 
-from flawsmith.data import images
+from flawsmith import errors
 from flawsmith.data.dataset import ask_white_level, load_tiles, plan_tiles
 from flawsmith.data.images import READING, Reading, read_image
 from flawsmith.errors import UserError
@@ -61,7 +61,7 @@ def test_a_dark_set_is_as_deep_as_its_header_says(tmp_path: Path) -> None:
     ([4095] * 6, ""),
 ])  # fmt: skip
 def test_a_mixed_set_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, tops: list[int], said: str) -> None:
-    images._told.clear()
+    errors._told.clear()
     paths = deep_set(tmp_path / "good", tops)
     for _ in range(2):
         ask_white_level(paths, READING, "part")

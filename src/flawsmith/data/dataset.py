@@ -35,13 +35,12 @@ from flawsmith.data.images import (
     read_size,
     resize_image,
     stored_size,
-    tell_once,
     to_uint8,
 )
 from flawsmith.data.masks import inspect_mask
 from flawsmith.data.tiling import Place, Tiling
 from flawsmith.data.walk import SUFFIXES, Found, find, listed
-from flawsmith.errors import UserError
+from flawsmith.errors import UserError, tell_once
 from flawsmith.sequences import evenly
 from flawsmith.settings import DataSettings
 
@@ -166,7 +165,7 @@ class Dataset:
         Args:
             calibration_fraction: share of the pictures that calibrate.
             seed: of the hash.
-            copies: groups of paths that show one picture (`looks.find_copies`).
+            copies: groups of paths that show one picture (`statistics.find_copies`).
 
         Raises:
             UserError: too few images for both parts.

@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Event
 from typing import TextIO
 
-from flawsmith.data.images import MAX_PIXELS, tell_once
-from flawsmith.errors import UserError
+from flawsmith.data.images import MAX_PIXELS
+from flawsmith.errors import UserError, tell_once
 from flawsmith.files import atomic_folder, restore
 from flawsmith.inference import video
 from flawsmith.inference.predictor import Predictor

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from flawsmith.data import looks
+from flawsmith.data import statistics
 from flawsmith.data.images import Reading
-from flawsmith.data.looks import find_copies, look_at
+from flawsmith.data.statistics import find_copies, read_statistics
 from flawsmith.errors import UserError
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
@@ -71,7 +71,7 @@ def saved(folder: Path, pictures: dict[str, Image.Image]) -> list[Path]:
 
 
 def groups(paths: list[Path]) -> list[list[str]]:
-    return [[path.name for path in group] for group in find_copies(paths, look_at(paths, LIMIT))]
+    return [[path.name for path in group] for group in find_copies(paths, read_statistics(paths, LIMIT))]
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,18 @@ def test_mirrored_and_turned_images_are_no_copies(tmp_path: Path, kind: Callable
 
 
 def test_what_was_seen_is_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, kept = saved(tmp_path / "good", {f"{seed}.png": brushed(seed) for seed in range(4)}), tmp_path / "looks.npz"
-    first = look_at(paths, LIMIT, kept)
+    paths, kept = (
+        saved(tmp_path / "good", {f"{seed}.png": brushed(seed) for seed in range(4)}),
+        tmp_path / "statistics.npz",
+    )
+    first = read_statistics(paths, LIMIT, kept)
     (tmp_path / "good" / "0.png").write_bytes((tmp_path / "good" / "3.png").read_bytes())
-    monkeypatch.setattr(looks, "read_image", lambda *_: pytest.fail("was decoded again"))
-    again = look_at(paths, LIMIT, kept)
+    monkeypatch.setattr(statistics, "read_image", lambda *_: pytest.fail("was decoded again"))
+    again = read_statistics(paths, LIMIT, kept)
     assert [one.pixels for one in again] == [first[place].pixels for place in (3, 1, 2, 3)]
     monkeypatch.undo()
     kept.write_bytes(b"damaged")
-    assert [one.pixels for one in look_at(paths, LIMIT, kept)] == [one.pixels for one in again]
+    assert [one.pixels for one in read_statistics(paths, LIMIT, kept)] == [one.pixels for one in again]
 
 
 def test_every_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_every_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in paths[1:3]:
         path.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1\.png cannot.*2\.png cannot"):
-        look_at(paths, LIMIT)
+        read_statistics(paths, LIMIT)
 
 
 def plate(root: Path, pictures: dict[str, Image.Image]) -> Layout:
@@ -154,6 +157,6 @@ def test_a_read_only_project_costs_time_alone(tmp_path: Path, monkeypatch: pytes
     def refused(_: Path) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(looks, "atomic_file", refused)
+    monkeypatch.setattr(statistics, "atomic_file", refused)
     paths = saved(tmp_path, {"0.png": brushed(0)})
-    assert len(look_at(paths, LIMIT, tmp_path / "kept.npz")) == 1
+    assert len(read_statistics(paths, LIMIT, tmp_path / "kept.npz")) == 1
