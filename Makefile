@@ -42,9 +42,10 @@ test: lint types ## lint, types, and on all cores every test but those of the wh
 stack-test: install ## the tests that need real servers and workers, two files at a time
 	pytest -m stack tests/stack --numprocesses 2 $(ARGS)
 
-lint: install ## ruff: rules and formatting
+lint: install ## ruff (rules and formatting), and the size budget
 	ruff check .
 	ruff format --check .
+	python .ci/budget.py
 
 types: install ## mypy, strict
 	mypy
