@@ -22,7 +22,7 @@ from flawsmith.evaluation.figures import (
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.outputs import pixel_note, scored_on
 from flawsmith.files import atomic_file
-from flawsmith.pages import DARK, LIGHT, Theme, data_uri, jpeg_uri, render
+from flawsmith.pages import DARK, LIGHT, Theme, data_uri, jpeg_uri, listed, percent, render, signed
 
 PANE_SIDE = 256  # pixels; the lossless ones stay in the data folder
 NAMES = {
@@ -100,7 +100,7 @@ def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple
     axis = min(0.9, int(10 * min(lows)) / 10)
     return render(
         Path(__file__).with_name("report.html"),
-        {"number": _number, "interval": _interval, "percent": _percent, "signed": _signed, "short": _short},
+        {"number": _number, "interval": _interval},
         subject=subject,
         result=result,
         detector=detector,
@@ -149,9 +149,9 @@ def compare(result: Assessment) -> str:
         if math.isnan(advantage.value):
             continue
         side = better if advantage.low > 0 else worse if advantage.high < 0 else open_
-        side.append(f"{NAMES[key][0]} ({_signed(advantage.value)})")
+        side.append(f"{NAMES[key][0]} ({signed(advantage.value)})")
     parts = [
-        f"{words} in {_listed(side)}"
+        f"{words} in {listed(side)}"
         for words, side in (
             ("clearly better", better),
             ("clearly worse", worse),
@@ -168,8 +168,8 @@ def alarm_warning(performance: Performance) -> str | None:
     if rate.low <= max(expected, performance.threshold.target_rate):
         return None
     return (
-        f"Good test images are flagged more often ({_percent(rate.value)}, interval {_interval(rate)}) than the "
-        f"calibration images let expect ({_percent(expected)}): the test images differ from the normal images of "
+        f"Good test images are flagged more often ({percent(rate.value)}, interval {_interval(rate)}) than the "
+        f"calibration images let expect ({percent(expected)}): the test images differ from the normal images of "
         "training (light, position, product). Add such normal images to train/good."
     )
 
@@ -196,24 +196,5 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "no mask"
 
 
-def _short(value: float) -> str:
-    """Three significant digits, for values of any size."""
-    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.3f}"
-    return "0.000" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
-
-
 def _interval(estimate: Estimate) -> str:
     return f"{estimate.low:.3f}\N{EN DASH}{estimate.high:.3f}" if math.isfinite(estimate.low) else ""
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
