@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from flawsmith.data.dataset import Dataset, Split, ask_white_level
+from flawsmith.data.dataset import Dataset, Split
+from flawsmith.data.images import find_white_level
 from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, read_statistics
 from flawsmith.errors import UserError
 from flawsmith.files import restore
@@ -46,7 +47,7 @@ class Layout:
             UserError: there is no normal image, or only `data.white_level` can tell what is white.
         """
         data = self.settings.data
-        white = data.white_level or ask_white_level(self.surface().normals(), data.reading, self.category)
+        white = data.white_level or find_white_level(self.surface().normals(), data.reading, self.category)
         return replace(data, white_level=white)
 
     @property

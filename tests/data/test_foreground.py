@@ -1,6 +1,5 @@
 """Objects on plain backgrounds are found, textures are left whole: judged on rendered shapes, whose truth is known."""
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -136,14 +135,6 @@ def test_mirrored_image_gives_the_mirrored_mask() -> None:
     foreground = Foreground.estimate(images)
     flipped = np.ascontiguousarray(images[0][:, :, ::-1])
     assert (foreground.mask(flipped) == foreground.mask(images[0])[:, ::-1]).mean() > 0.999
-
-
-def test_json_round_trip_decides_alike() -> None:
-    images, _ = objects(disc, 0.1, 0.6)
-    foreground = Foreground.estimate(images)
-    again = Foreground.from_json(json.loads(json.dumps(foreground.to_json())))
-    assert again == foreground
-    assert (again.mask(images[3]) == foreground.mask(images[3])).all()
 
 
 def test_no_images_is_refused() -> None:

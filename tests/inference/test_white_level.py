@@ -13,8 +13,8 @@ from small_settings import SHIPPED
 from toy_onnx import METADATA
 
 from flawsmith import errors
-from flawsmith.data.dataset import ask_white_level, load_tiles, plan_tiles
-from flawsmith.data.images import READING, Reading, read_image
+from flawsmith.data.dataset import load_tiles, plan_tiles
+from flawsmith.data.images import READING, Reading, find_white_level, read_image
 from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
@@ -39,7 +39,7 @@ def deep_set(folder: Path, tops: list[int]) -> list[Path]:
 @pytest.mark.parametrize("top", [255, 1023, 4095, 16383, 65535])
 def test_the_depth_that_normals_use_decides(tmp_path: Path, top: int) -> None:
     paths = deep_set(tmp_path / "good", [top] * 6)
-    white = ask_white_level(paths, READING, "part")
+    white = find_white_level(paths, READING, "part")
     assert white == (0 if top == 255 else top)
     for path, pixels in zip(paths, EIGHT, strict=True):
         np.testing.assert_array_equal(read_image(path, Reading(white_level=white))[0], pixels / np.float32(255))
@@ -48,11 +48,11 @@ def test_the_depth_that_normals_use_decides(tmp_path: Path, top: int) -> None:
 def test_a_dark_set_is_as_deep_as_its_header_says(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(scaled(EIGHT[0] // 8, 4095)).save(path)
-    assert ask_white_level([path], READING, "part") == 1023
+    assert find_white_level([path], READING, "part") == 1023
     content = path.read_bytes()
     chunk = b"sBIT\x0c"
     path.write_bytes(content[:33] + b"\0\0\0\1" + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:])
-    assert ask_white_level([path], READING, "part") == 4095
+    assert find_white_level([path], READING, "part") == 4095
 
 
 @pytest.mark.parametrize(("tops", "said"), [
@@ -64,7 +64,7 @@ def test_a_mixed_set_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     errors._told.clear()
     paths = deep_set(tmp_path / "good", tops)
     for _ in range(2):
-        ask_white_level(paths, READING, "part")
+        find_white_level(paths, READING, "part")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == bool(said)
     assert said in " ".join(warnings)
@@ -75,7 +75,7 @@ def test_what_cannot_be_known_is_asked_for(tmp_path: Path, kind: type, factor: i
     path = tmp_path / "a.tif"
     Image.fromarray((EIGHT[0] / 255 * factor).astype(kind)).save(path)
     with pytest.raises(UserError, match=r"a\.tif does not tell what is white .* set data\.white_level"):
-        ask_white_level([path], READING, "part")
+        find_white_level([path], READING, "part")
 
 
 @pytest.mark.parametrize("size", [40, 64])

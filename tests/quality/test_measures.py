@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from triplet_sets import SIDE, make_set, make_triplet, write_triplet
 
-from flawsmith.data.images import FloatImage, write_png
+from flawsmith.data.images import FloatImage
 from flawsmith.quality.measures import (
     Measures,
     Scale,
@@ -19,7 +19,6 @@ from flawsmith.quality.measures import (
     measure_triplet,
     part_path,
     ssim,
-    summarise,
 )
 
 SCALE = Scale(visible_change=8 / 255, outside_margin=4, side=SIDE)
@@ -199,13 +198,3 @@ def test_mask_beside_an_object_is_seen(tmp_path: Path) -> None:
         write_triplet(tmp_path, f"{index}", normal, np.where(mask, 0.6, normal).astype(np.float32), mask)
     measured = measure_folder(tmp_path, [str(index) for index in range(8)], SCALE)
     assert [row.foreground_overlap for row in measured] == [1, 0, 1, 0, 1, 0, 1, 0]
-
-
-def test_summary_is_finite_whatever_is_missing(tmp_path: Path) -> None:
-    ids = make_set(tmp_path, 3)
-    write_png(part_path(tmp_path, "mask", ids[0]), np.zeros((SIDE, SIDE), np.bool_))
-    summary = summarise(measure_folder(tmp_path, ids, SCALE))
-    assert summary["triplets"] == 3
-    assert all(np.isfinite(value) for value in summary.values())
-    assert summary["median_components"] == 1
-    assert summarise([ROW]) == {"triplets": 1}

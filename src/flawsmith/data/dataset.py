@@ -8,7 +8,7 @@
 What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
 
 Nothing is learned from `test`: only `labelled_test` opens it, for those who judge finished models (`evaluate`,
-`promote`, study and bench). `labelled_part` halves what it finds by a fixed rule: a research half to look at as often
+`promote`, study and bench). `labelled_part` halves the test set by a fixed rule: a research half to look at as often
 as one likes, and a report half for final figures alone.
 """
 
@@ -17,27 +17,24 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from flawsmith.data.images import (
     READING,
     FloatImage,
     Mask,
     Reading,
-    inspect_values,
     read_image,
     read_size,
     resize_image,
     stored_size,
     to_uint8,
 )
-from flawsmith.data.masks import inspect_mask
+from flawsmith.data.masks import load_mask
 from flawsmith.data.tiling import Place, Tiling
 from flawsmith.data.walk import SUFFIXES, Found, find, listed
 from flawsmith.errors import UserError, tell_once
@@ -48,7 +45,6 @@ GOOD = "good"
 GOOD_NAMES = {GOOD, "ok", "okay", "normal", "pass"}  # folders of `test`, in any case
 MASK_WORDS = ("_mask", "", "_label", "_gt", "-mask", "_groundtruth", "_ground_truth", "_seg")  # behind an image's stem
 PARTS = ("all", "research", "report")
-DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give; files hold them in 16
 MIN_FIT_IMAGES = 8  # fewer show no surface, only themselves; the README recommends 30
 GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly however many there are
 MIN_CALIBRATION_IMAGES = 2  # of one there is no deviation
@@ -265,53 +261,6 @@ def _split_rank(path: Path, seed: int) -> bytes:
     return hashlib.sha256(os.fsencode(f"{seed}/{normal_name(path)}")).digest()
 
 
-def ask_white_level(paths: Sequence[Path], reading: Reading, category: str) -> int:
-    """The value that is white in the normals `paths` of more than 8 bits: the end of the depth that all of them use,
-    unless their headers tell it. 0 where there are none such, or floats in [0, 1].
-
-    What does not fit together is told, once a category.
-
-    Raises:
-        UserError: only `data.white_level` can tell what is white.
-    """
-    found = {}
-    for path in paths:
-        with suppress(UserError):  # whoever reads them all tells all that cannot be read
-            found[path] = inspect_values(path, reading)
-    deep = {path: values for path, values in found.items() if values.is_deep}
-    if not deep:
-        return 0
-    if len({values.kind for values in deep.values()}) > 1:
-        raise UserError(f"{paths[0].parent} mixes whole numbers and floats; export all of it as 8 or 16 bit unsigned.")
-    path, brightest = max(deep.items(), key=lambda item: item[1].largest)
-    if brightest.kind == "int" or (brightest.kind == "float" and brightest.largest > 1):
-        raise UserError(
-            f"{path} does not tell what is white (its largest value is {brightest.largest:g}); export it as 8 or 16 "
-            "bit unsigned, or set data.white_level."
-        )
-    if brightest.kind == "float":
-        return 0
-    told = max((values.significant for values in deep.values() if values.significant < DEPTHS[-1]), default=0)
-    used = next(bits for bits in DEPTHS if brightest.largest < 2**bits)
-    white = 2 ** max(told, used) - 1
-    if len(deep) < len(found):
-        other = next(path for path in found if path not in deep)
-        tell_once(
-            f"depths {category}",
-            f"{category}: {len(deep)} of {len(found)} normal images have more than 8 bits ({white} is white in "
-            f"them), the others, such as {other.name}, 8 bits; check that both look alike.",
-        )
-    if dark := [path for path, values in deep.items() if values.bulk <= white / 16]:
-        tell_once(
-            f"dark {category}",
-            f"{category}: {len(dark)} of {len(found)} normal images (such as {dark[0].name}) are nearly black beside "
-            f"the largest value of all, {brightest.largest:g} in {path.name}; export all in one depth, or set "
-            "data.white_level.",
-        )
-    log.info("%s: %d is white in images of more than 8 bits.", category, white)
-    return white
-
-
 def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledImage, ...]:
     """One of PARTS of a labelled test set, in the order given.
 
@@ -439,36 +388,3 @@ def load_labelled(
     if item.mask_path is None:
         return shown, np.zeros(tiling.shape(*image.shape[1:]), np.bool_)
     return shown, tiling.prepare_mask(load_mask(item.mask_path, image.shape[1:], item.defect, reading))
-
-
-def load_mask(path: Path, shape: tuple[int, ...], defect: str, reading: Reading = READING) -> Mask:
-    """The mask of an image of this shape `(H, W)`; what is assumed is told once for each kind and type of defect.
-
-    Raises:
-        UserError: it has another shape that is not a multiple of the image's, or marks nothing.
-    """
-    mask, assumed = inspect_mask(path, reading)
-    where = f"{path.parents[2].name}/{defect}"
-    if assumed:
-        kind = " ".join(assumed.split()[:2])
-        tell_once(f"mask {where} {kind}", f"{path}: {assumed}; so in all masks like it.")
-    height, width = shape
-    if mask.shape != (height, width):
-        if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
-            raise UserError(
-                f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels but its image is {width} x {height}; a mask must "
-                "have its image's size, or at least its proportions."
-            )
-        tell_once(f"mask {where} size", f"{path} has not its image's size and is scaled to it, as are all like it.")
-        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-    if not mask.any():
-        raise UserError(
-            f"{path} marks no pixel; correct it, or remove it if nobody has drawn it: its image then counts without "
-            "a mask."
-        )
-    if mask.mean() > 0.5:
-        tell_once(
-            f"mask {where} large",
-            f"{path} marks {mask.mean():.0%} of its image as defective; if that is the background, invert the mask.",
-        )
-    return mask

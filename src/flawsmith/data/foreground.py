@@ -8,9 +8,7 @@ category, from a sample of its normal images; an image counts as an object on a 
 3. it ends abruptly (a hot spot or vignette of the light on a texture fades out).
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,16 +67,6 @@ class Foreground:
         )
         red, green, blue = (round(float(value), 6) for value in colour)
         return cls(is_object, (red, green, blue), round(threshold, 6))
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Foreground":
-        """The inverse of `to_json`."""
-        red, green, blue = content["background"]
-        return cls(bool(content["is_object"]), (red, green, blue), float(content["threshold"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"background": list(self.background)}
 
     def mask(self, image: FloatImage) -> Mask:
         """The part in an image `(3, H, W)` as `(H, W)` bool, holes filled; all True for a texture.

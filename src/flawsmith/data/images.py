@@ -4,11 +4,12 @@ A float image is RGB, `(3, H, W)`, float32 in [0, 1], on the 256 levels of 8 bit
 model was not trained on it must not see later. A mask is `(H, W)` bool. No torch here: inference imports this.
 """
 
+import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +30,10 @@ Mask = NDArray[np.bool_]  # (H, W)
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # by content: Pillow would hand a posted EPS to Ghostscript
 PNG_LEVEL = 1  # of zlib's 9: far faster than the usual 6, for files that are a little larger
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused before its pixels are decoded
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give; files hold them in 16
 SILENT = ("ignore", None, UserWarning, re.compile(r"PIL\..*"), 0)  # a filter as `warnings.filterwarnings` makes it
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,54 @@ def inspect_values(path: Path, reading: Reading = READING) -> PixelFormat:
             bulk = np.partition(pixels, rank, axis=None)[rank]
             found = replace(found, largest=float(pixels.max()), bulk=float(bulk))
         return found
+
+
+def find_white_level(paths: Sequence[Path], reading: Reading, category: str) -> int:
+    """Find the value that is white in the normal images `paths` of more than 8 bits; 0 if all have 8 bits, or are
+    floats in [0, 1].
+
+    It is the end of the depth that their headers tell, or else of the smallest usual depth that holds all values.
+    Images that do not fit together give a warning, once a category.
+
+    Raises:
+        UserError: only `data.white_level` can tell what is white.
+    """
+    found = {}
+    for path in paths:
+        with suppress(UserError):  # whoever reads them all tells all that cannot be read
+            found[path] = inspect_values(path, reading)
+    deep = {path: values for path, values in found.items() if values.is_deep}
+    if not deep:
+        return 0
+    if len({values.kind for values in deep.values()}) > 1:
+        raise UserError(f"{paths[0].parent} mixes whole numbers and floats; export all of it as 8 or 16 bit unsigned.")
+    path, brightest = max(deep.items(), key=lambda item: item[1].largest)
+    if brightest.kind == "int" or (brightest.kind == "float" and brightest.largest > 1):
+        raise UserError(
+            f"{path} does not tell what is white (its largest value is {brightest.largest:g}); export it as 8 or 16 "
+            "bit unsigned, or set data.white_level."
+        )
+    if brightest.kind == "float":
+        return 0
+    told = max((values.significant for values in deep.values() if values.significant < DEPTHS[-1]), default=0)
+    used = next(bits for bits in DEPTHS if brightest.largest < 2**bits)
+    white = 2 ** max(told, used) - 1
+    if len(deep) < len(found):
+        other = next(path for path in found if path not in deep)
+        tell_once(
+            f"depths {category}",
+            f"{category}: {len(deep)} of {len(found)} normal images have more than 8 bits ({white} is white in "
+            f"them), the others, such as {other.name}, 8 bits; check that both look alike.",
+        )
+    if dark := [path for path, values in deep.items() if values.bulk <= white / 16]:
+        tell_once(
+            f"dark {category}",
+            f"{category}: {len(dark)} of {len(found)} normal images (such as {dark[0].name}) are nearly black beside "
+            f"the largest value of all, {brightest.largest:g} in {path.name}; export all in one depth, or set "
+            "data.white_level.",
+        )
+    log.info("%s: %d is white in images of more than 8 bits.", category, white)
+    return white
 
 
 def count_pixels(path: Path) -> int:

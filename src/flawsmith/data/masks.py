@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flawsmith.data.images import READING, Mask, Reading, open_upright
+from flawsmith.errors import UserError, tell_once
 
 NUMBERS = 32  # values up to this are numbers of classes, in a file without loss
 FEW = 3  # values beside 0 that are taken as they are; soft edges have more
@@ -59,6 +60,39 @@ def inspect_mask(path: Path, reading: Reading = READING) -> MaskFile:
     if image.mode in ("1", "L") or is_wide:
         return MaskFile(*_mark(np.asarray(image), is_lossy))
     return MaskFile(*_mark(np.asarray(image.convert("RGB")).max(axis=2), is_lossy))
+
+
+def load_mask(path: Path, shape: tuple[int, ...], defect: str, reading: Reading = READING) -> Mask:
+    """The mask of an image of this shape `(H, W)`; what is assumed is told once for each kind and type of defect.
+
+    Raises:
+        UserError: it has another shape that is not a multiple of the image's, or marks nothing.
+    """
+    mask, assumed = inspect_mask(path, reading)
+    where = f"{path.parents[2].name}/{defect}"
+    if assumed:
+        kind = " ".join(assumed.split()[:2])
+        tell_once(f"mask {where} {kind}", f"{path}: {assumed}; so in all masks like it.")
+    height, width = shape
+    if mask.shape != (height, width):
+        if abs(mask.shape[0] * width - mask.shape[1] * height) > max(height, width, *mask.shape):
+            raise UserError(
+                f"{path} is {mask.shape[1]} x {mask.shape[0]} pixels but its image is {width} x {height}; a mask must "
+                "have its image's size, or at least its proportions."
+            )
+        tell_once(f"mask {where} size", f"{path} has not its image's size and is scaled to it, as are all like it.")
+        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    if not mask.any():
+        raise UserError(
+            f"{path} marks no pixel; correct it, or remove it if nobody has drawn it: its image then counts without "
+            "a mask."
+        )
+    if mask.mean() > 0.5:
+        tell_once(
+            f"mask {where} large",
+            f"{path} marks {mask.mean():.0%} of its image as defective; if that is the background, invert the mask.",
+        )
+    return mask
 
 
 def _by_palette(image: Image.Image) -> MaskFile:

@@ -57,7 +57,7 @@ def inspect_triplets(
         if rows:
             frame = frame.assign(**{name: float(found[name]) for name in (DISTANCE, NOVELTY)})
             suite = (*ddpm_rules(settings), *suite)
-    verdict = check(frame, suite, report / "docs", ddpm)
+    verdict = check(frame, suite, report / "docs" / "index.html", ddpm)
     write_json(report / "verdict.json", verdict.to_json())
     write_png(report / "worst.png", draw_sheet(triplets, rank_worst(rows, verdict, settings.worst)))
     return verdict

@@ -7,7 +7,7 @@ the gate is there to report it.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -159,16 +159,6 @@ def count_duplicates(rows: Sequence[Measures]) -> list[Measures]:
     """Fill `duplicates` of every row that has a digest."""
     counts = Counter(row.defect_sha256 for row in rows)
     return [replace(row, duplicates=counts[row.defect_sha256] - 1.0) if row.defect_sha256 else row for row in rows]
-
-
-def summarise(rows: Sequence[Measures]) -> dict[str, float]:
-    """Median of every measure over the triplets that have it, and the number of triplets; for the run's record."""
-    numbers = {"triplets": float(len(rows))}
-    for name in Measures.__dataclass_fields__:
-        values = [value for row in rows if isinstance(value := asdict(row)[name], float) and np.isfinite(value)]
-        if values:
-            numbers[f"median_{name}"] = float(np.median(values))
-    return numbers
 
 
 def _measure_files(folder: Path, triplet_id: str, in_manifest: bool, scale: Scale, foreground: Foreground) -> Measures:
