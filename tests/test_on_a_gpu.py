@@ -14,7 +14,7 @@ from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith_lab.bench import anomalib_runner, gpu
 from flawsmith_lab.bench.measure import machine, seconds_of
-from flawsmith_lab.study.runner import _measure
+from flawsmith_lab.study.study import measure
 
 CUDA = torch.device("cuda")
 
@@ -61,7 +61,7 @@ def test_figures_name_the_gpu_and_what_memory_it_took(
     calls: list[str], monkeypatch: pytest.MonkeyPatch, params_path: Path
 ) -> None:
     assert {"device": "Fake 9000", "bf16": True}.items() <= machine(Compute(CUDA, BFLOAT16)).items()
-    assert {"device": "Fake 9000", "peak_device_mb": 2.0}.items() <= _measure(1.0).items()
+    assert {"device": "Fake 9000", "peak_device_mb": 2.0}.items() <= measure().items()
     calls.clear()
     monkeypatch.setattr(gpu, "STAGES", {"distill": partial(lambda said, layout: said.append("distill"), calls)})
     layout = Layout(load_settings(params_path), "brushed_metal", params_path.parent)

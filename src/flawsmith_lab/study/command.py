@@ -60,8 +60,8 @@ def study(
 ) -> None:
     """Run the pipeline for many categories, seeds, methods and settings; compare them in one report.
 
-    Nothing is computed twice: a stage runs once for all cells that agree in what decides it, a stopped study goes on
-    when called again, and several calls may share one DIR. Exit 1 if a cell failed; its reason is in the report.
+    Nothing is computed twice: a stage runs once for all cells that agree in what decides it, and a stopped study goes
+    on when called again. Exit 1 if a cell failed; its reason is in the report.
 
     Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,knn --out study
     """
@@ -77,6 +77,7 @@ def study(
         ) from error
     request = Request(
         params=params,
+        out=out,
         data=data,
         categories=_comma_list(categories),
         seeds=numbers,
@@ -86,7 +87,7 @@ def study(
         grid=parse_grid(grid or []),
         reference=reference,
     )
-    done = run_study(request, out, workers, shlex.join(["flawsmith", *sys.argv[1:]]))
+    done = run_study(request, workers, shlex.join(["flawsmith", *sys.argv[1:]]))
     print(f"{done.cells - done.failed} of {done.cells} cells have results. Report: {done.report}")
     if done.failed:
         raise typer.Exit(1)

@@ -1,37 +1,48 @@
-"""What a study computes: its cells (one row of the result each) and the stage runs behind them.
+"""What a study computes: its cells, one row of the result each, and the stage runs behind them.
 
-A stage run is addressed by a digest of all that decides its outcome: its sections of the settings, the images, its
-source files and the digests of the stage runs it reads. What a stage depends on is read from dvc.yaml, the one place
-that says so. Cells that agree in all of this share the run: a diffusion model is trained once per seed and settings.
+A stage run lies in OUT/store/<category>/<stage>/<digest>. The digest covers all that decides its outcome: settings,
+images, code and the run before it. Cells that agree in all of this share the run, so a diffusion model is trained once
+for all that build on it.
 """
 
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+import flawsmith
 from flawsmith.data.dataset import PARTS
-from flawsmith.errors import UserError
-from flawsmith.files import digest_file, digest_json, digest_path
+from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.files import digest_file, digest_json, digest_path, read_json
 from flawsmith.layout import Layout
-from flawsmith.settings import SECTIONS, Settings, deciding_values, load_settings, read_yaml, section_values
+from flawsmith.settings import Settings, deciding_values, load_settings, read_yaml
 
 KNN = "knn"
 DIFFUSION = "diffusion"  # of synthesize.texture
 PIPELINE = ("ddpm-train", "synthesize", "validate", "distill", "evaluate")
 STAGES = (*PIPELINE, KNN)
 DIGITS = 20  # of a digest in a folder's name: 80 bits
-PACKAGE = Path(__file__).parents[1]
 
-# Of ddpm-train, what dvc.yaml lists for readiness.json alone, which no later stage but the gate reads: a study of
-# teachers, or a change to the teacher's code, need not train the diffusion model again.
-REPORTED_ONLY = {"ddpm-train": ("teacher", "detector/teacher.py")}
+# The sections or keys of the settings that a stage reads, beside SHARED and those that the stages before it read.
+# ddpm-train reads the teacher only to report on itself, so a study of teachers trains the diffusion model once.
+SHARED = ("data", "compute")
+READS: Mapping[str, tuple[str, ...]] = {
+    "ddpm-train": ("ddpm-train",),
+    "synthesize": ("synthesize",),
+    "validate": ("validate",),
+    "distill": ("teacher", "distill"),
+    "evaluate": ("teacher", "evaluate", "export.opset"),
+    KNN: ("teacher", "evaluate"),
+}
+LABELLED = ("evaluate", KNN)  # what reads the whole category; the others read train/ alone
+USES_A_MODEL = ("cli", "demo", "monitoring", "registry", "serve")  # packages without a say in what a stage leaves
+
 SEED_KEYS = ("data.split_seed", *(f"{stage}.seed" for stage in PIPELINE if stage != "validate"))
 # Keys that a study sets itself, and what to use instead.
 OWN_KEYS = {"categories": "--categories", "data.root": "--data", "evaluate.part": "--part"}
@@ -46,24 +57,22 @@ class Method:
     stages: tuple[str, ...] = PIPELINE
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "flawsmith": Method("the pipeline as params.yaml has it", {}),
-        "no-diffusion": Method(
-            "defect texture from the category's own images (DRAEM style)", {"synthesize.texture": "own"}
-        ),
-        "random-mask": Method("thresholded random noise in the place of Perlin masks", {"synthesize.mask": "noise"}),
-        "cutpaste": Method(
-            "CutPaste patches (Li et al. 2021)", {"synthesize.texture": "cutpaste", "synthesize.mask": "rectangle"}
-        ),
-        KNN: Method("the memory bank on the same teacher, without training", {}, (KNN,)),
-        "memory": Method(
-            "the detector's memory alone: the same bank with its features normalised and more places",
-            {"evaluate.baseline": "cosine", "evaluate.baseline_vectors": 40000},
-            (KNN,),
-        ),
-    }
-)
+METHODS: Mapping[str, Method] = {
+    "flawsmith": Method("the pipeline as params.yaml has it", {}),
+    "no-diffusion": Method(
+        "defect texture from the category's own images (DRAEM style)", {"synthesize.texture": "own"}
+    ),
+    "random-mask": Method("thresholded random noise in the place of Perlin masks", {"synthesize.mask": "noise"}),
+    "cutpaste": Method(
+        "CutPaste patches (Li et al. 2021)", {"synthesize.texture": "cutpaste", "synthesize.mask": "rectangle"}
+    ),
+    KNN: Method("the memory bank on the same teacher, without training", {}, (KNN,)),
+    "memory": Method(
+        "the detector's memory alone: the same bank with its features normalised and more places",
+        {"evaluate.baseline": "cosine", "evaluate.baseline_vectors": 40000},
+        (KNN,),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Request:
     """What was asked for; `grid` maps a dotted key to the values it takes, `replaced` to the one of all cells."""
 
     params: Path
+    out: Path
     data: Path | None
     categories: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -82,37 +92,49 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Dependencies:
-    """What one stage of dvc.yaml reads.
+class StudyLayout(Layout):
+    """A category's paths with each stage in a folder of its own choice; no stage can tell the difference."""
 
-    Attributes:
-        sections: of params.yaml, or single keys of them (`section.key`).
-        code: files and folders, relative to the package.
-        upstream: earlier stages.
-        data: the part of the category's folder, e.g. "train"; "." is the whole; None if it reads no image.
-    """
+    folders: Mapping[str, Path] = field(default_factory=dict)
 
-    sections: tuple[str, ...]
-    code: tuple[str, ...]
-    upstream: tuple[str, ...]
-    data: str | None
+    def stage(self, name: str) -> Path:
+        """The folder of a stage of this cell.
+
+        Raises:
+            FlawsmithError: the stage did not run before this one.
+        """
+        if name not in self.folders:
+            raise FlawsmithError(f"A stage asked for `{name}`, which does not run before it in this study.")
+        return self.folders[name]
+
+    def resume(self, name: str) -> Path:
+        """The folder of a stage's unfinished checkpoint."""
+        return self.stage(name).with_suffix(".resume")
 
 
 @dataclass(frozen=True)
-class Task:
-    """One stage run; `upstream` holds every run before it that it may read, directly or not."""
+class StageRun:
+    """One stage run of one or more cells; `code` is the digest of the source files it must run with."""
 
     stage: str
-    category: str
-    digest: str
-    settings: Settings
-    code: tuple[str, ...]
-    code_digest: str
-    upstream: tuple["Task", ...]
+    layout: StudyLayout
+    code: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.category, self.stage, self.digest
+    def folder(self) -> Path:
+        """What the stage leaves; its name is the digest."""
+        return self.layout.stage(self.stage)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has been computed: `<digest>.json` is written last."""
+        return self.folder.with_suffix(".json").is_file() and self.folder.is_dir()
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Seconds, memory and device of the run that left the folder."""
+        found: dict[str, Any] = read_json(self.folder.with_suffix(".json"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,10 +146,11 @@ class Cell:
     seed: int
     part: str
     grid: Mapping[str, Any]
-    tasks: tuple[Task, ...]  # in order; the last one evaluates
+    runs: tuple[StageRun, ...]  # in order; the last one evaluates
 
     @property
     def label(self) -> str:
+        """E.g. `flawsmith synthesize.strength=[0.1,0.4]`."""
         return row_label(self.method, self.grid)
 
 
@@ -140,13 +163,13 @@ class Plan:
     root: Path
 
     @cached_property
-    def tasks(self) -> tuple[Task, ...]:
+    def runs(self) -> tuple[StageRun, ...]:
         """Every stage run once, cell by cell, each after what it reads."""
-        return tuple({task.key: task for cell in self.cells for task in cell.tasks}.values())
+        return tuple({run.folder: run for cell in self.cells for run in cell.runs}.values())
 
 
 def row_label(method: str, grid: Mapping[str, Any]) -> str:
-    """E.g. `flawsmith synthesize.strength=[0.1,0.4]`."""
+    """Name a row by its method and its point of the grid."""
     return " ".join([method, *(f"{key}={_plain(value)}" for key, value in grid.items())])
 
 
@@ -158,16 +181,15 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """
     grid: dict[str, tuple[Any, ...]] = {}
     for text in texts:
-        key, equals, values = (part.strip() for part in text.partition("="))
-        form = f"--grid {text}: write it as section.key=value,value, e.g. --grid distill.head_steps=60,120."
-        if not (equals and "." in key and values):
-            raise UserError(form)
+        key, _, values = (part.strip() for part in text.partition("="))
         try:
             parsed = read_yaml(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise UserError(form) from error
-        if any(value is None for value in parsed):
-            raise UserError(form)
+        except (yaml.YAMLError, ValueError):
+            parsed = []
+        if "." not in key or not parsed or None in parsed:
+            raise UserError(
+                f"--grid {text}: write it as section.key=value,value, e.g. --grid distill.head_steps=60,120."
+            )
         if key in grid:
             raise UserError(f"--grid names `{key}` twice; list all its values in one --grid {key}=...")
         if len({_plain(value) for value in parsed}) < len(parsed):
@@ -180,194 +202,80 @@ def build_plan(request: Request) -> Plan:
     """Check everything that can be checked without computing, and lay out the cells.
 
     Raises:
-        UserError: an unknown method, part, reference, category or key; a value out of bounds; no dvc.yaml.
+        UserError: an unknown method, part, reference, category or key; a value out of bounds; unusable images.
     """
-    _check(request)
+    _check_options(request)
     root = request.params.parent.resolve()
-    builder = _Builder(root, read_dependencies(root / "dvc.yaml"))
     base = load_settings(request.params, request.replaced)
-    categories, texture = request.categories or base.categories, base.synthesize.texture
-    for key in request.grid:
-        if not any(_is_read(key, builder.sections(name, DIFFUSION)) for name in request.methods):
-            raise UserError(f"--grid {key}: no stage of {', '.join(request.methods)} reads it; remove it.")
+    categories = request.categories or base.categories
     for category in categories:
-        _check_surface(
-            Layout(_settings_of(request, categories, request.methods[0], {}, 0, "all"), category, root), request
-        )
+        settings = _settings_of(request, categories, request.methods[0], {}, request.seeds[0], "all")
+        _check_images(Layout(settings, category, root), request)
+    points = [dict(zip(request.grid, values, strict=True)) for values in itertools.product(*request.grid.values())]
+    code, digest = code_digest(), cache(digest_path)
     cells: dict[tuple[Any, ...], Cell] = {}
-    for category, name, point, seed in itertools.product(
-        categories, request.methods, _points(request.grid), request.seeds
+    for category, name, point, seed, part in itertools.product(
+        categories, request.methods, points, request.seeds, request.parts
     ):
-        wanted = {**point, **METHODS[name].settings}
-        read = builder.sections(name, wanted.get("synthesize.texture", texture))
-        grid = {key: value for key, value in point.items() if _is_read(key, read)}
-        for part in request.parts:
-            identity = (category, row_label(name, grid), seed, part)
-            if identity not in cells:  # a key that a method does not read gives it no further rows
-                settings = _settings_of(request, categories, name, grid, seed, part)
-                tasks = builder.tasks(settings, category, name)
-                cells[identity] = Cell(category, name, seed, part, MappingProxyType(grid), tasks)
-    plan = Plan(tuple(cells.values()), request.reference or _default_reference(tuple(cells.values())), root)
-    known = list(dict.fromkeys(name for cell in plan.cells for name in (cell.method, cell.label)))
-    if plan.reference not in known:
-        raise UserError(f"--reference {plan.reference}: no such row; known are {', '.join(known)}.")
-    return plan
+        texture = {**point, **METHODS[name].settings}.get("synthesize.texture", base.synthesize.texture)
+        stages = [one for one in METHODS[name].stages if one != "ddpm-train" or texture == DIFFUSION]
+        read = {*SHARED, *(name for stage in stages for name in READS[stage])}
+        grid = {key: value for key, value in point.items() if key in read or key.partition(".")[0] in read}
+        identity = (category, row_label(name, grid), seed, part)
+        if identity not in cells:  # a key that a method does not read gives it no further rows
+            settings = _settings_of(request, categories, name, grid, seed, part)
+            layout = StudyLayout(settings, category, root)
+            runs = _stage_runs(layout, stages, request.out.resolve() / "store", code, digest)
+            cells[identity] = Cell(category, name, seed, part, MappingProxyType(grid), runs)
+    for key in request.grid:
+        if not any(key in cell.grid for cell in cells.values()):
+            raise UserError(f"--grid {key}: no stage of {', '.join(request.methods)} reads it; remove it.")
+    known = list(dict.fromkeys(name for cell in cells.values() for name in (cell.method, cell.label)))
+    reference = request.reference or (KNN if KNN in known else next(iter(cells.values())).label)
+    if reference not in known:
+        raise UserError(f"--reference {reference}: no such row; known are {', '.join(known)}.")
+    return Plan(tuple(cells.values()), reference, root)
 
 
-def read_dependencies(path: Path) -> dict[str, Dependencies]:
-    """What each stage reads, of dvc.yaml; the kNN row reads what `evaluate` does but no earlier stage.
-
-    Raises:
-        UserError: the file is missing or lacks a stage.
-    """
-    try:
-        stages = yaml.safe_load(path.read_text())["stages"]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist; a study takes from it what each stage depends on: pass --params of a project."
-        ) from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no pipeline ({' '.join(str(error).split())}); restore it from git.") from error
-    found = {}
-    for name in PIPELINE:
-        if name not in stages:
-            raise UserError(f"{path} has no stage `{name}`; restore it from git.")
-        found[name] = _dependencies(name, stages[name])
-    evaluate = found["evaluate"]
-    return found | {KNN: Dependencies(evaluate.sections, evaluate.code, (), evaluate.data)}
-
-
-def _dependencies(name: str, entry: Mapping[str, Any]) -> Dependencies:
-    code, upstream, data = [], [], None
-    for dependency in entry["deps"]:
-        if dependency.startswith("src/flawsmith/"):
-            code.append(dependency.removeprefix("src/flawsmith/"))
-        elif dependency.startswith("artifacts/${item.category}/"):
-            upstream.append(dependency.split("/")[2])
-        elif dependency.startswith("${data.root}/${item.category}"):
-            data = dependency.removeprefix("${data.root}/${item.category}").strip("/") or "."
-        else:
-            raise UserError(f"dvc.yaml: a study cannot follow the dependency `{dependency}` of stage `{name}`.")
-    ignored = REPORTED_ONLY.get(name, ())
-    return Dependencies(
-        tuple(section for section in entry["params"] if section not in ignored),
-        tuple(path for path in code if path not in ignored),
-        tuple(dict.fromkeys(upstream)),
-        data,
-    )
-
-
-class _Builder:
-    """Makes tasks; every file is read once, however many tasks depend on it."""
-
-    def __init__(self, root: Path, dependencies: Mapping[str, Dependencies]) -> None:
-        self._root = root
-        self._dependencies = dependencies
-        self._data: dict[tuple[str, str], str] = {}
-        self._code: dict[tuple[str, ...], str] = {}
-
-    def sections(self, method: str, texture: str) -> set[str]:
-        """The sections of the settings that decide a method's result."""
-        return {
-            section
-            for stage in _stages(METHODS[method].stages, texture)
-            for section in self._reads(stage, texture).sections
-        }
-
-    def tasks(self, settings: Settings, category: str, method: str) -> tuple[Task, ...]:
-        texture = settings.synthesize.texture
-        made: dict[str, Task] = {}
-        for stage in _stages(METHODS[method].stages, texture):
-            made[stage] = self._task(stage, self._reads(stage, texture), settings, category, made)
-        return tuple(made.values())
-
-    def _reads(self, stage: str, texture: str) -> Dependencies:
-        reads = self._dependencies[stage]
-        if stage != "synthesize" or texture == DIFFUSION:
-            return reads
-        without = [tuple(name for name in names if name != "ddpm-train") for names in (reads.sections, reads.upstream)]
-        return Dependencies(without[0], reads.code, without[1], reads.data)
-
-    def _task(
-        self, stage: str, reads: Dependencies, settings: Settings, category: str, made: Mapping[str, Task]
-    ) -> Task:
-        if reads.code not in self._code:
-            self._code[reads.code] = code_digest(reads.code)
-        needed = {name: made[name].digest for name in reads.upstream if name in made}
+def _stage_runs(
+    layout: StudyLayout, stages: Iterable[str], store: Path, code: str, digest: Callable[[Path], str]
+) -> tuple[StageRun, ...]:
+    images, runs, before = layout.surface().folder, [], ""
+    folders: dict[str, Path] = {}
+    for stage in stages:
         content = {
             "stage": stage,
-            "category": category,
-            "settings": {name: _deciding(settings, name) for name in reads.sections},
-            "data": self._data_digest(settings, category, reads.data),
-            "code": self._code[reads.code],
-            "upstream": needed,
+            "category": layout.category,
+            "settings": {name: _deciding(layout.settings, name) for name in (*SHARED, *READS[stage])},
+            "images": digest(images if stage in LABELLED else images / "train"),
+            "code": code,
+            "before": before,
         }
-        before = {task.key: task for name in needed for task in (*made[name].upstream, made[name])}
-        return Task(
-            stage=stage,
-            category=category,
-            digest=digest_json(content)[:DIGITS],
-            settings=settings,
-            code=reads.code,
-            code_digest=self._code[reads.code],
-            upstream=tuple(before.values()),
-        )
-
-    def _data_digest(self, settings: Settings, category: str, part: str | None) -> str:
-        if part is None:
-            return ""
-        if (category, part) not in self._data:
-            self._data[category, part] = digest_path(Layout(settings, category, self._root).surface().folder / part)
-        return self._data[category, part]
+        before = digest_json(content)[:DIGITS]
+        folders = {**folders, stage: store / layout.category / stage / before}
+        runs.append(StageRun(stage, StudyLayout(layout.settings, layout.category, layout.root, folders), code))
+    return tuple(runs)
 
 
-def code_digest(paths: Sequence[str]) -> str:
-    """SHA-256 of source files and folders of the package, compiled files left out."""
-    files = sorted(
-        file
-        for path in paths
-        for file in ((PACKAGE / path).rglob("*") if (PACKAGE / path).is_dir() else (PACKAGE / path,))
-        if file.is_file() and "__pycache__" not in file.parts
-    )
-    return digest_json({file.relative_to(PACKAGE).as_posix(): digest_file(file) for file in files})
-
-
-def settings_content(settings: Settings) -> dict[str, Any]:
-    """Settings shaped like params.yaml, as `parse_settings` reads them."""
-    sections = {name: section_values(getattr(settings, name.replace("-", "_"))) for name in SECTIONS}
-    return {"categories": list(settings.categories), **sections}
+def code_digest(package: Path = Path(flawsmith.__file__).parent) -> str:
+    """SHA-256 of the product's source files, without the packages that use a finished model."""
+    files = sorted(path.relative_to(package) for path in package.rglob("*.py"))
+    deciding = [path for path in files if path.parts[0].removesuffix(".py") not in USES_A_MODEL]
+    return digest_json({path.as_posix(): digest_file(package / path) for path in deciding})
 
 
 def _deciding(settings: Settings, name: str) -> dict[str, Any]:
     """A section's values, or the one key's, but for where the images lie: their content is digested."""
     section, _, only = name.partition(".")
     values = deciding_values(getattr(settings, section.replace("-", "_")))
-    return {
-        key: value for key, value in values.items() if (section, key) != ("data", "root") and (not only or key == only)
-    }
-
-
-def _is_read(key: str, sections: Collection[str]) -> bool:
-    """Whether `section.key` is among what is read, by itself or with its section."""
-    return key in sections or key.partition(".")[0] in sections
-
-
-def _stages(stages: Sequence[str], texture: str) -> tuple[str, ...]:
-    """Only diffused texture needs the diffusion model."""
-    return tuple(stage for stage in stages if stage != "ddpm-train" or texture == DIFFUSION)
-
-
-def _points(grid: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
+    return {key: value for key, value in values.items() if only in ("", key) and (section, key) != ("data", "root")}
 
 
 def _settings_of(
     request: Request, categories: Sequence[str], method: str, grid: Mapping[str, Any], seed: int, part: str
 ) -> Settings:
-    seeds = dict.fromkeys(SEED_KEYS, seed)
     place = {} if request.data is None else {"data.root": str(request.data.resolve())}
-    own = {"categories": list(categories), "evaluate.part": part, **seeds, **place}
+    own = {"categories": list(categories), "evaluate.part": part, **dict.fromkeys(SEED_KEYS, seed), **place}
     replaced = {"tracking.mode": "off", **request.replaced, **grid, **METHODS[method].settings, **own}
     try:
         return load_settings(request.params, replaced)
@@ -375,24 +283,20 @@ def _settings_of(
         raise UserError(f"{row_label(method, grid)}: {error}") from error
 
 
-def _default_reference(cells: Sequence[Cell]) -> str:
-    return next((cell.method for cell in cells if cell.method == KNN), cells[0].label)
-
-
-def _check(request: Request) -> None:
-    for name, wanted, known in (("methods", request.methods, METHODS), ("part", request.parts, PARTS)):
-        for value in wanted:
-            if value not in known:
+def _check_options(request: Request) -> None:
+    listed: dict[str, tuple[Sequence[Any], Collection[str]]] = {
+        "categories": (request.categories, ()),
+        "seeds": (request.seeds, ()),
+        "methods": (request.methods, METHODS.keys()),
+        "part": (request.parts, PARTS),
+    }
+    for name, (values, known) in listed.items():
+        for value in values:
+            if known and value not in known:
                 raise UserError(f"--{name} {value}: there is no such one; known are {', '.join(known)}.")
-    for name, listed in (
-        ("categories", request.categories),
-        ("seeds", request.seeds),
-        ("methods", request.methods),
-        ("part", request.parts),
-    ):
-        if len(set(listed)) < len(listed):
-            raise UserError(f"--{name} names one twice: {', '.join(map(str, listed))}; remove it.")
-        if not listed and name != "categories":
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name} names one twice: {', '.join(map(str, values))}; remove it.")
+        if not values and name != "categories":
             raise UserError(f"--{name} is empty; name at least one.")
     for key in (*request.replaced, *request.grid):
         if key in OWN_KEYS:
@@ -409,14 +313,14 @@ def _check(request: Request) -> None:
                 )
 
 
-def _check_surface(layout: Layout, request: Request) -> None:
+def _check_images(layout: Layout, request: Request) -> None:
     """Refuse a folder now that would fail after the first category's hours."""
-    surface = layout.surface()
-    surface.normals()
+    dataset = layout.surface()
+    dataset.normals()
     untrained = [name for name in request.methods if METHODS[name].stages == (KNN,)]
-    if (untrained or request.parts != ("all",)) and not (surface.folder / "test").is_dir():
+    if (untrained or request.parts != ("all",)) and not (dataset.folder / "test").is_dir():
         raise UserError(
-            f"{surface.folder} has no labelled test set (test/good, test/<defect>), without which there is no method "
+            f"{dataset.folder} has no labelled test set (test/good, test/<defect>), without which there is no method "
             f"{' or '.join(untrained) or KNN} and no --part; add one, or leave them out."
         )
 

@@ -163,25 +163,31 @@ def power_note(tests: Sequence[PairedTest]) -> str:
 def _cost_table(rows: Sequence[Row]) -> Table:
     stages = [stage for stage in STAGES if any(stage in row.costs for row in rows)]
     found = []
-    for category, label in dict.fromkeys((row.cell.category, row.cell.label) for row in rows):
+    for category, label in dict.fromkeys((row.cell.category, row.cell.label) for row in rows if row.is_done):
         mine = [row for row in rows if (row.cell.category, row.cell.label) == (category, label) and row.is_done]
-        if not mine:
-            continue
-        cells = []
-        for stage in stages:
-            costs = [row.costs[stage] for row in mine if stage in row.costs]
-            peak = max((cost["peak_mb"] for cost in costs), default=0.0)
-            cells.append(f"{_seconds([cost['seconds'] for cost in costs])}, {peak:.0f} MB" if costs else "")
-        total = f"{_seconds([row.seconds for row in mine])}, {max(row.peak_mb for row in mine):.0f} MB"
+        costs = {stage: [row.costs[stage] for row in mine if stage in row.costs] for stage in stages}
+        cells = [_cost([cost["seconds"] for cost in of], [cost["peak_mb"] for cost in of]) for of in costs.values()]
+        total = _cost([row.seconds for row in mine], [row.peak_mb for row in mine])
         found.append((f"{category}: {label}", *cells, total))
-    devices = dict.fromkeys(str(cost["device"]) for row in rows for cost in row.costs.values())
-    threads = dict.fromkeys(str(cost["threads"]) for row in rows for cost in row.costs.values())
+    all_costs = [cost for row in rows for cost in row.costs.values()]
+    devices, threads = (
+        ", ".join(dict.fromkeys(str(cost[key]) for cost in all_costs if cost[key])) for key in ("device", "threads")
+    )
+    resumed = any(cost["resumed"] for cost in all_costs)
     note = (
         "Mean seconds of a stage over seeds (process start included) and its highest resident memory in MiB; a stage "
         "that rows share counts in full in each, so a row's sum is what it would cost alone. "
-        f"Device: {', '.join(devices) or 'none'}; threads: {', '.join(threads) or 'none'}."
+        f"Device: {devices or 'none'}; threads: {threads or 'none'}."
+        + (
+            f" {resumed} of these stages went on from a checkpoint: their seconds lack what was done before."
+            * (resumed > 0)
+        )
     )
     return Table(("Row", *stages, "sum"), tuple(found), note)
+
+
+def _cost(seconds: Sequence[float], megabytes: Sequence[float]) -> str:
+    return f"{spread(seconds).mean:.1f} s, {max(megabytes):.0f} MB" if seconds else ""
 
 
 def _failure_table(rows: Sequence[Row]) -> Table:
@@ -219,10 +225,6 @@ def _spread(value: Spread) -> str:
     if value.n == 0:
         return "n/a"
     return f"{value.mean:.3f}" + ("" if math.isnan(value.deviation) else f" ± {value.deviation:.3f}")
-
-
-def _seconds(values: Sequence[float]) -> str:
-    return f"{spread(values).mean:.1f} s"
 
 
 def _signed(value: float) -> str:

@@ -8,11 +8,10 @@ import numpy as np
 from flawsmith.evaluation.assess import KEYS
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.randomness import numpy_generator
-from flawsmith_lab.study.results import DETECTIONS, FALSE_ALARMS, Row
+from flawsmith_lab.study.results import MEASURED, Row
 from flawsmith_lab.study.statistics import PairedTest, Spread, bootstrap_difference, paired_test, spread
 
 ALL = ""  # in a category's place: over all of them
-MEASURED = (*KEYS, FALSE_ALARMS, DETECTIONS)
 
 
 @dataclass(frozen=True)
@@ -58,41 +57,37 @@ def summarise(rows: Sequence[Row], reference: str) -> tuple[Summary, ...]:
         categories = list(dict.fromkeys(row.cell.category for row in of_part))
         for category in [*categories, *([ALL] if len(categories) > 1 else [])]:
             here = [row for row in of_part if category in (ALL, row.cell.category)]
-            found += [
-                _summary(part, category, label, here, reference)
-                for label in dict.fromkeys(row.cell.label for row in here)
-            ]
+            labels = dict.fromkeys(row.cell.label for row in here)
+            found += [_summary(here, label, reference, part, category) for label in labels]
     return tuple(found)
 
 
 def reference_of(row: Row, rows: Sequence[Row], reference: str) -> Row | None:
     """The row that `row` is compared with: of the named label or method, the same part, category and seed, and at the
     same point of the grid as far as the reference depends on it."""
+    mine = row.cell
     for other in rows:
         cell = other.cell
-        if (cell.part, cell.category, cell.seed) != (row.cell.part, row.cell.category, row.cell.seed):
-            continue
-        if cell.label == reference:
-            return other
-        if cell.method == reference and all(row.cell.grid.get(key) == value for key, value in cell.grid.items()):
+        if (cell.part, cell.category, cell.seed) == (mine.part, mine.category, mine.seed) and (
+            cell.label == reference
+            or (cell.method == reference and all(mine.grid.get(key) == value for key, value in cell.grid.items()))
+        ):
             return other
     return None
 
 
-def _summary(part: str, category: str, label: str, rows: Sequence[Row], reference: str) -> Summary:
+def _summary(rows: Sequence[Row], label: str, reference: str, part: str, category: str) -> Summary:
     mine = [row for row in rows if row.cell.label == label]
     done = [row for row in mine if row.is_done]
-    pairs = [
-        (row, other)
-        for row in done
-        if (other := reference_of(row, rows, reference)) is not None and other.is_done and other is not row
-    ]
+    found = [(row, reference_of(row, rows, reference)) for row in done]
+    pairs = [(row, other) for row, other in found if other is not None and other.is_done and other is not row]
+    defects = dict.fromkeys(name for row in done for name in row.by_defect) if category != ALL else {}
     return Summary(
         part=part,
         category=category,
         label=label,
         metrics={key: spread(_by_seed(mine, key)) for key in MEASURED},
-        by_defect={} if category == ALL else _defects(done),
+        by_defect={name: spread([row.by_defect[name] for row in done if name in row.by_defect]) for name in defects},
         differences={key: _difference(pairs, key, part, category) for key in KEYS} if pairs else {},
         missing=len(mine) - len(done),
     )
@@ -106,11 +101,6 @@ def _by_seed(rows: Sequence[Row], key: str) -> list[float]:
         if row.is_done:
             values.setdefault(row.cell.seed, []).append(row.metrics[key])
     return [float(np.mean(found)) for found in values.values() if len(found) == len(categories)]
-
-
-def _defects(rows: Sequence[Row]) -> dict[str, Spread]:
-    names = dict.fromkeys(name for row in rows for name in row.by_defect)
-    return {name: spread([row.by_defect[name] for row in rows if name in row.by_defect]) for name in names}
 
 
 def _difference(pairs: Sequence[tuple[Row, Row]], key: str, part: str, category: str) -> Difference:

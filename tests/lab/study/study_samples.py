@@ -1,8 +1,5 @@
-"""A small project with one category for studies, rows made by hand, and how to run the command."""
+"""A small project with one category for studies, and rows made by hand."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +11,15 @@ from small_settings import SMALL, Sections, write_params
 
 from flawsmith.data.images import write_png
 from flawsmith.evaluation.assess import KEYS
-from flawsmith.files import read_json
 from flawsmith_lab.study.plan import Cell, Request
-from flawsmith_lab.study.results import DETECTIONS, FALSE_ALARMS, Row
+from flawsmith_lab.study.results import MEASURED, Row
 
-ROOT = Path(__file__).parents[3]
 STEPS: Sections = {"ddpm-train": {"steps": 8}, "distill": {"student_steps": 2, "head_steps": 2, "locator_steps": 2}}
 
 
 @dataclass(frozen=True)
 class Project:
-    """A folder with params.yaml, the repository's dvc.yaml and one category of noise with dents."""
+    """A folder with params.yaml and one category of noise with dents."""
 
     folder: Path
 
@@ -34,26 +29,11 @@ class Project:
 
     def request(self, **changes: Any) -> Request:
         asked: dict[str, Any] = {"categories": ("tiles",), "seeds": (0,), "methods": ("flawsmith",), "data": None}
-        return Request(params=self.params, **(asked | changes))
-
-    def study(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`flawsmith study` as a user calls it."""
-        return subprocess.run(
-            self.command(*arguments), env=self.environment(environment), capture_output=True, text=True, check=False
-        )
-
-    def command(self, *arguments: str | Path) -> list[str]:
-        front = Path(sys.executable).with_name("flawsmith")
-        return list(map(str, [front, "study", "--params", self.params, *arguments]))
-
-    @staticmethod
-    def environment(replaced: Mapping[str, str]) -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", **replaced}
+        return Request(params=self.params, **({"out": self.folder / "out"} | asked | changes))
 
 
 def create_project(folder: Path, normals: int = 12, tested: int = 2) -> Project:
     write_params(folder / "params.yaml", SMALL, STEPS, categories=["tiles"])
-    (folder / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     tiles = folder / "data" / "tiles"
     for index in range(normals):
         write_png(tiles / f"train/good/{index:03d}.png", _surface(index)[0])
@@ -75,36 +55,24 @@ def _surface(seed: int, dented: bool = False) -> tuple[Any, Any]:
     return np.repeat(gray[..., None], 3, axis=2), mask
 
 
-def costs_in(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(stage, digest) → cost.json of every stage run in a store."""
-    return {
-        (path.parent.name, path.name.removesuffix(".cost.json")): read_json(path)
-        for path in sorted((out / "store").glob("*/*/*.cost.json"))
-    }
-
-
 def make_row(
     value: float = 0.9,
     *,
-    category: str = "tiles",
-    method: str = "flawsmith",
-    seed: int = 0,
-    part: str = "all",
-    grid: Mapping[str, Any] = MappingProxyType({}),
     draws: Any = None,
     failure: str = "",
     by_defect: Mapping[str, float] = MappingProxyType({"dent": 0.9}),
+    **cell: Any,
 ) -> Row:
     """A row whose metrics are all `value`."""
-    cost = {"seconds": 2.0, "peak_mb": 100.0, "peak_device_mb": None, "device": "cpu", "threads": 1, "output": "d"}
+    place = {"category": "tiles", "method": "flawsmith", "seed": 0, "part": "all", "grid": {}, **cell}
+    cost = {"seconds": 2.0, "peak_mb": 100.0, "peak_device_mb": None, "device": "cpu", "threads": 1, "output": "d",
+            "resumed": False}  # fmt: skip
     return Row(
-        cell=Cell(category, method, seed, part, grid, ()),
-        metrics={} if failure else dict.fromkeys((*KEYS, FALSE_ALARMS, DETECTIONS), value),
+        cell=Cell(**place, runs=()),
+        metrics={} if failure else dict.fromkeys(MEASURED, value),
         by_defect={} if failure else by_defect,
         costs={"synthesize": cost, "distill": cost | {"seconds": 3.0, "peak_mb": 300.0}},
         draws={} if draws is None else dict.fromkeys(KEYS, np.asarray(draws, np.float64)),
         failed_stage="validate" if failure else "",
         failure=failure,
-        detector="d",
-        evaluation="" if failure else f"store/{category}/evaluate/x",
     )

@@ -33,9 +33,9 @@ def asked(monkeypatch) -> list[Any]:
     """What `run_study` was called with; it answers that one of three cells failed."""
     found: list[Any] = []
 
-    def run_study(request: Request, out: Path, workers: int, command: str) -> study.Outcome:
-        found.extend([request, out, workers, command])
-        return study.Outcome(cells=3, failed=1, report=out / "report.html")
+    def run_study(request: Request, workers: int, command: str) -> study.Outcome:
+        found.extend([request, workers, command])
+        return study.Outcome(cells=3, failed=1, report=request.out / "report.html")
 
     monkeypatch.setattr(study, "run_study", run_study)
     return found
@@ -47,14 +47,14 @@ def test_options_reach_the_study_and_a_failed_cell_is_exit_1(call, asked, tmp_pa
         "distill.batch=4", "--grid", "synthesize.strength=[0.1,0.2],[0.3,0.4]", "--part", "research,report",
         "--reference", "flawsmith", "--workers", "3",
     )  # fmt: skip
-    request, folder, workers, command = asked
+    request, workers, command = asked
     assert status == 1
     assert "2 of 3 cells have results" in out
     assert (request.data, request.categories, request.seeds) == (Path("images"), ("a", "b", "c"), (0, 2))
     assert (request.methods, request.parts) == (("flawsmith", "knn"), ("research", "report"))
     assert request.replaced == {"distill.batch": 4}
     assert request.grid == {"synthesize.strength": ([0.1, 0.2], [0.3, 0.4])}
-    assert (request.reference, workers, folder) == ("flawsmith", 3, tmp_path / "out")
+    assert (request.reference, workers, request.out) == ("flawsmith", 3, tmp_path / "out")
     assert command.startswith("flawsmith study --params ")
     assert "'synthesize.strength=[0.1,0.2],[0.3,0.4]'" in command
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from study_samples import ROOT, create_project
+from study_samples import create_project
 
 from flawsmith.errors import UserError
-from flawsmith.settings import parse_settings
-from flawsmith_lab.study import plan as planning
-from flawsmith_lab.study.plan import KNN, METHODS, PIPELINE, build_plan, parse_grid, read_dependencies, settings_content
+from flawsmith_lab.study.plan import KNN, METHODS, PIPELINE, READS, SHARED, build_plan, code_digest, parse_grid
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def project(tmp_path):
 
 
 def stages(plan):
-    return Counter(task.stage for task in plan.tasks)
+    return Counter(run.stage for run in plan.runs)
 
 
 def digests(plan):
-    return {task.stage: task.digest for task in plan.tasks}
+    return {run.stage: run.folder.name for run in plan.runs}
 
 
 def test_a_diffusion_model_is_trained_once_a_seed_and_only_for_methods_that_diffuse(project):
@@ -33,7 +33,7 @@ def test_a_diffusion_model_is_trained_once_a_seed_and_only_for_methods_that_diff
     assert stages(plan) == {
         "ddpm-train": 2, "synthesize": 8, "validate": 8, "distill": 8, "evaluate": 24, KNN: 12,
     }  # fmt: skip
-    without = {task.stage for cell in plan.cells if cell.method == "no-diffusion" for task in cell.tasks}
+    without = {run.stage for cell in plan.cells if cell.method == "no-diffusion" for run in cell.runs}
     assert without == set(PIPELINE) - {"ddpm-train"}
 
 
@@ -52,16 +52,9 @@ def test_a_method_gets_no_row_for_a_key_that_it_does_not_read(project):
     assert stages(plan)["synthesize"] == 3
 
 
-def test_tasks_come_after_what_they_read(project):
-    seen = set()
-    for task in build_plan(project.request(methods=tuple(METHODS), seeds=(0, 1))).tasks:
-        assert all(before.key in seen for before in task.upstream)
-        seen.add(task.key)
-
-
 def test_the_seed_is_every_stages_and_the_splits(project):
     (cell,) = build_plan(project.request(seeds=(7,))).cells
-    settings = cell.tasks[-1].settings
+    settings = cell.runs[-1].layout.settings
     sections = (settings.ddpm_train, settings.synthesize, settings.distill, settings.evaluate)
     assert [settings.data.split_seed, *(section.seed for section in sections)] == [7] * 5
     assert settings.tracking.mode == "off"
@@ -69,7 +62,7 @@ def test_the_seed_is_every_stages_and_the_splits(project):
 
 def test_tracking_can_be_asked_for(project):
     (cell,) = build_plan(project.request(replaced={"tracking.mode": "on"})).cells
-    assert cell.tasks[0].settings.tracking.mode == "on"
+    assert cell.runs[0].layout.settings.tracking.mode == "on"
 
 
 def test_the_teacher_and_the_place_of_the_data_do_not_train_the_diffusion_model_again(project, tmp_path):
@@ -89,51 +82,6 @@ def test_an_image_changes_what_reads_it(project):
     (tiles / "train" / "good" / "000.png").write_bytes((tiles / "train" / "good" / "001.png").read_bytes())
     trained = digests(build_plan(project.request(methods=("flawsmith", KNN))))
     assert all(trained[name] != tested[name] for name in before)
-
-
-def test_source_code_changes_what_it_decides_and_compiled_files_do_not(project, tmp_path, monkeypatch):
-    package = tmp_path / "package"
-    for path in read_dependencies(ROOT / "dvc.yaml")["evaluate"].code:
-        (package / path).parent.mkdir(parents=True, exist_ok=True)
-        (package / path).write_text(path) if "." in path else (package / path).mkdir()
-    monkeypatch.setattr(planning, "PACKAGE", package)
-    before = digests(build_plan(project.request(methods=(KNN,))))
-    (package / "detector" / "__pycache__").mkdir()
-    (package / "detector" / "__pycache__" / "knn.pyc").write_bytes(b"compiled")
-    (package / "stages" / "distill.py").write_text("not a dependency")
-    assert digests(build_plan(project.request(methods=(KNN,)))) == before
-    (package / "detector" / "knn.py").write_text("changed")
-    assert digests(build_plan(project.request(methods=(KNN,)))) != before
-
-
-def test_dependencies_are_those_of_dvc_yaml():
-    stated = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    found = read_dependencies(ROOT / "dvc.yaml")
-    for name in PIPELINE:
-        ignored = planning.REPORTED_ONLY.get(name, ())
-        assert {*found[name].sections, *ignored} >= set(stated[name]["params"])
-        assert all((planning.PACKAGE / path).exists() for path in found[name].code)
-    assert found["ddpm-train"].data == found["distill"].data == "train"
-    assert found["evaluate"].data == "."
-    assert found["validate"].data is None
-    assert found["validate"].upstream == ("ddpm-train", "synthesize")
-    assert found["distill"].upstream == ("synthesize", "validate")
-    assert found[KNN].upstream == ()
-
-
-def test_what_only_the_readiness_report_reads_decides_at_most_whether_the_gate_opens():
-    """Else leaving it out of the digest would hide a change of what later stages read."""
-    content = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    readers = [name for name, stage in content.items() for path in stage["deps"] if path.endswith("readiness.json")]
-    assert readers == ["validate"]
-    source = (planning.PACKAGE / "diffusion" / "train.py").read_text()
-    assert "teacher" not in source.lower()
-
-
-def test_settings_survive_being_written_down(project):
-    (cell,) = build_plan(project.request()).cells
-    settings = cell.tasks[0].settings
-    assert parse_settings(settings_content(settings), "here") == settings
 
 
 def test_grid_values_are_yaml_and_may_be_lists():
@@ -188,21 +136,6 @@ def test_without_a_labelled_test_set_there_is_no_knn_and_no_part(project):
             build_plan(project.request(**changes))
 
 
-def test_a_folder_without_dvc_yaml_is_refused(project):
-    (project.folder / "dvc.yaml").unlink()
-    with pytest.raises(UserError, match="pass --params of a project"):
-        build_plan(project.request())
-
-
-def test_a_dependency_that_a_study_cannot_follow_is_refused(project):
-    path = project.folder / "dvc.yaml"
-    content = yaml.safe_load(path.read_text())
-    content["stages"]["distill"]["deps"].append("weights/teacher.pth")
-    path.write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"weights/teacher\.pth"):
-        build_plan(project.request())
-
-
 def test_the_reference_is_knn_unless_another_is_named(project):
     assert build_plan(project.request(methods=("flawsmith", KNN))).reference == KNN
     assert build_plan(project.request()).reference == "flawsmith"
@@ -215,8 +148,8 @@ def test_a_request_does_not_depend_on_where_it_is_called(project, monkeypatch, t
     request = dataclasses.replace(project.request(), params=Path("params.yaml"), data=Path("data"))
     here = build_plan(request)
     monkeypatch.chdir(tmp_path)
-    assert [task.key for task in here.tasks] == [task.key for task in build_plan(project.request()).tasks]
-    assert all(Path(task.settings.data.root).is_absolute() for task in here.tasks)
+    assert [run.folder for run in here.runs] == [run.folder for run in build_plan(project.request()).runs]
+    assert all(Path(run.layout.settings.data.root).is_absolute() for run in here.runs)
 
 
 def test_a_second_category_shares_nothing_of_the_first(project):
@@ -227,3 +160,23 @@ def test_a_second_category_shares_nothing_of_the_first(project):
         target.write_bytes(source.read_bytes())
     plan = build_plan(project.request(categories=("tiles", "bolts")))
     assert stages(plan) == dict.fromkeys(PIPELINE, 2)
+
+
+def test_every_section_that_dvc_yaml_names_of_a_stage_decides_its_runs():
+    stated = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    read = set(SHARED)
+    for name in PIPELINE:
+        read |= set(READS[name])
+        assert set(stated[name]["params"]) - read <= ({"teacher"} if name == "ddpm-train" else {"synthesize.texture"})
+
+
+def test_code_that_leaves_a_result_counts_and_what_uses_a_model_does_not(tmp_path):
+    for name in ("detector/knn.py", "serve/app.py", "devices.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    before = code_digest(tmp_path)
+    (tmp_path / "serve" / "app.py").write_text("after")
+    (tmp_path / "detector" / "knn.pyc").write_text("compiled")
+    assert code_digest(tmp_path) == before
+    (tmp_path / "devices.py").write_text("after")
+    assert code_digest(tmp_path) != before
