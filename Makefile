@@ -14,7 +14,7 @@ CHECKED = $(sort $(foreach target,$(ARGS),$(if $(findstring @,$(target)),$(lastw
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro up down nightly test stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve bench-latency clean
+.PHONY: help install repro up down nightly test test-all stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve bench-latency clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -36,8 +36,11 @@ nightly: install ## retrain every category now, on the stack's workers, and foll
 	@[ -f .stack/env ] || { echo "No stack runs here; start it first: make up" >&2; exit 2; }; \
 	set -a; . ./.stack/env; set +a; python -m flows.nightly $(ARGS)
 
-test: lint types ## lint, types, and on all cores every test but those of the whole stack; ARGS='-k settings' for some
-	pytest --numprocesses logical --maxprocesses 4 --no-loadscope-reorder $(ARGS)
+test: install ## lint, types and the tests, on all cores; ARGS='-k settings' for some
+	pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-all: install ## the slow tests too (nightly), with 200 examples a property
+	HYPOTHESIS_PROFILE=thorough pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 stack-test: install ## the tests that need real servers and workers, two files at a time
 	pytest -m stack tests/stack --numprocesses 2 $(ARGS)

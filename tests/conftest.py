@@ -4,16 +4,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
 from small_settings import write_params
-from xdist.scheduler import LoadScopeScheduling
 
 # Deterministic and without a clock: a slow machine must not fail a property, and a red run must be red again.
-hypothesis_settings.register_profile("flawsmith", deadline=None, derandomize=True, database=None, max_examples=50)
-hypothesis_settings.load_profile("flawsmith")
+for _profile, _examples in (("quick", 20), ("thorough", 200)):
+    hypothesis_settings.register_profile(
+        _profile, deadline=None, derandomize=True, database=None, max_examples=_examples
+    )
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # A developer's own servers must never see the tests' runs.
 for _name in [name for name in os.environ if name.startswith(("MLFLOW_", "PREFECT_"))]:
@@ -31,18 +32,40 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
 
-class FolderScheduling(LoadScopeScheduling):
-    """A folder's tests run in one worker, since they share what is dear to make."""
+# What is dear to run, in seconds of CPU, roughly: each worker of `make test` begins with its share of it.
+DEAR = {
+    "tests/pipeline": 200,
+    "tests/test_house.py": 70,
+    "tests/registry": 60,
+    "tests/flows": 60,
+    "tests/stages/test_tiled_pipeline.py": 45,
+    "tests/test_wheel.py": 45,
+    "tests/export": 40,
+    "tests/evaluation/test_evaluate_stage.py": 40,
+    "tests/serve": 40,
+    "tests/monitoring": 30,
+}
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        folder = file.rpartition("/")[0]
-        return file if folder == "tests" else folder
 
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FolderScheduling:
-    """xdist's question how to share out the tests (`make test` starts several workers)."""
-    return FolderScheduling(config, log)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Dear folders first, shared out evenly: xdist gives each worker a run of equally many tests, and whoever is done
+    takes some from the end of another's."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(next((name for name in DEAR if item.nodeid.startswith(name)), ""), []).append(item)
+    cheap = groups.pop("", [])
+    shares: list[list[pytest.Item]] = [[] for _ in range(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))]
+    costs = [0] * len(shares)
+    for name in sorted(groups, key=lambda name: -DEAR[name]):
+        least = costs.index(min(costs))
+        shares[least] += groups[name]
+        costs[least] += DEAR[name]
+    left = len(items)
+    for place, share in enumerate(shares):
+        wanted = left // (len(shares) - place)  # as xdist counts
+        share += [cheap.pop(0) for _ in range(min(len(cheap), max(0, wanted - len(share))))]
+        left -= len(share)
+    items[:] = [item for share in shares for item in share] + cheap
 
 
 @pytest.fixture

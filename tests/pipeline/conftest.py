@@ -42,11 +42,32 @@ if sys.argv[0].endswith("flawsmith"):
 """
 
 
+# Stands for `flawsmith` where DVC's behaviour alone is meant: leaves what dvc.yaml says that a stage leaves, or fails.
+STUB = """#!{python}
+import os, sys
+from pathlib import Path
+import yaml
+stage, _, category = sys.argv[1:4]
+if stage == "settings":  # quick, and what it writes decides what DVC runs
+    os.execv({real!r}, [{real!r}, *sys.argv[1:]])
+if stage == os.environ.get("FAILING_STAGE"):
+    sys.exit("flawsmith: refused")
+entry = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]
+for out in [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]:
+    text = out if isinstance(out, str) else next(iter(out))
+    path = Path(text.replace("${{item.category}}", category).replace("${{item.surface}}", category))
+    path = path if path.suffix else path / "train" / "content"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{{stage}} {{Path('params.yaml').read_text()}}")
+"""
+
+
 @dataclass(frozen=True)
 class Project:
     """A small project on disk, with the repository's own dvc.yaml, code and ignore files."""
 
     folder: Path
+    tools: str = ""  # a folder that PATH begins with
 
     @classmethod
     def create(cls, folder: Path) -> "Project":
@@ -72,7 +93,7 @@ class Project:
         binaries = str(Path(sys.executable).parent)
         return {
             **os.environ,
-            "PATH": os.pathsep.join([binaries, os.environ.get("PATH", "")]),
+            "PATH": os.pathsep.join([*filter(None, [self.tools]), binaries, os.environ.get("PATH", "")]),
             "PYTHONPATH": str(self.folder / "watch"),
             "OMP_NUM_THREADS": "1",
             "DVC_GLOBAL_CONFIG_DIR": str(self.folder / "watch"),
@@ -111,3 +132,24 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project.create(tmp_path_factory.mktemp("pipeline") / "project")
     project.run("dvc", "repro")
     return project
+
+
+@pytest.fixture(scope="session")
+def stubbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose stages are stubs, in which `dvc repro` has run."""
+    made = Project.create(tmp_path_factory.mktemp("stubbed") / "project")
+    tools = made.folder.with_name("tools")
+    tools.mkdir()
+    real = str(Path(sys.executable).with_name("flawsmith"))
+    (tools / "flawsmith").write_text(STUB.format(python=sys.executable, real=real))
+    (tools / "flawsmith").chmod(0o755)
+    made = Project(made.folder, str(tools))
+    made.run("dvc", "repro")
+    return made
+
+
+@pytest.fixture
+def copied(stubbed: Project, tmp_path: Path) -> Project:
+    """A copy of the stubbed project, to be changed."""
+    shutil.copytree(stubbed.folder, tmp_path / "project", symlinks=True)
+    return Project(tmp_path / "project", stubbed.tools)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ COARSE = {"FLAWSMITH_PRECISION": "bfloat16"}
 TOGETHER = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--no_python")
 
 
+EVERY_STAGE = """
+from flawsmith.cli import app
+for stage in ("ddpm-train", "synthesize", "validate", "distill", "evaluate", "export"):
+    app([stage], prog_name="flawsmith", standalone_mode=False)
+"""
+
+
 @pytest.fixture(scope="module")
-def coarse(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project in which every stage has run in bfloat16, emulated where the CPU has none."""
+def coarse(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which every stage has run in bfloat16, emulated where the CPU has none; one process is quick."""
     made = Project.create(tmp_path_factory.mktemp("bfloat16") / "project")
-    made.run("dvc", "repro", **COARSE)
+    shutil.copytree(project.folder / "data", made.folder / "data", dirs_exist_ok=True)
+    made.run(sys.executable, "-W", "ignore", "-c", EVERY_STAGE, **COARSE)
     return made
 
 
@@ -59,6 +68,7 @@ def test_every_stage_runs_in_bf16_and_says_so(coarse: Project, project: Project)
     assert read(coarse.stage("export") / "parity.json")["batches"]["1"]["decision_flips"] == 0
 
 
+@pytest.mark.slow
 def test_a_triplet_made_in_bf16_is_explained_wherever_it_is_asked_for(coarse: Project, tmp_path: Path) -> None:
     told = coarse.run("flawsmith", "explain", "fit-00000", "--out", str(tmp_path / "why.png"))
     assert "identical" in told.stdout
@@ -75,10 +85,14 @@ def test_two_processes_train_on_the_same_crops_as_one(project: Project, tmp_path
     assert run.info.status == "FINISHED"
     np.testing.assert_allclose(losses_of(two.stage("ddpm-train")), losses_of(project.stage("ddpm-train")), rtol=1e-3)
     assert not list((folder / "artifacts" / CATEGORY).rglob("*.tmp"))
-    batch = yaml.safe_load((folder / "params.yaml").read_text())["ddpm-train"]["batch"]
-    odd = two.run(*TOGETHER, "flawsmith", "ddpm-train", "--set", f"ddpm-train.batch={batch + 1}", succeeds=False)
+
+
+@pytest.mark.slow
+def test_what_processes_cannot_share_is_refused(project: Project) -> None:
+    batch = yaml.safe_load((project.folder / "params.yaml").read_text())["ddpm-train"]["batch"]
+    odd = project.run(*TOGETHER, "flawsmith", "ddpm-train", "--set", f"ddpm-train.batch={batch + 1}", succeeds=False)
     assert odd.returncode != 0
     assert f"ddpm-train.batch is {batch + 1}, which 2 processes cannot share evenly" in odd.stderr
-    alone = two.run(*TOGETHER, "flawsmith", "distill", succeeds=False)
+    alone = project.run(*TOGETHER, "flawsmith", "distill", succeeds=False)
     assert alone.returncode != 0
     assert "ddpm-train alone" in alone.stderr
