@@ -60,13 +60,13 @@ def test_what_is_changed_while_a_stage_runs_makes_it_fail(
 ) -> None:
     monkeypatch.setenv("DVC_STAGE", "distill@plate")
     with pytest.raises(FlawsmithError, match=rf"Changed while stage `distill` ran: .*{named}\. DVC would record"):  # noqa: SIM117
-        with stage_run(layout, "distill", {}, {}):
+        with stage_run(layout, "distill", {}):
             change(layout.root)
 
 
 def test_what_changes_no_content_is_no_change(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_STAGE", raising=False)
-    with stage_run(layout, "distill", {}, {}):
+    with stage_run(layout, "distill", {}):
         os.utime(layout.root / "src/flawsmith/detector/a.py", (1, 1))
         cache = layout.root / "src/flawsmith/detector/__pycache__/a.cpython-311.pyc"
         cache.parent.mkdir()
@@ -80,7 +80,7 @@ def test_a_linked_folder_that_dvc_does_not_see_is_refused(layout: Layout, tmp_pa
     good.rename(tmp_path / "share")
     good.symlink_to(tmp_path / "share")
     with pytest.raises(UserError, match=r"train/good is a linked folder, and DVC does not see .* set `data\.root`"):  # noqa: SIM117
-        with stage_run(layout, "distill", {}, {}):
+        with stage_run(layout, "distill", {}):
             pass
     good.unlink()
     good.parent.rmdir()
@@ -88,5 +88,5 @@ def test_a_linked_folder_that_dvc_does_not_see_is_refused(layout: Layout, tmp_pa
     (tmp_path / "hall/plate/train").mkdir(parents=True)
     (tmp_path / "share").rename(tmp_path / "hall/plate/train/good")
     (tmp_path / "shop/plate").symlink_to(tmp_path / "hall/plate")  # the whole category: DVC follows that
-    with stage_run(layout, "distill", {}, {}):
+    with stage_run(layout, "distill", {}):
         pass

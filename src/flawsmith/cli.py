@@ -468,8 +468,8 @@ def lineage(
 
     Example: flawsmith lineage brushed_metal@champion
     """
+    from flawsmith.lineage import read_lineage, render_lineage
     from flawsmith.registry.origin import describe_origin, parse_version
-    from flawsmith.tracking import read_lineage, render_lineage
 
     named = None if Path(target).exists() else parse_version(target)
     if named is not None:

@@ -14,34 +14,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import yaml
 
 from flawsmith.errors import DISK_FULL, FlawsmithError, QualityGateError, UserError
 from flawsmith.files import digest_file, digest_json, read_json
-from flawsmith.lineage import Artefact, RunRecord, is_below
 from flawsmith.processes import Finished, stream
 from flawsmith.settings import Settings
-
-__all__ = [
-    "GateFailed",
-    "InfrastructureError",
-    "StageOutcome",
-    "changed",
-    "dvc_digest",
-    "failure",
-    "has_remote",
-    "lock_digest",
-    "locked_stages",
-    "publish",
-    "pull",
-    "push",
-    "reproduce",
-    "small_outputs",
-    "stages_of",
-]
 
 OnLine = Callable[[str], None]
 Ran = Literal["ran", "restored", "unchanged"]
@@ -79,6 +60,31 @@ class GateFailed(QualityGateError):  # noqa: N818 - it says what happened
     def __init__(self, message: str, verdict: dict[str, Any]) -> None:
         super().__init__(message)
         self.verdict = verdict
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file or folder by its content: the path relative to the project's root, and DVC's MD5."""
+
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class LockedStage:
+    """What dvc.lock proves of one run of a stage: what it read and left, and the digests of its code and params."""
+
+    name: str
+    category: str
+    inputs: tuple[Artefact, ...]
+    outputs: tuple[Artefact, ...]
+    code: str = ""
+    params: str = ""
+
+    @property
+    def target(self) -> str:
+        """What `dvc repro` calls it."""
+        return f"{self.name}@{self.category}" if self.category else self.name
 
 
 @dataclass(frozen=True)
@@ -251,8 +257,8 @@ def pull(root: Path, category: str, data_root: str, targets: Sequence[str], on_l
         stream(["dvc", "checkout", "--allow-missing", *known], root, on_line)
 
 
-def locked_stages(root: Path, data_root: str) -> tuple[RunRecord, ...]:
-    """What dvc.lock proves: of each stage, the data and results it read and wrote, by DVC's MD5, its code and params.
+def locked_stages(root: Path, data_root: str) -> tuple[LockedStage, ...]:
+    """The stages that dvc.lock holds. Of what they read, images and results are content; the rest is code.
 
     Raises:
         UserError: dvc.lock cannot be read.
@@ -260,32 +266,38 @@ def locked_stages(root: Path, data_root: str) -> tuple[RunRecord, ...]:
     lock = _lock(root)
     made = [entry["path"] for stage in lock.values() for entry in stage.get("outs", [])]
 
-    def artefacts(entries: Sequence[Mapping[str, Any]]) -> dict[bool, list[Artefact]]:
-        """By whether it is data or a result; the rest is code."""
-        found: dict[bool, list[Artefact]] = {True: [], False: []}
-        for entry in entries:
-            path = str(entry["path"])
-            is_content = any(is_below(path, place) for place in [data_root, "artifacts", *made])
-            found[is_content].append(Artefact(Path(path).name, path, str(entry.get("md5", ""))))
-        return found
+    def is_content(artefact: Artefact) -> bool:
+        return any(is_below(artefact.path, place) for place in [data_root, "artifacts", *made])
 
-    records = []
+    stages = []
     for target, stage in lock.items():
         name, _, category = target.partition("@")
-        read = artefacts(stage.get("deps", []))
-        records.append(
-            RunRecord(
-                run_id="", stage=name, category=category, started=None, revision="", dirty=False,
-                params_digest=digest_json({"params": stage.get("params", {})}),
-                inputs=tuple(read[True]), outputs=tuple(artefacts(stage.get("outs", []))[True]),
-                code=digest_json({item.path: item.digest for item in read[False]}),
+        read, wrote = ([Artefact(item["path"], str(item.get("md5", ""))) for item in stage.get(kind, [])]
+                       for kind in ("deps", "outs"))  # fmt: skip
+        stages.append(
+            LockedStage(
+                name,
+                category,
+                inputs=tuple(item for item in read if is_content(item)),
+                outputs=tuple(wrote),
+                code=digest_json({item.path: item.digest for item in read if not is_content(item)}),
+                params=digest_json({"params": stage.get("params", {})}),
             )
-        )  # fmt: skip
-    return tuple(records)
+        )
+    return tuple(stages)
 
 
-def dvc_digest(path: Path) -> str:
-    """A file's digest as dvc.lock has it."""
+def is_below(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies inside it."""
+    return PurePosixPath(path).is_relative_to(folder)
+
+
+def content_digest(path: Path) -> str:
+    """The digest of a file or folder as dvc.lock has it. A folder's is that of the list of its files."""
+    if path.is_dir():
+        files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+        entries = [{"md5": content_digest(file), "relpath": name} for name, file in sorted(files.items())]
+        return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 

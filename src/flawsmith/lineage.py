@@ -1,67 +1,39 @@
-"""Walking back from an artefact to the data it came from, by content: who wrote these bytes, what did that run read?
+"""Where a model came from: dvc.lock proves which stage left a content and what it read, back to the data.
 
-Pure: the records come from dvc.lock (`repro`), which proves what was made of what, and from MLflow (`tracking`), which
-adds when and by which run; here they are only joined and drawn.
+The runs that MLflow recorded add when that was, from which git revision, and which flow started it.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from flawsmith import dvc
+from flawsmith.dvc import Artefact, LockedStage, is_below
+from flawsmith.errors import UserError
+from flawsmith.settings import Settings
+from flawsmith.tracking import Run, RunFinder
 
 SHOWN = 12  # hex digits of a digest or run id that are drawn; enough to be found again
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """A file or folder by content; `path` is relative to the project's root.
-
-    `digest` is DVC's MD5 where dvc.lock names the content, else `digest_path`'s SHA-256.
-    """
-
-    name: str
-    path: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One finished stage run: what it read and wrote, when (UTC), and from which code and params.
-
-    What only dvc.lock knows has no `run_id`, start and revision; `code` is then the digest of the code it ran.
-    """
-
-    run_id: str
-    stage: str
-    category: str
-    started: datetime | None
-    revision: str
-    dirty: bool
-    params_digest: str
-    inputs: tuple[Artefact, ...]
-    outputs: tuple[Artefact, ...]
-    flow_run: str = ""  # the orchestrator's run that started it, if any
-    code: str = ""
-    store: str = ""  # where the run is recorded, if not in the store that is in use
-
-    @property
-    def key(self) -> str:
-        """What tells it from other runs."""
-        return self.run_id or f"{self.stage}@{self.category}"
+MIN_PREFIX = 6
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """An artefact, the newest run that wrote it, and the lineage of everything that run read.
+    """An artefact, the stage that made it, and the lineage of everything that this stage read.
 
-    `writers` counts the runs that wrote this very content. Without a run, `is_source` tells the user's own data, where
-    a chain rightly ends, from a missing link; `note` says in words what is missing. `changed`, of the outermost node
-    alone, says of each file or folder behind it that is no longer what dvc.lock proves (path, sentence).
+    Attributes:
+        stage: None for source data, and where nothing is known.
+        run: the newest recorded run that left the content, if any.
+        is_source: the user's own data, where a chain rightly ends.
+        note: what is missing, in words.
+        changed: of the outermost node alone: (path, sentence) of all behind it that is no longer what dvc.lock says.
     """
 
     artefact: Artefact
-    run: RunRecord | None
-    writers: int
+    stage: LockedStage | None = None
+    run: Run | None = None
     parents: tuple["Lineage", ...] = ()
     is_source: bool = False
     note: str = ""
@@ -70,107 +42,160 @@ class Lineage:
     @property
     def complete(self) -> bool:
         """Whether every path back ends at a source, and nothing on it was changed since."""
-        if self.changed:
-            return False
-        if self.run is None:
-            return self.is_source
-        return all(parent.complete for parent in self.parents)
+        return not self.changed and not self.missing()
 
     def missing(self) -> tuple[Artefact, ...]:
-        """The artefacts whose origin is unknown, outermost first."""
-        if self.run is None:
+        """The artefacts of unknown origin, outermost first."""
+        if self.stage is None:
             return () if self.is_source else (self.artefact,)
         return tuple(artefact for parent in self.parents for artefact in parent.missing())
 
     def nodes(self) -> tuple["Lineage", ...]:
-        """This node and everything behind it, a content that several runs read only once.
-
-        Where a run read what it wrote, that content is there twice: with its run, and as the link that is missing.
-        """
-        found: dict[tuple[str, bool], Lineage] = {(self.artefact.digest, self.run is None): self}
+        """This node and everything behind it; content that several stages read comes once."""
+        found = {self.artefact: self}
         for parent in self.parents:
             for node in parent.nodes():
-                found.setdefault((node.artefact.digest, node.run is None), node)
+                found.setdefault(node.artefact, node)
         return tuple(found.values())
 
 
-def is_below(path: str, folder: str, either: bool = False) -> bool:
-    """Whether `path` is `folder` or lies inside it; with `either`, or the other way round."""
-    one, other = PurePosixPath(path), PurePosixPath(folder)
-    return one.is_relative_to(other) or (either and other.is_relative_to(one))
+def read_lineage(root: Path, settings: Settings, target: str | Path) -> Lineage:
+    """The lineage of a file, a folder, or a digest of dvc.lock (or its first 6 digits or more).
+
+    A file may lie anywhere: its content counts. Without a store of runs the chain is as complete.
+
+    Raises:
+        UserError: the target is neither, or no or several digests of dvc.lock begin with it; dvc.lock cannot be read.
+    """
+    stages = dvc.locked_stages(root, settings.data.root)
+    start = _find(root, stages, target)
+    runs = RunFinder(root, settings)
+
+    @cache
+    def run_of(stage: LockedStage) -> Run | None:
+        return runs.newest(stage.category, stage.name, [item.digest for item in stage.outputs])
+
+    tree = walk(start, stages, lambda item: is_below(item.path, settings.data.root), run_of)
+    if tree.stage is None and not tree.is_source and (run := runs.newest_of_any(start.digest)):
+        return replace(
+            tree,
+            note=f"Run {run.run_id[:SHOWN]} at git {run.revision[:SHOWN]} made it, but dvc.lock is of later results; "
+            "name its registered version (CATEGORY/NUMBER), or check out the dvc.lock that names it.",
+        )
+    chain = [node.stage for node in tree.nodes() if node.stage]
+    content = {item.path for stage in chain for item in (*stage.inputs, *stage.outputs)}
+    found = dvc.changed(root, [stage.target for stage in chain]) if chain else {}
+    remedy = f"`dvc repro {tree.stage.target}`" if tree.stage else ""
+    changed = (
+        (path, f"{path} is not what dvc.lock says of `{target}`: run {remedy}")
+        for path, target in found.items()
+        if path in content  # newer code makes no origin untrue
+    )
+    return replace(tree, changed=tuple(changed))
+
+
+def _find(root: Path, stages: Sequence[LockedStage], target: str | Path) -> Artefact:
+    """The target as dvc.lock names it; where that knows nothing of it, by its own path and digest."""
+    path = Path(target)
+    made = [item for stage in stages for item in stage.outputs]
+    if path.exists():
+        whole, top = path.resolve(), root.resolve()
+        shown = whole.relative_to(top).as_posix() if whole.is_relative_to(top) else ""
+        if named := next((item for item in made if item.path == shown), None):
+            return named
+        digest = dvc.content_digest(path)
+        if shown and any(_overlap(shown, item.path) for item in made):
+            return Artefact(shown, digest)
+        return next((item for item in made if item.digest == digest), Artefact(shown or path.name, digest))
+    prefix = str(target).lower()
+    if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", prefix):
+        raise UserError(
+            f"`{target}` is no existing file or folder and no digest; give an ONNX file, a stage's folder, or at "
+            f"least {MIN_PREFIX} hex digits of a digest."
+        )
+    read = [item for stage in stages for item in stage.inputs]
+    found = {item.digest: item for item in [*read, *made] if item.digest.startswith(prefix)}
+    if not found:
+        raise UserError(
+            f"dvc.lock names no content with digest {prefix}; give the file or folder itself, or run the pipeline "
+            "first (`dvc repro`)."
+        )
+    if len(found) > 1:
+        raise UserError(f"Digest {prefix} is ambiguous; give more digits of one of {', '.join(sorted(found))}.")
+    return next(iter(found.values()))
 
 
 def walk(
     artefact: Artefact,
-    writers_of: Callable[[Artefact], Sequence[RunRecord]],
+    stages: Sequence[LockedStage],
     is_source: Callable[[Artefact], bool],
-    explain: Callable[[Artefact], str],
+    run_of: Callable[[LockedStage], Run | None] = lambda stage: None,
 ) -> Lineage:
-    """Follow `artefact` back through the runs that wrote it and the artefacts those runs read.
+    """Follow `artefact` back through the stages that made it and what those read.
 
     Args:
-        artefact: where to start.
-        writers_of: the finished runs that wrote this content, newest first.
-        is_source: whether a chain may end here (data that no stage makes).
-        explain: why nothing is known of an artefact that is no source, in one sentence.
+        artefact: where to start: an output of a stage, a file inside one, or a folder of several.
+        stages: what dvc.lock holds. No stage reads what comes after it: DVC refuses circles.
+        is_source: whether a chain may end at something that no stage makes.
+        run_of: the recorded run of a stage.
     """
-    known: dict[Artefact, Sequence[RunRecord]] = {}
+    owner = next((stage for stage in stages if any(item.path == artefact.path for item in stage.outputs)), None)
+    if owner is not None:
+        makers = {owner} if artefact in owner.outputs else set()
+    else:
+        makers = {stage for stage in stages for item in stage.outputs if _overlap(artefact.path, item.path)}
+    if len(makers) != 1:
+        if is_source(artefact):
+            return Lineage(artefact, is_source=True)
+        left = f"By dvc.lock `{owner.target}` has left another content since." if owner else ""
+        return Lineage(artefact, note=left or "dvc.lock names no stage that made it: run `dvc repro`.")
+    (maker,) = makers
+    parents = tuple(walk(item, stages, is_source, run_of) for item in maker.inputs)
+    return Lineage(artefact, maker, run_of(maker), parents)
 
-    def follow(current: Artefact, path: tuple[str, ...]) -> Lineage:
-        if current not in known:
-            known[current] = writers_of(current)
-        # a stage that leaves its input as it was has read what it wrote: it must not become its own ancestor
-        runs = [run for run in known[current] if run.key not in path]
-        if not runs:
-            source = is_source(current)
-            return Lineage(current, None, 0, is_source=source, note="" if source else explain(current))
-        newest = runs[0]
-        parents = tuple(follow(item, (*path, newest.key)) for item in newest.inputs)
-        return Lineage(current, newest, len(runs), parents)
 
-    return follow(artefact, ())
+def _overlap(one: str, other: str) -> bool:
+    """Whether one of two paths is the other or lies inside it."""
+    return is_below(one, other) or is_below(other, one)
 
 
 def render_lineage(tree: Lineage) -> str:
-    """The tree as text, model first; a run that several artefacts share is drawn in full once."""
+    """The tree as text, model first; a stage that left several artefacts is drawn in full once."""
     lines: list[str] = []
     drawn: set[str] = set()
 
     def draw(node: Lineage, first: str, rest: str) -> None:
-        run = node.run
-        label = f"{node.artefact.path or node.artefact.name}  [{node.artefact.digest[:SHOWN]}]"
-        if run is None:
+        stage = node.stage
+        label = f"{node.artefact.path}  [{node.artefact.digest[:SHOWN]}]"
+        if stage is None:
             lines.append(f"{first}{label}  {'source data' if node.is_source else 'MISSING LINK'}")
             if node.note:
                 lines.append(f"{rest}  {node.note}")
             return
-        again = run.key in drawn
-        lines.append(f"{first}{label}  <- {run.stage} ({run.category}){'  (drawn above)' if again else ''}")
+        again = stage.target in drawn
+        lines.append(f"{first}{label}  <- {stage.name} ({stage.category}){'  (drawn above)' if again else ''}")
         if again:
             return
-        drawn.add(run.key)
-        stem = "│ " if node.parents else "  "
-        lines.append(f"{rest}{stem}  {_how(run)}")
-        if node.writers > 1:
-            lines.append(f"{rest}{stem}  newest of {node.writers} runs that wrote this content")
+        drawn.add(stage.target)
+        lines.append(f"{rest}{'│ ' if node.parents else '  '}  {_how(stage, node.run)}")
         for index, parent in enumerate(node.parents):
             last = index == len(node.parents) - 1
             draw(parent, f"{rest}{'└─ ' if last else '├─ '}", f"{rest}{'   ' if last else '│  '}")
 
     draw(tree, "", "")
-    missing = {artefact.path or artefact.name for artefact in tree.missing()}
-    if missing:
-        lines.append(f"Incomplete: the origin of {', '.join(sorted(missing))} is not recorded.")
+    if missing := sorted({artefact.path for artefact in tree.missing()}):
+        lines.append(f"Incomplete: the origin of {', '.join(missing)} is not recorded.")
     lines += [f"Changed since: {sentence}." for _, sentence in tree.changed]
     return "\n".join(lines)
 
 
-def _how(run: RunRecord) -> str:
+def _how(stage: LockedStage, run: Run | None) -> str:
     """Which run it was and from what, in one line."""
-    rest = f"params {run.params_digest[:SHOWN]}{f'  Prefect {run.flow_run[:SHOWN]}' if run.flow_run else ''}"
-    if run.started is None:
-        return f"proven by dvc.lock, no run recorded here  code {run.code[:SHOWN]}  {rest}"
+    if run is None:
+        return f"proven by dvc.lock, no run recorded here  code {stage.code[:SHOWN]}  params {stage.params[:SHOWN]}"
+    store = f" in {run.store}" if run.store else ""
     return (
-        f"run {run.run_id[:SHOWN]}{f' in {run.store}' if run.store else ''}  {run.started:%Y-%m-%d %H:%M:%S} UTC  "
-        f"git {run.revision[:SHOWN]}{' + changes' if run.dirty else ''}  {rest}"
+        f"run {run.run_id[:SHOWN]}{store}  {run.started:%Y-%m-%d %H:%M:%S} UTC  git {run.revision[:SHOWN]}"
+        f"{' + changes' if run.dirty else ''}  params {stage.params[:SHOWN]}"
+        f"{f'  Prefect {run.flow_run[:SHOWN]}' if run.flow_run else ''}"
     )

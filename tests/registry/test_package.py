@@ -20,11 +20,12 @@ from toy_onnx import write_toy
 
 from flawsmith.data.images import write_png
 from flawsmith.data.triplets import TripletFolder
+from flawsmith.dvc import Artefact, LockedStage
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file, read_json, write_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.lineage import Artefact, Lineage, RunRecord, render_lineage
+from flawsmith.lineage import Lineage, render_lineage
 from flawsmith.monitoring.reference import load_reference
 from flawsmith.registry import package
 from flawsmith.registry.package import (
@@ -35,13 +36,13 @@ from flawsmith.registry.package import (
     gate_objections,
     lineage_json,
     lineage_objections,
-    lock_digest,
     measure_latency,
     megabytes,
     parity_objections,
     write_health,
 )
 from flawsmith.settings import load_settings
+from flawsmith.tracking import Run
 
 SIZE = 32
 DIGEST = "d" * 64
@@ -287,6 +288,7 @@ def layout(tmp_path: Path, params_path: Path) -> Layout:
     (made.stage("validate") / "docs" / "index.html").write_text("<p>docs")
     write_json(made.stage("evaluate") / "metrics.json", {"image_auroc": 0.9})
     (made.stage("evaluate") / "report.html").write_text("<p>report")
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'")
     return made
 
 
@@ -372,7 +374,7 @@ def test_a_version_holds_all_that_its_judges_and_watchers_need(
 
     assert {path.name for path in folder.iterdir()} == {
         "parity.json", "verdict.json", "metrics.json", "report.html", "docs", "health", "lineage.json", "lineage.txt",
-        "reference.npz",
+        "reference.npz", "dvc.lock",
     }  # fmt: skip
     assert parity_objections(read_json(folder / "parity.json"), digest_file(sources.model)) == ()
     assert gate_objections(read_json(folder / "verdict.json")) == ()
@@ -405,47 +407,35 @@ def test_health_images_are_calibration_normals_and_held_out_defects_alone(
 # --- lineage
 
 
-def artefact(path: str, content: str = "") -> Artefact:
-    return Artefact(path.rsplit("/", 1)[-1], path, (content or path).encode().hex().ljust(64, "0")[:64])
-
-
-def made_by(stage: str, path: str, *parents: Lineage, flow_run: str = "", content: str = "") -> Lineage:
-    run = RunRecord(
-        f"run-{stage}",
-        stage,
-        "plate",
-        started=datetime(2026, 1, 2, tzinfo=UTC),
-        revision="0123456789abcdef",
-        dirty=stage == "distill",
-        params_digest="f" * 64,
-        inputs=tuple(parent.artefact for parent in parents),
-        outputs=(artefact(path, content),),
-        flow_run=flow_run,
-    )
-    return Lineage(artefact(path, content), run, 1, parents)
+def made_by(stage: str, path: str, *parents: Lineage, digest: str = "") -> Lineage:
+    artefact = Artefact(path, digest or f"digest of {path}")
+    made = LockedStage(stage, "plate", tuple(parent.artefact for parent in parents), (artefact,))
+    run = Run(f"run-{stage}", datetime(2026, 1, 2, tzinfo=UTC), "0123456789abcdef", stage == "distill", "flow-1")
+    return Lineage(artefact, made, run, parents)
 
 
 def source(path: str) -> Lineage:
-    return Lineage(artefact(path), None, 0, is_source=True)
+    return Lineage(Artefact(path, f"digest of {path}"), is_source=True)
 
 
-def lost(path: str, content: str = "") -> Lineage:
-    return Lineage(artefact(path, content), None, 0, note="nobody wrote it")
+def lost(path: str) -> Lineage:
+    return Lineage(Artefact(path, "another digest"), note="nobody wrote it")
 
 
+MODEL, WEIGHTS = "artifacts/plate/export/model.onnx", "artifacts/plate/distill/detector.safetensors"
 DATA = source("data/plate/train")
-DDPM = made_by("ddpm-train", "artifacts/plate/ddpm-train", DATA)
-TRIPLETS = made_by("synthesize", "artifacts/plate/synthesize", DATA, DDPM)
-DETECTOR = made_by("distill", "artifacts/plate/distill", TRIPLETS, DATA, flow_run="flow-1")
+DDPM = made_by("ddpm-train", "artifacts/plate/ddpm-train/unet.safetensors", DATA)
+TRIPLETS = made_by("synthesize", "artifacts/plate/synthesize/defect", DATA, DDPM)
+DETECTOR = made_by("distill", WEIGHTS, TRIPLETS, DATA)
 METRICS = made_by("evaluate", "artifacts/plate/evaluate/metrics.json", DETECTOR, DATA, source("data/plate/test"))
-CHAIN = made_by("export", "artifacts/plate/export/model.onnx", DETECTOR, METRICS)
+CHAIN = made_by("export", MODEL, DETECTOR, METRICS)
 
 
 def test_lineage_in_json_names_every_artefact_with_its_digest_and_run() -> None:
     found = lineage_json(CHAIN)
     assert set(found) == {node.artefact.path for node in CHAIN.nodes()}
     assert found["data/plate/train"] == {"digest": DATA.artefact.digest, "source": True}
-    assert found["artifacts/plate/distill"] == {
+    assert found[WEIGHTS] == {
         "digest": DETECTOR.artefact.digest,
         "source": False,
         "stage": "distill",
@@ -462,7 +452,7 @@ def links_without_origin(found: dict[str, Any]) -> int:
 
 
 def test_a_missing_link_is_missing_in_json_too() -> None:
-    chain = made_by("export", "artifacts/plate/export/model.onnx", lost("artifacts/plate/distill"), METRICS)
+    chain = made_by("export", MODEL, lost(WEIGHTS), METRICS)
     assert len(chain.missing()) == 1
     assert links_without_origin(lineage_json(chain)) == 1
     assert links_without_origin(lineage_json(CHAIN)) == 0
@@ -479,16 +469,11 @@ def test_a_file_changed_since_is_named_with_the_remedy() -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_a_missing_link_is_not_hidden_by_another_content_of_the_same_path(first: bool) -> None:
     """Model and metrics may come from different contents of one folder: the unknown one must still be seen."""
-    unknown = lost("artifacts/plate/distill", content="retouched")
+    unknown = lost(WEIGHTS)
     parents = (unknown, METRICS) if first else (METRICS, unknown)
-    chain = made_by("export", "artifacts/plate/export/model.onnx", *parents)
+    chain = made_by("export", MODEL, *parents)
     assert len(chain.missing()) == 1
     assert links_without_origin(lineage_json(chain)) == 1
-
-
-def test_an_artefact_without_a_path_is_named_by_its_name() -> None:
-    nameless = Lineage(Artefact("weights", "", "a" * 64), None, 0)
-    assert set(lineage_json(nameless)) == {"weights"}
 
 
 def test_tags_hold_the_digests_a_person_asks_for_first() -> None:
@@ -501,20 +486,14 @@ def test_tags_hold_the_digests_a_person_asks_for_first() -> None:
 
 
 def test_what_is_not_in_the_lineage_gets_no_tag() -> None:
-    broken = made_by("export", "artifacts/plate/export/model.onnx", lost("artifacts/plate/distill"))
-    assert set(digest_tags(broken, "plate")) == {"detector"}
-    assert digest_tags(lost("artifacts/plate/export/model.onnx"), "plate") == {}
+    broken = made_by("export", MODEL, lost(WEIGHTS))
+    assert digest_tags(broken, "plate") == {"detector": "another digest"}
+    assert digest_tags(lost(MODEL), "plate") == {}
 
 
 def test_the_data_of_a_category_whose_name_ends_alike_is_not_taken_for_it() -> None:
-    chain = made_by("export", "artifacts/plate/export/model.onnx", source("data/steelplate/train"), DATA)
+    chain = made_by("export", MODEL, source("data/steelplate/train"), DATA)
     assert digest_tags(chain, "plate")["data"] == DATA.artefact.digest
-
-
-def test_a_folder_without_dvc_lock_has_no_lock_digest(tmp_path: Path) -> None:
-    assert lock_digest(tmp_path) == ""
-    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
-    assert lock_digest(tmp_path) == digest_file(tmp_path / "dvc.lock")
 
 
 def test_sizes_are_in_millions_of_bytes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN
 from flawsmith.registry import package
 from flawsmith.registry.store import ALIAS, PREFIX, Registry, Version
-from flawsmith.tracking import has_revision, read_lineage, render_lineage
+from flawsmith.tracking import has_revision
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def describe_origin(layout: Layout, version: str) -> Origin:
         raise UserError(f"{registry.model} has no champion; name a version, e.g. {layout.category}/1.")
     found = registry.version(number)
     with registry.download(number) as folder:
-        chain, drawn = read_json(folder / package.LINEAGE), folder / package.DRAWN_LINEAGE
-        text = drawn.read_text().rstrip() if drawn.is_file() else ""
-    text = text or render_lineage(read_lineage(layout.root, layout.settings, found.digest))  # an older version
+        chain, text = read_json(folder / package.LINEAGE), (folder / package.DRAWN_LINEAGE).read_text().rstrip()
     missing = _missing(layout, found, chain)
     lines = [*_head(registry, found), "", text, ""]
     lines += [f"MISSING: {item}" for item in missing] or ["Nothing is missing."]

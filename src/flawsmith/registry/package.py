@@ -5,7 +5,8 @@ parity.json  verdict.json        the certificate of the export, the quality gate
 metrics.json report.html docs/   how good it was when it was made; Data Docs of its triplets
 reference.npz                    its answers on the calibration normals: what later images are compared with
 health/                          images and the scores it gave them, to be given again before it becomes champion
-lineage.json  lineage.txt        the digests from the model back to the data, and the same drawn
+dvc.lock                         what each stage read and left: with it `dvc pull` brings back all behind the model
+lineage.json  lineage.txt        the chain of digests from the model back to the data, and the same drawn
 """
 
 import shutil
@@ -31,7 +32,7 @@ from flawsmith.monitoring.reference import measure, save_reference
 
 MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
 REPORT, DOCS, REFERENCE, HEALTH = "report.html", "docs", "reference.npz", "health"
-LINEAGE, DRAWN_LINEAGE = "lineage.json", "lineage.txt"
+LINEAGE, DRAWN_LINEAGE, LOCK = "lineage.json", "lineage.txt", "dvc.lock"
 HEALTH_SCORES = "scores.json"
 AGAIN = "run `dvc repro` and register again"  # what helps where a proof is missing
 _WARM_UP = 3  # untimed runs: the first ones allocate
@@ -83,6 +84,8 @@ def build_content(layout: Layout, sources: Sources, lineage: Lineage, folder: Pa
     shutil.copytree(sources.docs, folder / DOCS)
     write_json(folder / LINEAGE, lineage_json(lineage))
     (folder / DRAWN_LINEAGE).write_text(f"{render_lineage(lineage)}\n")
+    if (layout.root / LOCK).is_file():
+        shutil.copyfile(layout.root / LOCK, folder / LOCK)
     data, predictor = layout.data, Predictor(sources.model)
     calibration = layout.split().calibration
     images = ((normal_name(path), load_prepared(path, data)) for path in calibration)
@@ -181,14 +184,14 @@ def lineage_objections(chain: Mapping[str, Any]) -> tuple[str, ...]:
     missing = [
         f"the origin of {path} is not recorded: {AGAIN}"
         for path, item in chain.items()
-        if not item["source"] and "run_id" not in item and "changed" not in item
+        if not item["source"] and "stage" not in item and "changed" not in item
     ]
     return (*changed, *missing)
 
 
 def knows(chain: Mapping[str, Any], path: Path) -> bool:
     """Whether a file's content, by either of its digests, is among those behind a model."""
-    return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), dvc.dvc_digest(path)})
+    return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), dvc.content_digest(path)})
 
 
 def ddpm_standing(verdict: Mapping[str, Any]) -> tuple[str, float | None, float | None]:
@@ -212,23 +215,19 @@ def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: in
 
 
 def lineage_json(lineage: Lineage) -> dict[str, Any]:
-    """Every artefact behind the model, by path: its digest, and the run that wrote it.
+    """Every artefact behind the model, by path: its digest, the stage that made it, and the recorded run.
 
     A path that was read with several contents is there once for each, the later ones as `path@digest`: none may hide
     another whose origin is unknown.
     """
     found: dict[str, Any] = {}
     for node in lineage.nodes():
-        name = node.artefact.path or node.artefact.name
+        name = node.artefact.path
         item: dict[str, Any] = {"digest": node.artefact.digest, "source": node.is_source}
+        if node.stage:
+            item["stage"] = node.stage.name
         if node.run:
-            item |= {
-                "stage": node.run.stage,
-                "run_id": node.run.run_id,
-                "revision": node.run.revision,
-                "dirty": node.run.dirty,
-                "flow_run": node.run.flow_run,
-            }
+            item |= {key: getattr(node.run, key) for key in ("run_id", "revision", "dirty", "flow_run")}
         found[name if name not in found else f"{name}@{node.artefact.digest[:SHOWN]}"] = item
     for path, sentence in lineage.changed:
         found.setdefault(path, {"digest": "", "source": False})["changed"] = sentence
@@ -237,25 +236,18 @@ def lineage_json(lineage: Lineage) -> dict[str, Any]:
 
 def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
     """The digests a person asks for first, as tags: of the detector, the triplets, the DDPM and the training data."""
-    by_path = {node.artefact.path: node.artefact.digest for node in lineage.nodes()}
-    wanted = {  # a run records the folder, dvc.lock the files
-        "detector": ("distill", "distill/detector.safetensors"),
-        "triplets": ("synthesize", "synthesize/defect"),
-        "ddpm": ("ddpm-train", "ddpm-train/unet.safetensors"),
+    wanted = {
+        f"artifacts/{category}/distill/detector.safetensors": "detector",
+        f"artifacts/{category}/synthesize/defect": "triplets",
+        f"artifacts/{category}/ddpm-train/unet.safetensors": "ddpm",
     }
-    tags = {
-        name: by_path[f"artifacts/{category}/{place}"]
-        for name, places in wanted.items()
-        for place in places
-        if f"artifacts/{category}/{place}" in by_path
-    }
-    data = [digest for path, digest in by_path.items() if path.endswith(f"/{category}/train")]
-    return tags | ({"data": data[0]} if data else {})
-
-
-def lock_digest(root: Path) -> str:
-    """SHA-256 of dvc.lock as a tag, "" if there is none."""
-    return dvc.lock_digest(root) or ""
+    tags: dict[str, str] = {}
+    for node in lineage.nodes():
+        path = node.artefact.path
+        name = "data" if path.endswith(f"/{category}/train") else wanted.get(path)
+        if name:
+            tags.setdefault(name, node.artefact.digest)
+    return tags
 
 
 def megabytes(path: Path) -> float:

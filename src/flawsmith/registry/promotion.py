@@ -17,17 +17,19 @@ from typing import Any
 
 from flawsmith import __version__
 from flawsmith.data.images import FloatImage, read_image, resize_image
+from flawsmith.dvc import lock_digest
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.evaluation.paired import Comparison
-from flawsmith.files import digest_file, read_json, write_json
+from flawsmith.files import digest_file, digest_path, read_json, write_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
+from flawsmith.lineage import read_lineage
 from flawsmith.registry import package
 from flawsmith.registry.decision import Check, Decision, Evidence, ModelFacts, decide, estimates_json
 from flawsmith.registry.ledger import Entry, Trail
 from flawsmith.registry.store import CONTENT, CONTENT_DIGEST, LINEAGE_TAG, MAX_TAG, PREFIX, Registry, Version
 from flawsmith.settings import section_values
-from flawsmith.tracking import StageRun, current_actor, current_flow_run, git_state, read_lineage, stage_run
+from flawsmith.tracking import StageRun, current_actor, current_flow_run, git_state, stage_run
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
         return Registered(registry.model, str(following), True, digest, tags, dry_run)
     with (
         tempfile.TemporaryDirectory() as name,
-        stage_run(layout, "register", {"model": sources.model, **_images(layout)}, _params(layout)) as run,
+        stage_run(layout, "register", _params(layout)) as run,
     ):
         content = Path(name) / CONTENT
         content.mkdir()
@@ -181,8 +183,7 @@ def promote(
         )  # fmt: skip
         if dry_run:
             return outcome
-        inputs = {"model": new / package.MODEL, **_images(layout)}
-        with stage_run(layout, "promote", inputs, _params(layout)) as run:
+        with stage_run(layout, "promote", _params(layout) | {"images": _image_digests(layout)}) as run:
             _record(run, evidence, decision)
             entry = _entry(
                 "promotion" if decision.promote else "refusal", target, trail, known, outcome.reason, run.run_id
@@ -234,7 +235,7 @@ def rollback(layout: Layout, *, reason: str, to: str = "", dry_run: bool = False
         check_version(folder, layout.settings.promote.health_tolerance)
         if dry_run:
             return outcome
-        with stage_run(layout, "rollback", {"model": folder / package.MODEL}, {"reason": reason}) as run:
+        with stage_run(layout, "rollback", {"reason": reason}) as run:
             entry = _entry("rollback", target, trail, known, reason, run.run_id)
             number_in_trail = _change_champion(registry, entry)
     registry.tag(known.number, {f"{PREFIX}.last_decision": f"rolled back: {reason}"})
@@ -359,11 +360,12 @@ def _params(layout: Layout) -> dict[str, Any]:
     return {name: section_values(section) for name, section in (sections | {"teacher": settings.teacher}).items()}
 
 
-def _images(layout: Layout) -> dict[str, Path]:
-    """What models are judged on: the category's images, and the triplets that stand in for a labelled test set."""
+def _image_digests(layout: Layout) -> dict[str, str]:
+    """On which images models are judged: the category's, and the triplets that stand in for a labelled test set."""
     folder = layout.surface().folder
-    read = {"data": folder / "train", "test": folder / "test", "ground_truth": folder / "ground_truth"}
-    return {name: path for name, path in (read | {"synthesize": layout.stage("synthesize")}).items() if path.is_dir()}
+    read = {name: folder / name for name in ("train", "test", "ground_truth")}
+    read["synthesize"] = layout.stage("synthesize")
+    return {name: digest_path(path) for name, path in read.items() if path.is_dir()}
 
 
 def _an_image(folder: Path, scale: float) -> FloatImage:
@@ -501,13 +503,13 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Any, digest
     metrics, verdict = read_json(sources.metrics), read_json(sources.verdict)
     metadata = Predictor(sources.model).metadata
     revision, dirty = git_state(layout.root)
-    missing = [*(path for path, _ in lineage.changed), *(item.path or item.name for item in lineage.missing())]
+    missing = [*(path for path, _ in lineage.changed), *(item.path for item in lineage.missing())]
     tags = {
         "category": layout.category,
         "model_digest": digest,
         "content_digest": sources.content_digest,
         **{f"{name}_digest": value for name, value in package.digest_tags(lineage, layout.category).items()},
-        "dvc_lock_digest": package.lock_digest(layout.root),
+        "dvc_lock_digest": lock_digest(layout.root) or "",
         "git_revision": revision,
         "git_dirty": str(dirty).lower(),
         "lineage": COMPLETE if not missing else f"not proven: {', '.join(missing)}",

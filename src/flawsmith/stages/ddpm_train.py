@@ -35,7 +35,7 @@ def run(layout: Layout) -> None:
     compute = Compute.choose(layout.settings.compute)
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
     with ExitStack() as stack:
-        tracked = stack.enter_context(stage_run(layout, STAGE, {"data": train_folder}, params))
+        tracked = stack.enter_context(stage_run(layout, STAGE, params))
         if is_main_process():
             stack.enter_context(sole_writer(layout.stage(STAGE)))
         stack.enter_context(compute.fast_math())
@@ -71,7 +71,7 @@ def run(layout: Layout) -> None:
         )
         for name in ("samples.png", "losses.csv", "readiness.json"):
             tracked.log_artifact(layout.stage(STAGE) / name)
-        tracked.set_outputs({STAGE: layout.stage(STAGE)})
+        tracked.set_output(layout.stage(STAGE) / "unet.safetensors")
 
 
 def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, compute: Compute) -> NDArray[np.float32]:

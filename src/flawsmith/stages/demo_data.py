@@ -26,7 +26,7 @@ def run(settings: Settings, root: Path, surface: str, if_category: bool = False)
         target.mkdir(parents=True, exist_ok=True)
         print(f"{surface}: no category that is read from {target.parent}, so nothing is rendered.")
         return
-    with stage_run(layout, STAGE, {}, {STAGE: section_values(settings.demo_data)}) as tracked:
+    with stage_run(layout, STAGE, {STAGE: section_values(settings.demo_data)}) as tracked:
         with atomic_folder(target) as folder:
             write_category(folder, surface, settings.demo_data)
-        tracked.set_outputs({"data": target})
+        tracked.set_output(target)

@@ -56,12 +56,11 @@ def run(layout: Layout) -> None:
     verdict = layout.input("validate", "verdict.json")
     if not read_json(verdict)["passed"]:
         raise QualityGateError(f"The triplets of {layout.category} did not pass the quality gate; see {verdict}.")
-    inputs = {"synthesize": triplets, "verdict": verdict, "data": layout.surface().folder / "train"}
     params = {STAGE: section_values(settings), "teacher": section_values(teacher), "data": section_values(data)}
     compute = Compute.choose(layout.settings.compute)
     params["compute"], device = compute.describe(), compute.device
     with (
-        stage_run(layout, STAGE, inputs, params) as tracked,
+        stage_run(layout, STAGE, params) as tracked,
         sole_writer(layout.stage(STAGE)),
         compute.fast_math(),
     ):
@@ -121,7 +120,7 @@ def run(layout: Layout) -> None:
             )
         resume.clear()
         tracked.log_artifact(layout.stage(STAGE) / "losses.csv")
-        tracked.set_outputs({STAGE: layout.stage(STAGE)})
+        tracked.set_output(layout.stage(STAGE) / "detector.safetensors")
 
 
 class _Normals:

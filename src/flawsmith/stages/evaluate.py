@@ -88,12 +88,9 @@ def run(layout: Layout) -> None:
     judged = judged_images(layout)
     if judged.labelled:
         log.info("%s: test: %s", layout.category, layout.surface().find_test())
-    inputs = {"distill": weights, **_inputs(layout, judged)}
-    if _triplet_ids(layout):
-        inputs["synthesize"] = layout.stage("synthesize")
     params = _params(layout) | {"export": {"opset": layout.settings.export.opset}}
     device = Compute.choose(layout.settings.compute).device
-    with stage_run(layout, STAGE, inputs, params) as tracked, sole_writer(layout.stage(STAGE)):
+    with stage_run(layout, STAGE, params) as tracked, sole_writer(layout.stage(STAGE)):
         baseline = fit_baseline(layout, judged.foreign_to(split))
         network = exported_network(layout, weights)
         tracked.set_tag("provider", network.provider)
@@ -117,7 +114,7 @@ def run(layout: Layout) -> None:
         tracked.log_metrics(_tracked_values(result))
         for name in ("report.html", "metrics.json", "figures", "gallery"):
             tracked.log_artifact(out / name)
-        tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv", "parity": out / "parity"})
+        tracked.set_output(out / "metrics.json")
     log.info("%s: %s (computed on %s)", layout.category, summary(result), network.provider)
 
 
@@ -146,7 +143,7 @@ def run_baseline(layout: Layout) -> None:
     settings, data, tiling = layout.settings.evaluate, layout.data, Tiling.of(layout.settings.data)
     split, judged = layout.split(), judged_images(layout)
     device = Compute.choose(layout.settings.compute).device
-    with stage_run(layout, BASELINE, _inputs(layout, judged), _params(layout)) as tracked, open_spools(2) as spools:
+    with stage_run(layout, BASELINE, _params(layout)) as tracked, open_spools(2) as spools:
         maps, masks = spools
         (result,) = measure(
             [tiled_scorer(torch_scorer(fit_baseline(layout, judged.foreign_to(split)), device), tiling)],
@@ -164,7 +161,7 @@ def run_baseline(layout: Layout) -> None:
             write_performance(folder, result, judged.items, judged.labelled, judged.part)
         out = layout.stage(BASELINE)
         tracked.log_metrics(_measured(result))
-        tracked.set_outputs({"metrics": out / "metrics.json", "scores": out / "scores.csv"})
+        tracked.set_output(out / "metrics.json")
 
 
 def judged_images(layout: Layout, original: bool = False) -> Judged:
@@ -268,15 +265,6 @@ def _gate(layout: Layout) -> tuple[str, bool]:
     warnings = [item["name"] for item in verdict["expectations"] if not item["passed"]]
     said = f"with warnings ({', '.join(warnings)})" if warnings else "without a warning"
     return f"The triplets passed the quality gate {said}. {verdict.get('ddpm') or ''}".strip(), bool(warnings)
-
-
-def _inputs(layout: Layout, judged: Judged) -> dict[str, Path]:
-    """What an evaluation reads besides a model, for the record."""
-    folder = layout.surface().folder
-    if judged.labelled:
-        masks = {"ground_truth": folder / "ground_truth"} if (folder / "ground_truth").exists() else {}
-        return {"data": folder / "train", "test": folder / "test", **masks}
-    return {"data": folder / "train", "synthesize": layout.stage("synthesize")}
 
 
 def _params(layout: Layout) -> dict[str, dict[str, Any]]:

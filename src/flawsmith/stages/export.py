@@ -53,14 +53,10 @@ def run(layout: Layout) -> None:
     if not sources:
         raise UserError(f"{parity} holds no image; run `flawsmith evaluate --category {layout.category}` again.")
 
-    inputs = {"detector": weights.parent, "metrics": metrics_path, "images": parity}
     if settings.export.variants:
-        inputs |= {
-            "synthesize": layout.input("synthesize", "mask").parent,
-            "data": layout.surface().folder / "train",
-        }
+        layout.input("synthesize", "mask")
     params = {"export": section_values(settings.export), "data": section_values(settings.data)}
-    with stage_run(layout, "export", inputs, params) as tracked:
+    with stage_run(layout, "export", params) as tracked:
         detector = load_detector(weights.parent)
         metrics = read_json(metrics_path)
         for key in ("threshold", "pixel_threshold", "typical_score", "false_alarm_rate"):
@@ -108,7 +104,7 @@ def run(layout: Layout) -> None:
             tracked.log_metrics({"multiply_adds": float(cost.multiply_adds)})
             _write_variants(layout, tracked, folder, images)
         tracked.log_artifact(layout.stage("export"))
-        tracked.set_outputs({name: layout.stage("export") / name for name in (MODEL, PARITY, COST, VARIANTS)})
+        tracked.set_output(layout.stage("export") / MODEL)
 
 
 def _write_variants(layout: Layout, tracked: StageRun, folder: Path, parity: NDArray[np.float32]) -> None:

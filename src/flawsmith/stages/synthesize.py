@@ -32,12 +32,9 @@ DIGEST_KEY, PRECISION_KEY = b"flawsmith.settings", b"flawsmith.precision"
 def run(layout: Layout) -> None:
     """Make the triplets and write `normal|defect|mask/`, `manifest.parquet` and `sheet.png`."""
     settings, data = layout.settings.synthesize, layout.settings.data
-    inputs = {"data": layout.surface().folder / "train"}
-    if settings.texture == "diffusion":
-        inputs["ddpm-train"] = layout.stage("ddpm-train")
     compute = Compute.choose(layout.settings.compute)
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
-    with stage_run(layout, STAGE, inputs, params) as tracked, compute.fast_math():
+    with stage_run(layout, STAGE, params) as tracked, compute.fast_math():
         workshop = build_workshop(layout, compute)
         rows: list[dict[str, Any]] = []
         strips = []
@@ -56,7 +53,7 @@ def run(layout: Layout) -> None:
         print(f"{layout.category}: {len(rows)} triplets, median defect {np.median(areas):.2%} of the image")
         tracked.log_metrics({"triplets": len(rows), "median_mask_area": float(np.median(areas))})
         tracked.log_artifact(layout.stage(STAGE) / "sheet.png")
-        tracked.set_outputs({STAGE: layout.stage(STAGE)})
+        tracked.set_output(layout.stage(STAGE) / "defect")
 
 
 def build_workshop(layout: Layout, compute: Compute) -> Workshop:

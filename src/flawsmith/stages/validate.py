@@ -25,12 +25,12 @@ def run(layout: Layout) -> None:
     """
     settings = layout.settings.validate
     triplets, report = layout.input("synthesize", "manifest.parquet").parent, layout.stage("validate")
-    inputs, readiness = {"synthesize": triplets}, None
+    readiness = None
     if layout.settings.synthesize.texture == "diffusion":
-        readiness = inputs["readiness"] = layout.input("ddpm-train", "readiness.json")
+        readiness = layout.input("ddpm-train", "readiness.json")
     params = {"validate": section_values(settings), "data": section_values(layout.settings.data)}
     with (
-        stage_run(layout, "validate", inputs, params) as tracked,
+        stage_run(layout, "validate", params) as tracked,
         atomic_folder(report, keep_on=QualityGateError) as folder,
     ):
         verdict = inspect_triplets(triplets, folder, settings, layout.settings.data.image_size, readiness)
@@ -44,5 +44,4 @@ def run(layout: Layout) -> None:
             tracked.log_artifact(folder / name)
         log.info("%s: %d triplets, worst failure: %s", layout.category, verdict.triplets, verdict.severity or "none")
         enforce(verdict, layout.category, report)
-        # docs/ is drawn from these two
-        tracked.set_outputs({"measures": report / "measures.parquet", "verdict": report / "verdict.json"})
+        tracked.set_output(report / "measures.parquet")
