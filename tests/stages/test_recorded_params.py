@@ -45,7 +45,7 @@ def test_a_stage_records_what_dvc_reruns_it_for(name: str, tmp_path: Path, monke
         (layout.stage(stage) / file).touch()
     recorded: dict[str, Any] = {}
 
-    def record(_layout: Layout, _stage: str, _inputs: Mapping[str, Path], params: Mapping[str, Any]) -> None:
+    def record(_layout: Layout, _stage: str, params: Mapping[str, Any]) -> None:
         recorded.update(params)
         raise RecordedError
 
