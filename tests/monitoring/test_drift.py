@@ -10,7 +10,7 @@ from scipy.stats import binom
 
 from flawsmith.errors import UserError
 from flawsmith.evaluation.threshold import conformal_threshold
-from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport, compare_flagged, judge
+from flawsmith.monitoring.drift import FLAGGED, MMD, DriftReport, compare_flagged, judge
 from flawsmith.monitoring.reference import Measurement
 from flawsmith.settings import MonitorSettings
 
@@ -34,6 +34,14 @@ def decide(reference: Measurement, current: Measurement, settings: MonitorSettin
     return judge(reference, current, threshold, settings, np.random.default_rng(seed))
 
 
+def loosened(settings: MonitorSettings, **changes: float) -> MonitorSettings:
+    """Settings with limits that no file could set."""
+    made = replace(settings)
+    for name, value in changes.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
 @pytest.fixture
 def generator() -> np.random.Generator:
     return np.random.default_rng(20)
@@ -42,9 +50,7 @@ def generator() -> np.random.Generator:
 @pytest.mark.parametrize(("calibration", "new"), [(32, 40), (12, 100), (120, 30)])
 def test_chance_alone_raises_no_more_alarms_than_alpha(settings: MonitorSettings, calibration: int, new: int) -> None:
     # without limits of size, so that significance alone must hold
-    bare = replace(
-        settings, alpha=0.05, permutations=99, max_psi=-10.0, max_ks=-1.0, max_mmd=-2.0, max_flagged_share=-1.0
-    )
+    bare = loosened(settings, alpha=0.05, permutations=99, max_mmd=-2.0, max_flagged_share=-1.0)
     generator, trials = np.random.default_rng(21), 120
     alarms = 0
     for trial in range(trials):
@@ -81,20 +87,21 @@ def test_a_change_of_looks_that_leaves_the_scores_alone_is_drift(
     assert "look different to the frozen teacher" in report.reason
 
 
-@pytest.mark.parametrize(("score", "way"), [(1.2, "higher"), (-1.2, "lower")])
-def test_moved_scores_are_drift_either_way(
-    settings: MonitorSettings, generator: np.random.Generator, score: float, way: str
+def test_scores_that_moved_are_told_and_decide_nothing(
+    settings: MonitorSettings, generator: np.random.Generator
 ) -> None:
-    report = decide(normals(generator, 60), normals(generator, 80, score=score), settings)
-    assert {PSI, KS} & {item.name for item in report.statistics if item.drifted}
-    assert f"on the whole {way}" in report.reason
+    still, moved = (decide(normals(generator, 60), normals(generator, 80, score=x), settings) for x in (0, -1.2))
+    assert not moved.drifted
+    assert still.score_psi is not None
+    assert moved.score_psi is not None
+    assert moved.score_psi > 2 * still.score_psi
 
 
 def test_what_has_moved_is_named(settings: MonitorSettings, generator: np.random.Generator) -> None:
     new = normals(generator, 60, look=1.0)
-    looks = new.looks.copy()
-    looks[:, 0] = 0.4
-    report = decide(normals(generator, 40), replace(new, looks=looks), settings)
+    darker = new.image_statistics.copy()
+    darker[:, 0] = 0.4
+    report = decide(normals(generator, 40), replace(new, image_statistics=darker), settings)
     assert "What has moved: brightness 0.5 → 0.4 (-20 %)." in report.reason
     unmoved = decide(normals(generator, 40), new, settings)
     assert "hardly moved" in unmoved.reason
@@ -117,7 +124,7 @@ def test_without_good_images_the_flagged_share_decides_alone(
     report = decide(normals(generator, 40), normals(generator, 30, score=40.0), settings)
     assert [item.name for item in report.statistics] == [FLAGGED]
     assert report.drifted
-    assert report.notes
+    assert report.score_psi is None
     assert "0 new ones" in report.notes[0]
 
 
@@ -127,26 +134,19 @@ def test_one_calibration_image_proves_nothing(settings: MonitorSettings, generat
     assert report.expected_flagged == pytest.approx(0.5)
 
 
-def test_four_statistics_are_judged_together(settings: MonitorSettings, generator: np.random.Generator) -> None:
-    report = decide(normals(generator, 40), normals(generator, 40), settings)
-    assert [item.name for item in report.statistics] == [FLAGGED, PSI, KS, MMD]
+def test_the_same_images_give_the_same_report_in_any_order(
+    settings: MonitorSettings, generator: np.random.Generator
+) -> None:
+    reference, current = normals(generator, 40), normals(generator, 60, look=0.5)
+    report = decide(reference, current, settings)
+    assert report == decide(reference, current, settings)
+    assert [item.name for item in report.statistics] == [FLAGGED, MMD]
     assert all(item.p_value <= item.adjusted_p <= 1 for item in report.statistics)
     assert report.reference_compared == 38  # of 40: one lies above the threshold, and one sets it
     assert report.expected_flagged == pytest.approx(2 / 41)
-
-
-def test_the_same_images_give_the_same_report(settings: MonitorSettings, generator: np.random.Generator) -> None:
-    reference, current = normals(generator, 40), normals(generator, 60, look=0.5)
-    assert decide(reference, current, settings) == decide(reference, current, settings)
-
-
-def test_the_order_of_new_images_changes_no_value(settings: MonitorSettings, generator: np.random.Generator) -> None:
-    reference, current = normals(generator, 40), normals(generator, 60, look=0.5)
     order = generator.permutation(60)
     turned = replace(current, scores=current.scores[order], features=current.features[order])
-    for first, second in zip(
-        decide(reference, current, settings).statistics, decide(reference, turned, settings).statistics, strict=True
-    ):
+    for first, second in zip(report.statistics, decide(reference, turned, settings).statistics, strict=True):
         assert first.value == pytest.approx(second.value)
 
 

@@ -17,9 +17,10 @@ from flawsmith.detector.teacher import Teacher, pooled_features
 from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.monitoring.reference import (
+    STORED_AS,
     Measurement,
+    image_statistics,
     load_reference,
-    look,
     measure,
     save_reference,
     teacher_digest,
@@ -45,7 +46,7 @@ def test_scores_and_peaks_are_those_of_the_product(predictor: Predictor, teacher
     assert found.scores.tolist() == [np.float32(answer.score) for answer in answers]
     assert found.peaks.tolist() == [answer.anomaly_map.max() for answer in answers]
     assert found.detector_digest == predictor.metadata.detector_digest
-    assert len(found) == len(found.features) == len(found.looks) == 5
+    assert len(found) == len(found.features) == len(found.image_statistics) == 5
 
 
 def test_features_are_means_and_deviations_of_every_level(predictor: Predictor, teacher: Teacher) -> None:
@@ -75,7 +76,7 @@ def test_a_tiled_model_scores_tiles_and_looks_at_the_whole(
     monkeypatch.setattr(predictor, "tiling", Tiling(size, 1.0, 0))
     found = measure(predictor, teacher, [("a", large), ("b", part(0))])
     assert found.scores.tolist() == [np.float32(predictor.predict([image])[0].score) for image in (large, part(0))]
-    np.testing.assert_array_equal(found.looks[0], whole.looks[0])
+    np.testing.assert_array_equal(found.image_statistics[0], whole.image_statistics[0])
     np.testing.assert_allclose(found.features[0], whole.features[0], rtol=1e-4, atol=1e-5)
 
 
@@ -100,13 +101,13 @@ def test_darker_images_have_other_features(teacher: Teacher) -> None:
     assert np.abs(plain - dark).max() > 0.05
 
 
-def test_looks_by_hand() -> None:
+def test_image_statistics_by_hand() -> None:
     flat = np.full((3, 4, 4), 0.25, np.float32)
-    assert look(flat) == pytest.approx((0.25, 0.0, 0.0))
+    assert image_statistics(flat) == pytest.approx((0.25, 0.0, 0.0))
     stripes = np.zeros((3, 4, 4), np.float32)
     stripes[:, :, ::2] = 1.0  # every step to the side is 1, none up or down; the deviation is 0.5
-    assert look(stripes) == pytest.approx((0.5, 0.5, 1.0))
-    assert look(stripes * 0.5) == pytest.approx((0.25, 0.25, 1.0))  # light leaves sharpness
+    assert image_statistics(stripes) == pytest.approx((0.5, 0.5, 1.0))
+    assert image_statistics(stripes * 0.5) == pytest.approx((0.25, 0.25, 1.0))  # light leaves sharpness
 
 
 def test_nothing_to_measure_is_refused(predictor: Predictor, teacher: Teacher) -> None:
@@ -140,7 +141,7 @@ def test_equal_measurements_give_equal_bytes(
 
 
 def write(path: Path, some: Measurement, **changes: Any) -> None:
-    arrays = {item.name: getattr(some, item.name) for item in fields(Measurement)} | changes
+    arrays = {STORED_AS.get(item.name, item.name): getattr(some, item.name) for item in fields(Measurement)} | changes
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
 
 
@@ -155,7 +156,7 @@ def write(path: Path, some: Measurement, **changes: Any) -> None:
         ({"peaks": np.full(6, np.nan, np.float32)}, "`peaks` holds NaN"),
         ({"features": np.zeros(6, np.float32)}, r"`features` has shape \(6,\)"),
         ({"features": np.zeros((6, 0), np.float32)}, r"`features` has shape \(6, 0\)"),
-        ({"looks": np.zeros((6, 2), np.float32)}, "`looks` has 2 columns"),
+        ({"looks": np.zeros((6, 2), np.float32)}, "`image_statistics` has 2 columns"),
         ({"names": np.arange(6)}, "not text"),
         ({"names": np.asarray([print] * 6, object)}, "allow_pickle"),
         ({"detector_digest": np.arange(3)}, "`detector_digest` is no text"),

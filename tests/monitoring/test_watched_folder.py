@@ -16,14 +16,13 @@ import pytest
 import yaml
 from monitoring_samples import part
 
-from flawsmith import cli
+from flawsmith import cli, pages
 from flawsmith.data.images import write_png
 from flawsmith.detector.teacher import Teacher
 from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.monitoring import report
-from flawsmith.monitoring.folder import Outcome, monitor_folder
+from flawsmith.monitoring.folder import Outcome, Watcher, monitor_folder
 from flawsmith.monitoring.reference import Measurement, save_reference
 from flawsmith.monitoring.report import plane
 from flawsmith.settings import MonitorSettings
@@ -41,7 +40,7 @@ def drawn() -> None:
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take seconds and decide nothing, so that most tests do without."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(report, "figure_png", lambda _figure: b"")
+        monkeypatch.setattr(pages, "figure_png", lambda _figure: b"")
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def watch(
 
     def run(folder: Path, out: str = "out", **changes: int) -> Outcome:
         chosen = replace(settings, **{"gallery": 3, "permutations": 399, **changes})
-        return monitor_folder(predictor, teacher, reference, folder, tmp_path / out, chosen, model="plate version 1")
+        return monitor_folder(Watcher(predictor, teacher, reference, "plate version 1"), folder, tmp_path / out, chosen)
 
     return run
 

@@ -1,12 +1,13 @@
 """Whether new images have drifted from what the model was calibrated on. Pure: a measurement each, a verdict.
 
-Defects among new images are what the product is for, so they must not look like drift. Scores and features are
-therefore compared among the images judged good alone, on both sides: a part that is flagged has been dealt with, and
-a drift that matters shows on the good ones too. Images that drift over the threshold leave that comparison; they are
-seen by the fourth statistic, the flagged share, whose limit is what a batch of bad parts may explain.
+Defects among new images are what the product is for, so they must not look like drift. Features are therefore compared
+among the images judged good alone, on both sides: a part that is flagged has been dealt with, and a drift that matters
+shows on the good ones too. Images that drift over the threshold leave that comparison; they are seen by the second
+statistic, the flagged share. Its limit is what a batch of bad parts may explain.
 
-A statistic speaks of drift only if it is both significant (Holm over all four, so that a folder's false-alarm chance
-stays below `alpha`) and larger than its limit (with many images a harmless difference is significant as well).
+A statistic speaks of drift only if it is both significant (p-values are multiplied by the number of statistics, so that
+a folder's false-alarm chance stays below `alpha`) and larger than its limit (with many images a harmless difference is
+significant as well).
 """
 
 from dataclasses import dataclass, replace
@@ -18,13 +19,13 @@ from scipy.stats import betabinom
 from flawsmith.errors import UserError
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.inference.predictor import flags
-from flawsmith.monitoring.reference import LOOKS, Measurement
-from flawsmith.monitoring.statistics import Comparison, compare_ks, compare_mmd, compare_psi, holm
+from flawsmith.monitoring.reference import IMAGE_STATISTICS, Measurement
+from flawsmith.monitoring.statistics import Comparison, compare_mmd, population_stability_index
 from flawsmith.settings import MonitorSettings
 
-FLAGGED, PSI, KS, MMD = "flagged share", "score PSI", "score KS", "feature MMD"
-TESTS = (FLAGGED, PSI, KS, MMD)
-VISIBLE_SHIFT = 0.5  # deviations of the calibration normals by which brightness, ... must move to be named
+FLAGGED, MMD = "flagged share", "feature MMD"
+TESTS = 2  # what was not compared counts too: alpha must not depend on how many images were flagged
+VISIBLE_CHANGE = 0.5  # deviations of the calibration normals by which brightness, ... must move to be named
 MIN_COMPARED = 5  # images judged good on either side; fewer make no distribution
 
 
@@ -34,8 +35,8 @@ class Statistic:
 
     Attributes:
         value, expected: as measured, and as expected without drift.
-        effect: what is held against `limit`: the value beyond chance; of a share the lower end of its interval.
-        p_value, adjusted_p: of no drift, alone and adjusted for the number of statistics (Holm).
+        effect: what is held against `limit`: the value; of a share the lower end of its interval.
+        p_value: of no drift.
     """
 
     name: str
@@ -44,19 +45,26 @@ class Statistic:
     effect: float
     limit: float
     p_value: float
-    adjusted_p: float
     alpha: float
 
     @property
+    def adjusted_p(self) -> float:
+        """The p-value adjusted for the number of statistics (Bonferroni)."""
+        return min(1.0, TESTS * self.p_value)
+
+    @property
     def is_significant(self) -> bool:
+        """Whether chance alone does not explain it."""
         return self.adjusted_p <= self.alpha
 
     @property
     def is_large(self) -> bool:
+        """Whether it is more than harmless."""
         return self.effect > self.limit
 
     @property
     def drifted(self) -> bool:
+        """Whether it speaks of drift."""
         return self.is_significant and self.is_large
 
     @property
@@ -70,7 +78,7 @@ class Statistic:
 
 
 @dataclass(frozen=True)
-class Shift:
+class Change:
     """How brightness, contrast or sharpness differs on average, in deviations of the calibration normals too.
 
     It explains a verdict and has no part in it.
@@ -83,6 +91,7 @@ class Shift:
 
     @property
     def words(self) -> str:
+        """As in `brightness 0.5 → 0.4 (-20 %)`."""
         change = f" ({100 * (self.after / self.before - 1):+.0f} %)" if self.before else ""
         return f"{self.name} {self.before:.3g} → {self.after:.3g}{change}"
 
@@ -96,7 +105,8 @@ class DriftReport:
         expected_flagged: the share that the threshold's rank among the calibration scores stands for.
         reference_images, reference_compared, images, compared: how many there are, and how many of them judged good
             were compared, on each side.
-        shifts: of brightness, contrast and sharpness, over all images of both sides.
+        changes: of brightness, contrast and sharpness, over all images of both sides.
+        score_psi: population stability index of the scores of images judged good; None if they were not compared.
         notes: what a reader must know besides.
     """
 
@@ -108,16 +118,19 @@ class DriftReport:
     reference_compared: int
     images: int
     compared: int
-    shifts: tuple[Shift, ...]
+    changes: tuple[Change, ...]
+    score_psi: float | None
     reason: str
     notes: tuple[str, ...]
 
     @property
     def drifted(self) -> bool:
+        """Whether any statistic speaks of drift."""
         return any(statistic.drifted for statistic in self.statistics)
 
     @property
     def verdict(self) -> str:
+        """In one or two words."""
         return "drift" if self.drifted else "no drift"
 
 
@@ -138,37 +151,23 @@ def judge(
     good = np.flatnonzero(~flags(current.scores, threshold))
     before = _draw(_below_rank(reference.scores, threshold), settings.max_images, generator)
     after = _draw(good, settings.max_images, generator)
-    found: dict[str, tuple[Comparison, float, float]] = {}  # name: what was found, effect, limit
-
     passed = int(np.sum(~flags(reference.scores, threshold)))
     flagged_images = len(current) - len(good)
     flagged = share_interval(flagged_images, len(current))
     alarms = compare_flagged(flagged_images, len(current), passed, len(reference))
-    found[FLAGGED] = (alarms, flagged.low, settings.max_flagged_share)
-    notes = []
+    alpha, psi, notes = settings.alpha, None, []
+    statistics = [Statistic(FLAGGED, *alarms[:2], flagged.low, settings.max_flagged_share, alarms.p_value, alpha)]
     if min(len(before), len(after)) >= MIN_COMPARED:
-        old, new, rounds = reference.scores[before], current.scores[after], settings.permutations
-        psi = compare_psi(old, new, settings.bins, rounds, generator)
-        ks = compare_ks(old, new)
-        mmd = compare_mmd(reference.features[before], current.features[after], rounds, generator)
-        found[PSI] = (psi, psi.effect, settings.max_psi)
-        found[KS] = (ks, ks.effect, settings.max_ks)
-        found[MMD] = (mmd, mmd.effect, settings.max_mmd)
+        psi = population_stability_index(reference.scores[before], current.scores[after])
+        mmd = compare_mmd(reference.features[before], current.features[after], settings.permutations, generator)
+        statistics.append(Statistic(MMD, *mmd[:2], mmd.value, settings.max_mmd, mmd.p_value, alpha))
     else:
         notes.append(
             f"Scores and features were not compared: it takes {MIN_COMPARED} images judged good on either side, and "
             f"there are {len(after)} new ones and {len(before)} of the calibration."
         )
-    # what was not compared counts as a test all the same: alpha must not depend on how many images were flagged
-    adjusted = holm([found[name][0].p_value if name in found else 1.0 for name in TESTS])
-    statistics = tuple(
-        Statistic(
-            name, got.value, got.expected, effect, limit, got.p_value, adjusted[TESTS.index(name)], settings.alpha
-        )
-        for name, (got, effect, limit) in found.items()
-    )
     report = DriftReport(
-        statistics=statistics,
+        statistics=tuple(statistics),
         flagged=flagged,
         expected_flagged=alarms.expected,
         flagged_images=flagged_images,
@@ -176,21 +175,21 @@ def judge(
         reference_compared=len(before),
         images=len(current),
         compared=len(after),
-        shifts=shifts(reference, current),
+        changes=find_changes(reference, current),
+        score_psi=psi,
         reason="",
         notes=tuple(notes),
     )
-    direction = float(np.median(current.scores) - np.median(reference.scores))
-    return replace(report, reason=_reason(report, direction))
+    return replace(report, reason=_reason(report))
 
 
-def shifts(reference: Measurement, current: Measurement) -> tuple[Shift, ...]:
+def find_changes(reference: Measurement, current: Measurement) -> tuple[Change, ...]:
     """What moved, in words that a person at the line knows; medians, so that a few odd images do not count."""
-    before, after = np.median(reference.looks, axis=0), np.median(current.looks, axis=0)
-    spread = np.maximum(reference.looks.std(axis=0), 1e-6)
+    before, after = np.median(reference.image_statistics, axis=0), np.median(current.image_statistics, axis=0)
+    spread = np.maximum(reference.image_statistics.std(axis=0), 1e-6)
     return tuple(
-        Shift(name, float(old), float(new), float((new - old) / deviation))
-        for name, old, new, deviation in zip(LOOKS, before, after, spread, strict=True)
+        Change(name, float(old), float(new), float((new - old) / deviation))
+        for name, old, new, deviation in zip(IMAGE_STATISTICS, before, after, spread, strict=True)
     )
 
 
@@ -243,7 +242,7 @@ def _draw(rows: NDArray[np.intp], count: int, generator: np.random.Generator) ->
     return rows if len(rows) <= count else np.sort(generator.choice(rows, count, replace=False))
 
 
-def _reason(report: DriftReport, direction: float) -> str:
+def _reason(report: DriftReport) -> str:
     """The verdict in words: what moved, by how much, and what to look at."""
     shares = (
         f"{report.flagged_images} of {report.images} new images are flagged "
@@ -256,30 +255,21 @@ def _reason(report: DriftReport, direction: float) -> str:
         small = f" Significant but too small to matter: {', '.join(minor)}." if minor else ""
         return f"No drift: nothing goes beyond chance and the limits. {shares[0].upper()}{shares[1:]}.{small}"
     parts = []
-    if MMD in found:
-        parts.append(f"the images judged good look different to the frozen teacher ({_figures(found[MMD])})")
-    scores = [found[name] for name in (KS, PSI) if name in found]
-    if scores:
-        figures = "; ".join(_figures(statistic) for statistic in scores)
-        way = "higher" if direction > 0 else "lower"
-        parts.append(f"images judged good score differently, on the whole {way} ({figures})")
+    if mmd := found.get(MMD):
+        figures = f"{MMD} {mmd.value:.3g}, limit {mmd.limit:g}, p {mmd.adjusted_p:.2g}"
+        parts.append(f"the images judged good look different to the frozen teacher ({figures})")
     if FLAGGED in found:
         parts.append(
             f"{shares}, more than {_percent(found[FLAGGED].limit)}: either many parts are bad or the images have "
             "changed; look at the highest-scoring ones"
         )
-    moved = [shift.words for shift in report.shifts if abs(shift.deviations) >= VISIBLE_SHIFT]
+    moved = [change.words for change in report.changes if abs(change.deviations) >= VISIBLE_CHANGE]
     hint = (
         f"What has moved: {', '.join(moved)}"
         if moved
         else "Brightness, contrast and sharpness have hardly moved: compare position, product and texture"
     )
     return f"Drift: {'; '.join(parts)}. {hint}."
-
-
-def _figures(statistic: Statistic) -> str:
-    beyond = f", {statistic.effect:.3g} beyond chance" if statistic.expected else ""
-    return f"{statistic.name} {statistic.value:.3g}{beyond}, limit {statistic.limit:g}, p {statistic.adjusted_p:.2g}"
 
 
 def _percent(share: float) -> str:

@@ -42,6 +42,7 @@ class Outcome:
 
     @property
     def report(self) -> DriftReport:
+        """The verdict and what it rests on."""
         return self.watched.report
 
     @property
@@ -50,25 +51,29 @@ class Outcome:
         return 3 if self.report.drifted else 0
 
 
+@dataclass(frozen=True)
+class Watcher:
+    """A model with its frozen teacher and its answers on the calibration normals; `name` names it in the outputs."""
+
+    predictor: Predictor
+    teacher: "Teacher"
+    reference: Measurement
+    name: str = ""
+
+
 def monitor_folder(
-    predictor: Predictor,
-    teacher: "Teacher",
-    reference: Measurement,
-    folder: Path,
-    out: Path,
-    settings: MonitorSettings,
-    max_pixels: int = MAX_PIXELS,
-    model: str = "",
+    watcher: Watcher, folder: Path, out: Path, settings: MonitorSettings, max_pixels: int = MAX_PIXELS
 ) -> Outcome:
-    """Measure the images below `folder`, judge them against `reference`, and put the results into the folder `out`.
+    """Measure the images below `folder`, judge them against the reference, and put the results into the folder `out`.
 
     Of more than `settings.max_images` files so many are drawn at random, so that time and memory are bounded. A file
-    that cannot be read is named, counted and skipped. `model` names the model in the outputs.
+    that cannot be read is named, counted and skipped.
 
     Raises:
-        UserError: there is no image, too few can be read, `reference` does not belong to the model, or `out` holds
+        UserError: there is no image, too few can be read, the reference does not belong to the model, or `out` holds
             anything but earlier results.
     """
+    predictor, category = watcher.predictor, watcher.predictor.metadata.category
     given = find_images([folder], leave_out=out)
     found = given.files
     restore(out)
@@ -78,7 +83,7 @@ def monitor_folder(
         unreadable = [Unreadable(printable(item.file), printable(item.reason)) for item in given.unreadable]
 
         def readable() -> Iterator[tuple[str, FloatImage]]:
-            for file in bar(files, predictor.metadata.category, unit="image"):
+            for file in bar(files, category, unit="image"):
                 try:
                     image = predictor.tiling.prepare(read_image(file.path, predictor.reading(max_pixels)))
                 except UserError as error:
@@ -87,9 +92,9 @@ def monitor_folder(
                 yield printable(file.name), image
 
         told = count_sentence(len(files), given.passed_over, len(unreadable))
-        log.info("%s: %s, of %d found (on %s).", predictor.metadata.category, told, len(found), predictor.provider)
+        log.info("%s: %s, of %d found (on %s).", category, told, len(found), predictor.provider)
         try:
-            current = measure(predictor, teacher, readable(), BATCH)
+            current = measure(predictor, watcher.teacher, readable(), BATCH)
         except UserError as error:
             if len(unreadable) == len(files) + len(given.unreadable):
                 raise UserError(
@@ -97,12 +102,12 @@ def monitor_folder(
                 ) from error
             raise
         generator = numpy_generator(settings.seed, "monitor", "permutations")
-        report = judge(reference, current, predictor.threshold, settings, generator)
+        report = judge(watcher.reference, current, predictor.threshold, settings, generator)
         watched = Watched(
-            category=predictor.metadata.category,
-            model=model,
+            category=category,
+            model=watcher.name,
             report=report,
-            reference=reference,
+            reference=watcher.reference,
             current=current,
             threshold=predictor.threshold,
             files_found=len(found) + len(given.unreadable),

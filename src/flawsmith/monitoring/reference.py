@@ -6,9 +6,8 @@ imported only where features are computed: a stored reference is read, saved and
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from flawsmith.data.images import FloatImage, resize_image
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import atomic_file
 from flawsmith.inference.predictor import Predictor
+from flawsmith.sequences import batched
 
 if TYPE_CHECKING:
     from flawsmith.detector.teacher import Teacher
@@ -32,7 +32,7 @@ class Measurement:
         names: of the files, `(N,)` text.
         scores: the model's image scores, `(N,)`.
         peaks: the largest value of each anomaly map, `(N,)`.
-        looks: brightness, contrast and sharpness, `(N, 3)`, see `look`: in words what features say in numbers.
+        image_statistics: brightness, contrast and sharpness, `(N, 3)`: in words what features say in numbers.
         features: of the teacher, `(N, D)`: mean and standard deviation of every channel (`detector.teacher`).
         detector_digest: of the model that scored (as in its metadata): scores of two models cannot be compared.
         teacher_digest: of the teacher's weights: nor can features of two teachers.
@@ -41,7 +41,7 @@ class Measurement:
     names: NDArray[np.str_]
     scores: NDArray[np.float32]
     peaks: NDArray[np.float32]
-    looks: NDArray[np.float32]
+    image_statistics: NDArray[np.float32]
     features: NDArray[np.float32]
     detector_digest: str
     teacher_digest: str
@@ -50,15 +50,15 @@ class Measurement:
         return len(self.scores)
 
 
-LOOKS = ("brightness", "contrast", "sharpness")
-Reference = Measurement  # the measurement of the calibration normals, which all later ones are compared with
+IMAGE_STATISTICS = ("brightness", "contrast", "sharpness")
+STORED_AS = {"image_statistics": "looks"}  # in the file: versions that were registered long ago have it
 
 
 def measure(
     predictor: Predictor, teacher: "Teacher", images: Iterable[tuple[str, FloatImage]], batch: int = 8
 ) -> Measurement:
     """Score images and pool their teacher features; `images` yields `(name, (3, H, W) in [0, 1])` at the working
-    resolution of the model. Looks and features are those of the whole image at the size of the model's input.
+    resolution of the model. Statistics and features are those of the whole image at the size of the model's input.
 
     At most `batch` images are held at a time; what stays is about 2 kB an image.
 
@@ -70,15 +70,15 @@ def measure(
     names: list[str] = []
     scores: list[float] = []
     peaks: list[float] = []
-    looks: list[tuple[float, float, float]] = []
+    statistics: list[tuple[float, float, float]] = []
     features: list[NDArray[np.float32]] = []
-    for group in _batches(images, 1 if predictor.tiling.is_tiled else batch):
+    for group in batched(images, 1 if predictor.tiling.is_tiled else batch):
         predictions = predictor.predict_prepared([image for _, image in group])
         names += [name for name, _ in group]
         scores += [prediction.score for prediction in predictions]
         peaks += [float(prediction.anomaly_map.max()) for prediction in predictions]
         resized = np.stack([resize_image(image, size) for _, image in group])
-        looks += [look(image) for image in resized]
+        statistics += [image_statistics(image) for image in resized]
         features.append(_features(teacher, resized))
     if not names:
         raise UserError("There is no image to measure; name a folder that holds some.")
@@ -86,7 +86,7 @@ def measure(
         np.asarray(names, np.str_),
         np.asarray(scores, np.float32),
         np.asarray(peaks, np.float32),
-        np.asarray(looks, np.float32),
+        np.asarray(statistics, np.float32),
         np.concatenate(features),
         predictor.metadata.detector_digest,
         teacher_digest(teacher),
@@ -103,8 +103,8 @@ def _features(teacher: "Teacher", images: NDArray[np.float32]) -> NDArray[np.flo
     return pooled
 
 
-def look(image: FloatImage) -> tuple[float, float, float]:
-    """Brightness, contrast and sharpness of an image `(3, H, W)`, as in `LOOKS`.
+def image_statistics(image: FloatImage) -> tuple[float, float, float]:
+    """Brightness, contrast and sharpness of an image `(3, H, W)`, as in `IMAGE_STATISTICS`.
 
     Mean and standard deviation of the gray values in [0, 1], and the mean difference of neighbouring pixels per
     unit of contrast: blur lowers it, noise raises it, light leaves it.
@@ -127,7 +127,9 @@ def teacher_digest(teacher: "Teacher") -> str:
 
 def save_reference(path: Path, reference: Measurement) -> None:
     """Write a measurement as .npz, in place at once; equal measurements give equal bytes (numpy dates entries 1980)."""
-    arrays: dict[str, Any] = {item.name: np.asarray(getattr(reference, item.name)) for item in fields(reference)}
+    arrays: dict[str, Any] = {
+        STORED_AS.get(item.name, item.name): np.asarray(getattr(reference, item.name)) for item in fields(reference)
+    }
     with atomic_file(path) as temporary, temporary.open("wb") as stream:  # a stream: to a name numpy would add .npz
         np.savez(stream, **arrays)
 
@@ -140,26 +142,19 @@ def load_reference(path: Path) -> Measurement:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; pass the reference.npz of a registered model.")
-    wanted = [item.name for item in fields(Measurement)]
+    wanted = {item.name: STORED_AS.get(item.name, item.name) for item in fields(Measurement)}
     try:
         # a stream of our own: given a path, numpy leaves the file open where it finds it damaged
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in wanted}
+            arrays = {name: content[stored] for name, stored in wanted.items()}
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for the many ways to be damaged
         reason = " ".join(str(error).replace(str(path), "the file").split()) or type(error).__name__
         raise UserError(f"{path} is no drift reference ({reason}); register the model again.") from error
     problem = _problem(arrays)
     if problem:
         raise UserError(f"{path} is no drift reference ({problem}); register the model again.")
-    return Measurement(
-        arrays["names"],
-        arrays["scores"],
-        arrays["peaks"],
-        arrays["looks"],
-        arrays["features"],
-        str(arrays["detector_digest"]),
-        str(arrays["teacher_digest"]),
-    )
+    checked: dict[str, Any] = {name: array if array.ndim else str(array) for name, array in arrays.items()}
+    return Measurement(**checked)
 
 
 def _problem(arrays: dict[str, NDArray[Any]]) -> str | None:
@@ -167,7 +162,7 @@ def _problem(arrays: dict[str, NDArray[Any]]) -> str | None:
     count = len(arrays["scores"]) if arrays["scores"].ndim else 0
     if not count:
         return "it holds no score"
-    for name, dimensions in (("names", 1), ("scores", 1), ("peaks", 1), ("looks", 2), ("features", 2)):
+    for name, dimensions in (("names", 1), ("scores", 1), ("peaks", 1), ("image_statistics", 2), ("features", 2)):
         array = arrays[name]
         if array.ndim != dimensions or len(array) != count or 0 in array.shape:
             return f"`{name}` has shape {array.shape} beside {count} scores"
@@ -178,15 +173,10 @@ def _problem(arrays: dict[str, NDArray[Any]]) -> str | None:
             return f"`{name}` is {array.dtype}, not float32"
         elif not np.isfinite(array).all():
             return f"`{name}` holds NaN or infinity"
-    if arrays["looks"].shape[1] != len(LOOKS):
-        return f"`looks` has {arrays['looks'].shape[1]} columns, not {len(LOOKS)}"
+    columns = arrays["image_statistics"].shape[1]
+    if columns != len(IMAGE_STATISTICS):
+        return f"`image_statistics` has {columns} columns, not {len(IMAGE_STATISTICS)}"
     for name in ("detector_digest", "teacher_digest"):
         if arrays[name].ndim or arrays[name].dtype.kind != "U":
             return f"`{name}` is no text"
     return None
-
-
-def _batches(images: Iterable[tuple[str, FloatImage]], size: int) -> Iterator[list[tuple[str, FloatImage]]]:
-    iterator = iter(images)
-    while group := list(islice(iterator, size)):
-        yield group

@@ -3,8 +3,9 @@
 Nothing here decides anything, and nothing tells of the time or the machine: equal images give equal files.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from flawsmith.data.images import FloatImage
-from flawsmith.files import atomic_file, write_csv, write_json
+from flawsmith.files import write_csv, write_json
 from flawsmith.inference.draw import draw_prediction
 from flawsmith.inference.predictor import Predictor, flags, is_defective
 from flawsmith.inference.sources import Unreadable
-from flawsmith.monitoring.drift import FLAGGED, KS, MMD, PSI, DriftReport
-from flawsmith.monitoring.reference import LOOKS, Measurement
-from flawsmith.pages import DARK, LIGHT, Theme, data_uri, dress, figure_png, jpeg_uri, render
+from flawsmith.monitoring.drift import FLAGGED, MMD, DriftReport
+from flawsmith.monitoring.reference import IMAGE_STATISTICS, Measurement
+from flawsmith.pages import Theme, dress, jpeg_uri, new_figure, themed, write_page
 from flawsmith.settings import MonitorSettings, section_values
 
 HTML, JSON, CSV = "report.html", "drift.json", "scores.csv"
@@ -28,8 +29,6 @@ PICTURE_SIDE = 360  # pixels of an overlay in the report
 MAX_NAMED = 50  # unreadable files named in the report; scores.csv names all
 MEANINGS = {
     FLAGGED: "share of all new images over the threshold; effect: lower end of its interval",
-    PSI: "population stability index of the scores of images judged good",
-    KS: "largest distance of the distribution functions of those scores",
     MMD: "squared maximum mean discrepancy of the frozen teacher's pooled features of images judged good",
 }
 
@@ -50,6 +49,7 @@ class Watched:
 
     @property
     def files_looked_at(self) -> int:
+        """How many files were read or tried."""
         return len(self.current) + len(self.unreadable)
 
 
@@ -74,10 +74,19 @@ def write_outputs(folder: Path, watched: Watched, pictures: Iterable[Picture]) -
     """All three files."""
     write_json(folder / JSON, drift_content(watched))
     write_csv(folder / CSV, ["file", "verdict", "score", "highest_pixel", "error"], _rows(watched))
-    draws = (scores_png, looks_png, map_png)
-    figures = [(data_uri(draw(watched, LIGHT)), data_uri(draw(watched, DARK))) for draw in draws]
-    with atomic_file(folder / HTML) as path:
-        path.write_text(render_report(watched, list(pictures), figures), encoding="utf-8")
+    drawings = (draw_scores, draw_image_statistics, draw_features)
+    write_page(
+        folder / HTML,
+        Path(__file__).with_name(HTML),
+        watched=watched,
+        report=watched.report,
+        settings=watched.settings,
+        pictures=list(pictures),
+        figures=[themed(partial(drawing, watched)) for drawing in drawings],
+        meanings=MEANINGS,
+        named=watched.unreadable[:MAX_NAMED],
+        flagged=FLAGGED,
+    )
 
 
 def drift_content(watched: Watched) -> dict[str, Any]:
@@ -95,12 +104,14 @@ def drift_content(watched: Watched) -> dict[str, Any]:
         "statistics": [
             {
                 **{key: _rounded(value) for key, value in asdict(statistic).items()},
+                "adjusted_p": _rounded(statistic.adjusted_p),
                 "drifted": statistic.drifted,
                 "verdict": statistic.verdict,
             }
             for statistic in report.statistics
         ],
-        "shifts": [{key: _rounded(value) for key, value in asdict(shift).items()} for shift in report.shifts],
+        "score_psi": _rounded(report.score_psi),
+        "shifts": [{key: _rounded(value) for key, value in asdict(change).items()} for change in report.changes],
         "flagged": {
             "images": report.flagged_images,
             "share": _rounded(report.flagged.value),
@@ -119,47 +130,32 @@ def drift_content(watched: Watched) -> dict[str, Any]:
     }
 
 
-def render_report(watched: Watched, pictures: list[Picture], figures: list[tuple[str, str]]) -> str:
-    """The HTML text; `figures` holds the data URIs of each figure for light and dark."""
-    return render(
-        Path(__file__).with_name(HTML),
-        {"number": _number, "percent": _percent},
-        watched=watched,
-        report=watched.report,
-        settings=watched.settings,
-        pictures=pictures,
-        figures=figures,
-        meanings=MEANINGS,
-        named=watched.unreadable[:MAX_NAMED],
-        flagged=FLAGGED,
-    )
-
-
-def scores_png(watched: Watched, theme: Theme) -> bytes:
+def draw_scores(watched: Watched, theme: Theme) -> Figure:
     """Shares of the calibration normals and of the new images over the score, with the threshold."""
-    figure = _figure(theme)
+    figure = new_figure(9.6, 3.4, theme)
     axes = figure.subplots()
     _histogram(axes, watched.reference.scores, watched.current.scores, 36, theme)
     axes.axvline(watched.threshold, color=theme.bad, lw=1.4, ls="--", label="threshold")
-    dress(axes, theme, "Image scores", "anomaly score", "share of images")
-    _legend(axes, theme)
-    return figure_png(figure)
+    dress(axes, theme, "Image scores", "anomaly score", "share of images", legend="upper right")
+    return figure
 
 
-def looks_png(watched: Watched, theme: Theme) -> bytes:
+def draw_image_statistics(watched: Watched, theme: Theme) -> Figure:
     """The same over brightness, contrast and sharpness."""
-    figure = _figure(theme)
-    for place, (axes, name) in enumerate(zip(figure.subplots(1, len(LOOKS)), LOOKS, strict=True)):
-        _histogram(axes, watched.reference.looks[:, place], watched.current.looks[:, place], 20, theme)
+    figure = new_figure(9.6, 3.4, theme)
+    before, after = watched.reference.image_statistics, watched.current.image_statistics
+    panels = figure.subplots(1, len(IMAGE_STATISTICS))
+    for place, (axes, name) in enumerate(zip(panels, IMAGE_STATISTICS, strict=True)):
+        _histogram(axes, before[:, place], after[:, place], 20, theme)
         dress(axes, theme, name.capitalize(), name, "" if place else "share of images")
-    return figure_png(figure)
+    return figure
 
 
-def map_png(watched: Watched, theme: Theme) -> bytes:
+def draw_features(watched: Watched, theme: Theme) -> Figure:
     """The teacher's features in the plane in which all images together differ most, a dot an image."""
     before, after = plane(watched.reference.features, watched.current.features)
     flagged = flags(watched.current.scores, watched.threshold)
-    figure = _figure(theme)
+    figure = new_figure(9.6, 3.4, theme)
     axes = figure.subplots()
     for points, colour, marker, label in (
         (after[~flagged], theme.detector, "o", "new, judged good"),
@@ -168,9 +164,8 @@ def map_png(watched: Watched, theme: Theme) -> bytes:
     ):
         if len(points):
             axes.scatter(points[:, 0], points[:, 1], s=26, c=colour, marker=marker, alpha=0.75, label=label, lw=1.1)
-    dress(axes, theme, "Teacher features", "first principal component", "second")
-    _legend(axes, theme)
-    return figure_png(figure)
+    dress(axes, theme, "Teacher features", "first principal component", "second", legend="upper right")
+    return figure
 
 
 def plane(
@@ -190,20 +185,15 @@ def plane(
     return points[: len(reference)], points[len(reference) :]
 
 
-def _rows(watched: Watched) -> Iterator[list[Any]]:
+def _rows(watched: Watched) -> list[list[Any]]:
     current = watched.current
+    verdicts = ("good", "defective")
     measured: list[list[Any]] = [
-        [
-            str(name),
-            "defective" if is_defective(float(score), watched.threshold) else "good",
-            float(score),
-            float(peak),
-            "",
-        ]
+        [str(name), verdicts[is_defective(float(score), watched.threshold)], float(score), float(peak), ""]
         for name, score, peak in zip(current.names, current.scores, current.peaks, strict=True)
     ]
     skipped: list[list[Any]] = [[item.file, "unreadable", "", "", item.reason] for item in watched.unreadable]
-    yield from sorted([*measured, *skipped], key=lambda row: str(row[0]))
+    return sorted([*measured, *skipped], key=lambda row: str(row[0]))
 
 
 def _histogram(axes: Axes, before: NDArray[np.float32], after: NDArray[np.float32], bins: int, theme: Theme) -> None:
@@ -214,21 +204,5 @@ def _histogram(axes: Axes, before: NDArray[np.float32], after: NDArray[np.float3
     axes.hist(before, edges, weights=shares[0], histtype="step", color=theme.ink, lw=1.4, label="calibration normals")
 
 
-def _figure(theme: Theme) -> Figure:
-    return Figure(figsize=(9.6, 3.4), dpi=110, layout="constrained", facecolor=theme.paper)
-
-
 def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
-
-
-def _legend(axes: Axes, theme: Theme) -> None:
-    axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink)

@@ -10,7 +10,7 @@ from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import find_images
 from flawsmith.layout import Layout
-from flawsmith.monitoring.folder import Outcome, monitor_folder
+from flawsmith.monitoring.folder import Outcome, Watcher, monitor_folder
 from flawsmith.monitoring.reference import load_reference
 
 MODEL, REFERENCE = "model.onnx", "reference.npz"  # names in a registered version
@@ -43,5 +43,6 @@ def run(layout: Layout, folder: Path, out: Path, model: Path | None = None, refe
         from flawsmith.detector.teacher import build_teacher
 
         teacher = build_teacher(layout.settings.teacher, layout.root)
-        settings, max_pixels = layout.settings.monitor, layout.settings.data.reading.max_pixels
-        return monitor_folder(predictor, teacher, known, folder, out, settings, max_pixels, name)
+        settings = layout.settings
+        watcher = Watcher(predictor, teacher, known, name)
+        return monitor_folder(watcher, folder, out, settings.monitor, settings.data.reading.max_pixels)
