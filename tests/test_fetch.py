@@ -12,7 +12,7 @@ import pytest
 
 from flawsmith import fetch
 from flawsmith.errors import UserError
-from flawsmith.fetch import MVTEC_AD_CATEGORIES, fetch_mvtec_ad, mvtec_ad_url, unpack_category
+from flawsmith.fetch import ARCHIVES, fetch_mvtec_ad, mvtec_ad_url, unpack_category
 
 
 def member(name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, mode: int = 0o644) -> tarfile.TarInfo:
@@ -95,12 +95,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def get(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    original = fetch.ResumingDownloader.__init__
-
-    def hasty(self: fetch.ResumingDownloader, part: Path, progress: bool = False, pause: float = 0.0) -> None:
-        original(self, part, progress, pause)
-
-    monkeypatch.setattr(fetch.ResumingDownloader, "__init__", hasty)
+    monkeypatch.setattr(fetch, "PAUSE", 0)
 
     def call(category: str = "bottle", sha256: str | None = SHA256, **options: str) -> Path:
         options.setdefault("base_url", server.url)
@@ -149,23 +144,23 @@ def test_a_later_call_resumes_what_an_earlier_one_left(
     assert server.ranges == [f"bytes={fetch.CHUNK}-"]
 
 
-def test_a_finished_part_is_not_fetched_again(get: Callable[..., Path], server: Server, tmp_path: Path) -> None:
-    part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(ARCHIVE)
-    assert contents(get()) == FILES
-    assert server.ranges == [f"bytes={len(ARCHIVE)}-"]
-
-
-@pytest.mark.parametrize("left", [b"x" * 1000, b"x" * (len(ARCHIVE) + 1)])
-def test_a_server_without_range_or_with_a_shorter_file_starts_over(
-    get: Callable[..., Path], server: Server, tmp_path: Path, left: bytes
+@pytest.mark.parametrize(
+    ("left", "honours_range", "ranges"),
+    [
+        (ARCHIVE, True, []),  # whole already
+        (b"x" * 1000, False, ["bytes=1000-"]),  # the server sends all of it again
+        (b"x" * (len(ARCHIVE) + 1), True, [f"bytes={len(ARCHIVE) + 1}-", None]),  # of another file
+    ],
+)
+def test_what_lies_there_already_is_used_or_replaced(
+    get: Callable[..., Path], server: Server, tmp_path: Path, left: bytes, honours_range: bool, ranges: list[str | None]
 ) -> None:
-    server.honours_range["yes"] = len(left) > len(ARCHIVE)
+    server.honours_range["yes"] = honours_range
     part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(left)
     assert contents(get()) == FILES
+    assert server.ranges == ranges
 
 
 def test_a_wrong_checksum_is_refused_and_the_file_dropped(
@@ -214,13 +209,11 @@ def test_an_unknown_category_names_the_nearest() -> None:
 
 
 def test_every_category_has_an_official_address_and_a_checksum_of_its_own() -> None:
-    assert len(MVTEC_AD_CATEGORIES) == 15
-    addresses = {mvtec_ad_url(name) for name in MVTEC_AD_CATEGORIES}
-    assert len(addresses) == 15
-    assert all(address.startswith("https://www.mydrive.ch/shares/") for address in addresses)
-    checksums = {sha256 for _, sha256 in fetch._ARCHIVES.values()}
-    assert len(checksums) == 15
-    assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in checksums)
+    assert len(ARCHIVES) == len({archive["sha256"] for archive in ARCHIVES.values()}) == 15
+    for name, archive in ARCHIVES.items():
+        assert mvtec_ad_url(name).startswith("https://www.mydrive.ch/shares/")
+        assert mvtec_ad_url(name).endswith(f"/{name}.tar.xz")
+        assert len(bytes.fromhex(archive["sha256"])) == 32
 
 
 def linked(kind: bytes, target: str) -> tarfile.TarInfo:

@@ -13,7 +13,6 @@ _PACKAGES = {
     "multipart": "python-multipart",
     "psycopg2": "psycopg2-binary",
     "pydantic": "fastapi",
-    "requests": "pooch",
     "sklearn": "scikit-learn",
     "starlette": "fastapi",
     "yaml": "pyyaml",
