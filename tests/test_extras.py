@@ -90,7 +90,7 @@ def test_doctor_tells_which_extras_are_there() -> None:
     base = dict.fromkeys(packages[""], "1")
     train, *_ = doctor.check_extras(base, packages)
     assert (train.name, train.status, train.remedy) == ("train", "warn", "pip install 'flawsmith[train]'")
-    assert "lacks torch, torchvision, diffusers and " in train.detail
+    assert "lacks torch, torchvision, diffusers, " in train.detail
 
 
 def test_doctor_of_a_machine_at_the_line_looks_at_no_torch(monkeypatch: pytest.MonkeyPatch, params_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flawsmith.devices import BFLOAT16, Compute
-from flawsmith.doctor import _look_at_device
+from flawsmith.doctor import _probe_device
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
 from flawsmith_lab.bench import anomalib_runner, gpu
@@ -44,9 +44,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_doctor_names_the_gpu_and_its_precision(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _look_at_device().detail == "Fake 9000, bfloat16"
+    assert _probe_device().detail == "Fake 9000, bfloat16"
     monkeypatch.setenv("FLAWSMITH_PRECISION", "float32")
-    assert _look_at_device().detail == "Fake 9000, float32 (forced)"
+    assert _probe_device().detail == "Fake 9000, float32 (forced)"
 
 
 def test_a_clock_waits_for_the_gpu_before_and_after(calls: list[str]) -> None:
