@@ -10,24 +10,21 @@ stopping look at test images, is left out. Nothing is downloaded: the teacher's 
 """
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 Answer = dict[str, Any]
-EFFICIENT_AD_STEPS = 70_000  # of a training, as in the paper; a few are timed
-EFFICIENT_AD_SIDE = 256  # pixels; its autoencoder takes no smaller image
-TIMED_STEPS, WARM_UP = 2, 1  # a step is some 450 GFLOP: many seconds on a CPU
 
 
 def main(folder: Path) -> None:
@@ -35,15 +32,10 @@ def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text())
     images = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("fit", "calibration", "test")}
     state = load_file(folder / "teacher.safetensors")
-    run: dict[str, Callable[[], Answer]] = {
-        "patchcore": lambda: patchcore(images, state, request, folder),
-        "stfpm": lambda: stfpm(images, state, request, folder),
-        "efficientad": lambda: efficient_ad(images, request),
-    }
     answer: Answer = {"anomalib": import_module("anomalib").__version__, "torch": torch.__version__}
     for name in request["models"]:
         torch.manual_seed(request["seed"])  # anomalib draws from the global generator
-        answer[name] = run[name]()
+        answer[name] = {"patchcore": patchcore, "stfpm": stfpm}[name](images, state, request, folder)
         print(f"anomalib's {name}: {answer[name]}", flush=True)
     (folder / "answer.json").write_text(json.dumps(answer))
 
@@ -102,43 +94,6 @@ def stfpm(images: dict[str, Any], state: dict[str, Tensor], request: Answer, fol
     return {"fit_seconds": seconds, "epochs": round(epochs, 2), "last_loss": float(loss), **spent}
 
 
-def efficient_ad(images: dict[str, Any], request: Answer) -> Answer:
-    """Speed of EfficientAD-S alone: its teacher's weights come from a hub, so this one is random and learns nothing."""
-    module = import_module("anomalib.models.image.efficient_ad.torch_model")
-    model = module.EfficientAdModel(teacher_out_channels=384, model_size=module.EfficientAdModelSize.S).to(device())
-    model.train()
-    trained = [*model.student.parameters(), *model.ae.parameters()]
-    optimizer = torch.optim.Adam(trained, lr=1e-4, weight_decay=1e-5)
-    plain = request | {"mean": [0.0] * 3, "std": [1.0] * 3}  # it normalises by itself
-    side = max(images["fit"].shape[-1], EFFICIENT_AD_SIDE)
-    taken = []
-    for step in range(WARM_UP + TIMED_STEPS):
-        batch = F.interpolate(normalised(images["fit"][[step % len(images["fit"])]], plain), size=side)
-        start = time.perf_counter()
-        loss = sum(model(batch, batch))  # the second batch would be an ImageNet picture of the same size
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        wait()
-        taken.append(time.perf_counter() - start)
-    step_seconds = float(np.median(taken[WARM_UP:]))
-    model.eval()
-    spent = []
-    with torch.inference_mode():
-        for part in batches(images["test"][: WARM_UP + TIMED_STEPS], plain | {"batch": 1}):
-            batch = F.interpolate(part, size=side)
-            start = time.perf_counter()
-            model(batch)
-            wait()
-            spent.append(time.perf_counter() - start)
-    return {
-        "step_seconds": step_seconds,
-        "fit_seconds": step_seconds * EFFICIENT_AD_STEPS,
-        "seconds_an_image": min(spent),
-        "trained": False,
-    }
-
-
 def predict(name: str, model: Any, images: dict[str, Any], request: Answer, folder: Path) -> Answer:
     """Write maps and scores of the calibration and the test images; seconds an image of the model alone."""
     scores, spent, count = {}, 0.0, 0
@@ -162,22 +117,19 @@ def predict(name: str, model: Any, images: dict[str, Any], request: Answer, fold
 
 
 def load_teacher(body: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Load the exchanged weights; what the exchanged teacher has must fit, what it was cut of stays random, unused."""
+    """Load the exchanged weights: all that anomalib's backbone has, but for blocks beyond the teacher's deepest."""
     result = body.load_state_dict({key: state[key] for key in state if key in body.state_dict()}, strict=False)
-    depth = max((key.split(".")[1] for key in state if key.startswith("blocks.")), default="", key=int_or_zero)
-    lost = [
-        key
-        for key in result.missing_keys
-        if not key.endswith("num_batches_tracked")
-        and not (depth and key.startswith("blocks.") and int_or_zero(key.split(".")[1]) > int(depth))
-    ]
+    depth = max((block(key) for key in state), default=-1)
+    lost = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
+    lost = [key for key in lost if depth < 0 or block(key) <= depth]
     if lost:
         sys.exit(f"the teacher's weights lack {lost[0]} and {len(lost) - 1} more of anomalib's backbone")
 
 
-def int_or_zero(text: str) -> int:
-    """A number in a key of a state dict."""
-    return int(text) if text.isdigit() else 0
+def block(key: str) -> int:
+    """Number of the block that a weight belongs to (`blocks.3.0.conv.weight`: 3), -1 outside of them."""
+    place = re.match(r"blocks\.(\d+)\.", key)
+    return int(place.group(1)) if place else -1
 
 
 def batches(images: NDArray[np.uint8], request: Answer) -> Iterator[Tensor]:

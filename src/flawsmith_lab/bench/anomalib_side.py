@@ -4,14 +4,10 @@
         [--weights FILE --backbone resnet18]                                              (make bench-anomalib)
 
 anomalib lives in an environment of its own: images go there as arrays, anomaly maps come back, and the evaluation's own
-code judges all of them on the same resamples. EfficientAD is timed only. The last line of stdout is JSON.
+code judges all of them on the same resamples. The last line of stdout is JSON.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,66 +23,50 @@ from flawsmith.data.images import to_uint8
 from flawsmith.data.tiling import Tiling
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import Compute
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import UserError
 from flawsmith.evaluation.assess import KEYS, Performance, measure, paired_difference
 from flawsmith.evaluation.scoring import Item, Scorer, labelled_items, normal_items, open_spools, torch_scorer
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.stages.evaluate import fit_baseline
 from flawsmith_lab.bench import anomalib_runner
-from flawsmith_lab.bench.measure import bench_settings, describe, finish, first_category, guarded, machine
+from flawsmith_lab.bench.measure import (
+    bench_settings,
+    describe,
+    finish,
+    first_category,
+    guarded,
+    machine,
+    markdown,
+    parser,
+    run_script,
+)
 
-MODELS = ("patchcore", "stfpm", "efficientad")
+MODELS = ("patchcore", "stfpm")
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 
 
-def exchange(layout: Layout, items: Sequence[Item], folder: Path, request: dict[str, Any], limit: int) -> None:
+def exchange(layout: Layout, items: Sequence[Item], folder: Path, request: dict[str, Any]) -> None:
     """Write what anomalib's side needs: images as bytes, the teacher's weights, the request."""
     data, split = layout.data, layout.split()
-    fit = split.fit[:limit] if limit else split.fit
-    for name, part in (("fit", fit), ("calibration", split.calibration)):
+    for name, part in (("fit", split.fit[: request["limit"]]), ("calibration", split.calibration)):
         np.save(folder / f"{name}.npy", load_tiles(plan_tiles(part, data), data))
     np.save(folder / "test.npy", np.stack([to_uint8(item.load()[0]).transpose(2, 0, 1) for item in items]))
     teacher = build_teacher(layout.settings.teacher, layout.root)
-    save_file({key: value.contiguous() for key, value in teacher.body.state_dict().items()},
-              folder / "teacher.safetensors")  # fmt: skip
-    request |= {
+    state = {key: value.contiguous() for key, value in teacher.body.state_dict().items()}
+    save_file(state, folder / "teacher.safetensors")
+    content = request | {
         "backbone": layout.settings.teacher.backbone,
         "out_indices": list(layout.settings.teacher.out_indices),
         "mean": teacher.mean.flatten().tolist(),
         "std": teacher.std.flatten().tolist(),
         "batch": layout.settings.evaluate.batch,
     }
-    (folder / "request.json").write_text(json.dumps(request))
-
-
-def run_other_side(python: Path, folder: Path) -> dict[str, Any]:
-    """Run anomalib in its own environment.
-
-    Raises:
-        UserError: there is no such Python.
-        FlawsmithError: it failed; the message holds the last line it wrote.
-    """
-    if not python.is_file():
-        raise UserError(f"{python} does not exist; `make bench-anomalib` sets that environment up, or name --python.")
-    # -P: this folder's modules must not hide packages of the same name; no hub may be asked for anything
-    done = subprocess.run(
-        [python, "-P", str(Path(anomalib_runner.__file__).resolve()), str(folder)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=sys.stderr,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FlawsmithError(f"anomalib's side failed with status {done.returncode}: {last}")
-    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
-    return answer
+    (folder / "request.json").write_text(json.dumps(content))
 
 
 def replay(folder: Path, name: str) -> Scorer:
-    """What another program said of the calibration and then of the test images, as a `Scorer` asked in that order."""
+    """Answer as another program did on the calibration and then the test images, asked in that order."""
     scores = np.load(folder / f"{name}.scores.npz", allow_pickle=False)
 
     def answers() -> Iterator[tuple[NDArray[np.float32], np.float32]]:
@@ -102,50 +82,42 @@ def replay(folder: Path, name: str) -> Scorer:
     return score
 
 
-class Timed:
-    """A `Scorer` that adds up its seconds."""
+def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fit and judge all methods; return one row each: accuracy with its difference to kNN, seconds to fit and an image.
 
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer, self.seconds, self.images = scorer, 0.0, 0
-
-    def __call__(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        start = time.perf_counter()
-        answer = self._scorer(images)
-        self.seconds += time.perf_counter() - start
-        self.images += len(images)
-        return answer
-
-
-def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 0) -> list[dict[str, Any]]:
-    """One row a method: accuracy with its difference to kNN, seconds to fit and an image.
-
-    Args:
-        limit: fit on the first so many images only; 0 is all.
+    `request` names `models`, the `limit` of images to fit on (None: all), and what anomalib's side asks for.
 
     Raises:
-        UserError: the category has no labelled test set, images are cut into tiles, or `python` does not exist.
+        UserError: the category has no labelled test set, or images are cut into tiles.
         FlawsmithError: anomalib's side failed.
     """
-    everything, data, settings = layout.settings, layout.data, layout.settings.evaluate
+    data, settings, split = layout.data, layout.settings.evaluate, layout.split()
     tiling = Tiling.of(data)
     if tiling.is_tiled:
         raise UserError("anomalib's side sees whole images alone; set data.scale to 0 to compare with it.")
     items = labelled_items(layout.surface().labelled_test(), tiling, data.reading)
     if not items:
         raise UserError(f"{layout.surface().folder} has no labelled test set, so nothing can be compared.")
-    split = layout.split()
+    fit, names = split.fit[: request["limit"]], request["models"]
     with tempfile.TemporaryDirectory(prefix="flawsmith-anomalib-") as scratch:
         folder = Path(scratch)
-        exchange(layout, items, folder, request, limit)
-        answer = run_other_side(python, folder)
+        exchange(layout, items, folder, request)
+        run_script(python, anomalib_runner.__file__, [folder], "anomalib's side")
+        answer = json.loads((folder / "answer.json").read_text())
         start = time.perf_counter()
-        baseline = fit_baseline(layout, list(split.fit[:limit] if limit else split.fit))
-        knn = Timed(torch_scorer(baseline, Compute.choose(layout.settings.compute).device))
-        fit_seconds = time.perf_counter() - start
-        judged = [name for name in request["models"] if (folder / f"{name}.scores.npz").exists()]
-        with open_spools(len(judged) + 2) as (masks, *maps):
+        baseline = torch_scorer(fit_baseline(layout, list(fit)), Compute.choose(layout.settings.compute).device)
+        knn = {"fit_seconds": time.perf_counter() - start, "seconds_an_image": 0.0}
+        seen = len(items) + len(split.calibration)
+
+        def timed(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            start = time.perf_counter()
+            found = baseline(images)
+            knn["seconds_an_image"] += (time.perf_counter() - start) / seen
+            return found
+
+        with open_spools(len(names) + 2) as (masks, *maps):
             performances = measure(
-                (knn, *(replay(folder, name) for name in judged)),
+                (timed, *(replay(folder, name) for name in names)),
                 items,
                 normal_items(split.calibration, tiling, data.reading),
                 numpy_generator(settings.seed, "bootstrap"),
@@ -156,18 +128,13 @@ def compare(layout: Layout, python: Path, request: dict[str, Any], limit: int = 
                 aupro_limit=settings.aupro_limit,
                 batch=settings.batch,
             )
-    seconds = {"fit_seconds": fit_seconds, "seconds_an_image": knn.seconds / knn.images}
-    common = {
-        "category": layout.category,
-        "teacher": everything.teacher.backbone,
-        "fit_images": limit or len(split.fit),
-    }
-    rows = [common | {"method": "knn", **seconds, **_accuracy(performances[0], performances[0])}]
-    for name, performance in zip(judged, performances[1:], strict=True):
-        rows.append(common | {"method": f"anomalib-{name}", **answer[name], **_accuracy(performance, performances[0])})
-    timed_only = [name for name in request["models"] if name not in judged]
-    rows += [common | {"method": f"anomalib-{name}", **answer[name]} for name in timed_only]
-    return [row | {"anomalib": answer["anomalib"], "anomalib_torch": answer["torch"]} for row in rows]
+    common = {"category": layout.category, "teacher": layout.settings.teacher.backbone, "fit_images": len(fit),
+              "anomalib": answer["anomalib"], "anomalib_torch": answer["torch"]}  # fmt: skip
+    methods = {"knn": knn, **{f"anomalib-{name}": answer[name] for name in names}}
+    return [
+        common | {"method": method, **costs, **_accuracy(performance, performances[0])}
+        for (method, costs), performance in zip(methods.items(), performances, strict=True)
+    ]
 
 
 def _accuracy(performance: Performance, knn: Performance) -> dict[str, Any]:
@@ -178,65 +145,50 @@ def _accuracy(performance: Performance, knn: Performance) -> dict[str, Any]:
     return values
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown; a method that was timed only has no accuracy."""
-    head = ("method", *SHOWN, "fit, s", "image, ms")
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for row in rows:
-        accuracy = [f"{row[key]:.3f}" if key in row else "not judged" for key in SHOWN]
-        cells = (row["method"], *accuracy, f"{row['fit_seconds']:.0f}", f"{1000 * row['seconds_an_image']:.0f}")
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare on one category, print the table, and end with the JSON line."""
-    parser = argparse.ArgumentParser(
-        prog="flawsmith_lab.bench.anomalib_side", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--python", type=Path, default=Path(".venv-anomalib/bin/python"), help="that has anomalib")
-    parser.add_argument("--category", help="default: the first of --data, or of params.yaml")
-    parser.add_argument("--data", type=Path, help="folder of categories; default: data.root of params.yaml")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--weights", type=Path, help="the teacher's weights; default: those of params.yaml")
-    parser.add_argument("--backbone", help="timm name of the network that --weights belongs to")
-    parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
-    parser.add_argument("--coreset", type=float, default=0.01, help="share of patches PatchCore keeps (%(default)s)")
-    parser.add_argument("--stfpm-epochs", type=int, default=100)
-    parser.add_argument("--stfpm-batch", type=int, default=32)
-    parser.add_argument("--stfpm-seconds", type=float, default=900.0, help="training stops then (%(default)s)")
-    parser.add_argument("--limit", type=int, default=0, help="fit on the first so many images only; 0 is all")
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args(arguments)
-    models = chosen.models.split(",")
-    for name in models:
+    """Compare on one category, print the table, and end with the JSON line.
+
+    Raises:
+        UserError: an option makes no sense; as `compare`.
+    """
+    options = parser("anomalib_side", __doc__)
+    options.add_argument("--python", type=Path, default=Path(".venv-anomalib/bin/python"), help="that has anomalib")
+    options.add_argument("--weights", type=Path, help="the teacher's weights; default: those of params.yaml")
+    options.add_argument("--backbone", help="timm name of the network that --weights belongs to")
+    options.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
+    options.add_argument("--coreset", type=float, default=0.01, help="share of patches PatchCore keeps (%(default)s)")
+    options.add_argument("--stfpm-epochs", type=int, default=100)
+    options.add_argument("--stfpm-batch", type=int, default=32)
+    options.add_argument("--stfpm-seconds", type=float, default=900.0, help="training stops then (%(default)s)")
+    options.add_argument("--limit", type=int, help="fit on the first so many images only; default: all")
+    options.add_argument("--seed", type=int, default=0)
+    chosen = options.parse_args(arguments)
+    chosen.models = chosen.models.split(",")
+    for name in chosen.models:
         if name not in MODELS:
             raise UserError(f"--models `{name}` is unknown; it may name {', '.join(MODELS)}.")
     if bool(chosen.weights) != bool(chosen.backbone):
         raise UserError("--weights and --backbone belong together; give both or neither.")
-    replaced = (
-        {"teacher.backbone": chosen.backbone, "teacher.weights": str(chosen.weights.resolve())}
-        if chosen.weights
-        else {}
-    )
     if chosen.stfpm_seconds <= 0 or chosen.stfpm_epochs < 1:
         raise UserError("--stfpm-seconds and --stfpm-epochs must be above 0.")
+    if not chosen.python.is_file():
+        raise UserError(
+            f"{chosen.python} does not exist; `make bench-anomalib` sets that environment up, or name --python."
+        )
+    replaced = {}
+    if chosen.weights:
+        replaced = {"teacher.backbone": chosen.backbone, "teacher.weights": str(chosen.weights.resolve())}
     named = bench_settings(chosen.params, None, chosen.data).categories[0]
     category = chosen.category or first_category(chosen.data, named)
     settings = bench_settings(chosen.params, category, chosen.data, replaced)
-    layout = Layout(settings, category, chosen.params.parent)
+    asked = ("models", "limit", "seed", "coreset", "stfpm_epochs", "stfpm_batch", "stfpm_seconds")
+    request = {name: getattr(chosen, name) for name in asked}
     found = machine(Compute.choose())
-    request = {
-        "models": models,
-        "seed": chosen.seed,
-        "coreset": chosen.coreset,
-        "stfpm_epochs": chosen.stfpm_epochs,
-        "stfpm_batch": chosen.stfpm_batch,
-        "stfpm_seconds": chosen.stfpm_seconds,
-    }
-    rows = compare(layout, chosen.python, request, chosen.limit)
+    rows = compare(Layout(settings, category, chosen.params.parent), chosen.python, request)
     print(f"{category} ({rows[0]['fit_images']} images to fit), teacher {rows[0]['teacher']}; {describe(found)}")
-    print(table(rows))
+    shown = [[row["method"], *(f"{row[key]:.3f}" for key in SHOWN), f"{row['fit_seconds']:.0f}",
+              f"{1000 * row['seconds_an_image']:.0f}"] for row in rows]  # fmt: skip
+    print(markdown(("method", *SHOWN, "fit, s", "image, ms"), shown))
     finish({"benchmark": "anomalib", "machine": found, "rows": rows})
 
 

@@ -6,10 +6,9 @@ The pipeline's own stages run one after the other in a temporary folder (or in -
 stdout is JSON. Without a GPU it refuses: on a CPU the preset takes days.
 """
 
-import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from flawsmith_lab.bench.measure import (
     first_category,
     guarded,
     machine,
+    parser,
     prepare,
     seconds_of,
 )
@@ -48,7 +48,7 @@ STAGES: Mapping[str, Callable[[Layout], Any]] = {
 
 
 def read_overlay(path: Path) -> dict[str, Any]:
-    """A file shaped like params.yaml, but with some sections and keys only, as `section.key` → value.
+    """Read a file shaped like params.yaml, but with some sections and keys only, as `section.key` → value.
 
     Raises:
         UserError: it is missing, no YAML, or no mapping of sections to keys. Unknown keys are refused by the settings.
@@ -57,7 +57,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
         content = read_yaml(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name a preset with --overlay.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
         raise UserError(f"{path} must hold sections such as `ddpm-train:` with `key: value` lines below.")
@@ -68,7 +68,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
 
 
 def run_stages(layout: Layout, device: torch.device) -> dict[str, dict[str, float]]:
-    """Every stage in order: its seconds and the most GPU memory its tensors took, in MB (0 on a CPU)."""
+    """Run every stage in order; return its seconds and the most GPU memory its tensors took, in MB (0 on a CPU)."""
     found = {}
     for name, run in STAGES.items():
         if device.type == "cuda":
@@ -81,30 +81,16 @@ def run_stages(layout: Layout, device: torch.device) -> dict[str, dict[str, floa
     return found
 
 
-@contextmanager
-def workplace(out: Path | None) -> Iterator[Path]:
-    """The folder that is worked in: `out`, which stays, or a temporary one."""
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        yield out
-    else:
-        with tempfile.TemporaryDirectory(prefix="flawsmith-gpu-") as scratch:
-            yield Path(scratch)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the preset, print what it took, and end with the JSON line.
 
     Raises:
         UserError: there is no GPU, or the preset or the category cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="flawsmith_lab.bench.gpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--category", help=f"default: the first of --data, or {DEMO_SURFACE}, rendered if need be")
-    parser.add_argument("--data", type=Path, help="folder of categories; default: data.root of params.yaml")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--overlay", type=Path, default=Path("docs/gpu-params.yaml"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="keep the stages' outputs there")
-    chosen = parser.parse_args(arguments)
+    options = parser("gpu", __doc__)
+    options.add_argument("--overlay", type=Path, default=Path("docs/gpu-params.yaml"), help="default: %(default)s")
+    options.add_argument("--out", type=Path, help="keep the stages' outputs there")
+    chosen = options.parse_args(arguments)
     overlay = read_overlay(chosen.overlay)
     category = chosen.category or first_category(chosen.data, DEMO_SURFACE)
     bench_settings(chosen.params, category, chosen.data, overlay)  # a wrong preset is said on any machine
@@ -116,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     found: dict[str, Any] = {"benchmark": "gpu", "category": category, "machine": machine(compute)}
     print(f"{category}: {describe(found['machine'])}")
-    with workplace(chosen.out) as root:
-        layout = prepare(chosen.params, category, chosen.data, root, overlay)
+    with nullcontext(chosen.out) if chosen.out else tempfile.TemporaryDirectory(prefix="flawsmith-gpu-") as root:
+        layout = prepare(chosen, Path(root), overlay)
         found["stages"] = run_stages(layout, compute.device)
         found["metrics"] = read_json(layout.stage("evaluate") / "metrics.json")
         found["onnx_megabytes"] = (layout.stage("export") / "model.onnx").stat().st_size / 1e6

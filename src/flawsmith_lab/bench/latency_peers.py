@@ -2,15 +2,14 @@
 
     python -P latency_peers.py FOLDER
 
-FOLDER holds request.json: seed, backbone and vectors of PatchCore. Each line of stdin asks for one file, `MODEL SIZE
-BATCH`; each is answered by a line of JSON, the `file` that takes such a batch. First, unasked, come versions.
+FOLDER holds request.json: seed, backbone and vectors of PatchCore, and the wanted `files` as [MODEL, SIZE, BATCH]. Left
+there: the ONNX files, and answer.json with versions and the `files` in the same order.
 
 Weights are random and nothing is downloaded: a network takes as long for its answer whether it has learned anything or
 not. The export is anomalib's own, pre-processing and post-processing included.
 """
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -28,20 +27,15 @@ FIXED_BATCH = {"patchcore"}
 
 
 def main(folder: Path) -> None:
-    """Answer until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    """Export what request.json asks for."""
     request = json.loads((folder / "request.json").read_text())
-    versions = {
+    answer: Answer = {
         "anomalib": import_module("anomalib").__version__,
         "torch": torch.__version__,
         "openvino": import_module("openvino").__version__ if find_spec("openvino") else None,
+        "files": [str(export(name, size, batch, request, folder)) for name, size, batch in request["files"]],
     }
-    print(json.dumps(versions), file=answers, flush=True)
-    for line in sys.stdin:
-        name, size, batch = line.split()
-        path = export(name, int(size), int(batch), request, folder)
-        print(json.dumps({"file": str(path)}), file=answers, flush=True)
+    (folder / "answer.json").write_text(json.dumps(answer))
 
 
 def export(name: str, size: int, batch: int, request: Answer, folder: Path) -> Path:

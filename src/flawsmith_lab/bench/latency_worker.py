@@ -1,10 +1,10 @@
-"""One ONNX model in a process of its own, timed when told: `bench.latency` starts it, for every model alike.
+"""One ONNX model in a process of its own, timed: `bench.latency` starts it, for every model alike.
 
-    python -P latency_worker.py RUNTIME MODEL SIZE BATCH THREADS
+    python -P latency_worker.py RUNTIME MODEL SIZE BATCH THREADS RUNS LIMIT
 
-RUNTIME is onnxruntime or openvino; of flawsmith nothing is imported. Each line of stdin is a number of runs; each is
-answered by a line of JSON: `seconds` of every run, and `peak_mb`, the most memory the process has had so far, in MiB.
-The first answer comes unasked, when the model is loaded.
+RUNTIME is onnxruntime or openvino; of flawsmith nothing is imported, since OpenVINO lies in anomalib's environment.
+After one run to warm up come RUNS runs, fewer where LIMIT seconds are over before; none where the first run took that
+long. The answer is a line of JSON: `warm_up` and `seconds` of every run, and `peak_mb`, the most memory in MiB.
 """
 
 import json
@@ -57,27 +57,26 @@ def peak_mb() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def timed(run: Run, images: NDArray[np.float32], count: int) -> list[float]:
-    """Wall time in seconds of each of `count` runs."""
-    seconds = []
-    for _ in range(count):
-        start = time.perf_counter()
-        run(images)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def seconds_of(run: Run, images: NDArray[np.float32]) -> float:
+    """Wall time of one run."""
+    start = time.perf_counter()
+    run(images)
+    return time.perf_counter() - start
 
 
-def main(runtime: str, model: str, size: int, batch: int, threads: int) -> None:
-    """Answer until stdin ends."""
+def main(runtime: str, model: str, numbers: list[str]) -> None:
+    """Time the model and print the answer."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    (size, batch, threads, runs), limit = map(int, numbers[:4]), float(numbers[4])
     run = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}[runtime](model, threads)
     images = np.random.default_rng(0).random((batch, 3, size, size), np.float32)
-    print(json.dumps({"seconds": [], "peak_mb": peak_mb()}), file=answers, flush=True)
-    for line in sys.stdin:
-        seconds = timed(run, images, int(line))
-        print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}), file=answers, flush=True)
+    warm_up = seconds_of(run, images)
+    taken: list[float] = []
+    while warm_up < limit and len(taken) < runs and sum(taken) < limit:
+        taken.append(seconds_of(run, images))
+    print(json.dumps({"warm_up": warm_up, "seconds": taken, "peak_mb": peak_mb()}), file=answers)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *(int(text) for text in sys.argv[3:6]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

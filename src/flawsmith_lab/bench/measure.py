@@ -1,16 +1,18 @@
-"""How the benchmarks measure: operations, seconds, matmul speed, targets, and the JSON line at the end."""
+"""What the benchmarks share: operations, seconds, matmul speed, the machine, the project, the last line."""
 
+import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,17 +38,18 @@ class Target:
 
     @property
     def is_met(self) -> bool:
+        """Whether the value reaches the target."""
         return self.value >= self.least
 
     def sentence(self) -> str:
+        """Say value, target and outcome."""
         return f"{self.name}: {self.value:.3g} (target: at least {self.least:g}) - {'met' if self.is_met else 'MISSED'}"
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations of the convolutions and matrix products in `work`, backward passes included.
+    """Count the floating-point operations of the convolutions and matrix products in `work`, backward passes included.
 
-    Counted by torch from the shapes that really ran; a multiply-add is two. Norms, activations and noise count nothing,
-    so what is achieved per second is understated, never overstated.
+    A multiply-add is two. Norms, activations and noise count nothing, so what is achieved per second is understated.
     """
     with FlopCounterMode(display=False) as counter:
         work()
@@ -60,7 +63,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call."""
+    """Take the wall time of one call."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -92,30 +95,30 @@ class MatmulSpeed:
 
     @property
     def best(self) -> float:
+        """What the machine allows when nobody disturbs."""
         return max(self.samples)
 
     @property
     def median(self) -> float:
-        return float(np.median(self.samples))
+        """What it allowed mostly."""
+        return median(self.samples)
 
 
 def machine(compute: Compute) -> dict[str, Any]:
-    """What the figures were measured on."""
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else _processor()
+    """Describe what the figures are measured on."""
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16": compute.precision == BFLOAT16,
-        "load_before": busy,
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """The machine in one line; a load of a core or more means that others were measured too."""
+    """Write the machine in one line; a load of a core or more means that others were measured too."""
     load = found["load_before"]
     shared = f", load average {load:.1f}" + (" (shared: figures are too low)" if load >= 1 else "") if load else ""
     precision = "bfloat16" if found["bf16"] else "float32"
@@ -129,10 +132,19 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Begin a command's options: `--category`, `--data` and `--params`."""
+    made = argparse.ArgumentParser(prog=f"flawsmith_lab.bench.{module}", description=(doc or "").split("\n")[0])
+    made.add_argument("--category", help=f"default: the first of --data, or {DEMO_SURFACE}, rendered if need be")
+    made.add_argument("--data", type=Path, help="folder of categories; default: data.root of params.yaml")
+    made.add_argument("--params", type=Path, default=Path("params.yaml"))
+    return made
+
+
 def bench_settings(
     params: Path, category: str | None, data: Path | None, overrides: Mapping[str, Any] | None = None
 ) -> Settings:
-    """The project's settings for a run in another folder: paths absolute, nothing recorded; of one category if named.
+    """Load the project's settings for a run in another folder: paths absolute, nothing recorded, one category if named.
 
     Raises:
         UserError: as `load_settings`.
@@ -150,7 +162,7 @@ def bench_settings(
 
 
 def first_category(data: Path | None, otherwise: str) -> str:
-    """The first category in a folder of categories; `otherwise` where no folder is named.
+    """Name the first category in a folder of categories; `otherwise` where no folder is named.
 
     Raises:
         UserError: the folder holds none.
@@ -163,15 +175,14 @@ def first_category(data: Path | None, otherwise: str) -> str:
     return found[0]
 
 
-def prepare(
-    params: Path, category: str | None, data: Path | None, scratch: Path, overrides: Mapping[str, Any] | None = None
-) -> Layout:
-    """The category in a project of its own in `scratch`: the data asked for, the project's, or rendered there.
+def prepare(chosen: argparse.Namespace, scratch: Path, overrides: Mapping[str, Any] | None = None) -> Layout:
+    """Lay out the category in a project of its own in `scratch`; the data are those asked for, or rendered there.
 
     Raises:
         UserError: there is no such category, or as `load_settings`.
     """
-    name = category or first_category(data, DEMO_SURFACE)
+    params, data = chosen.params, chosen.data
+    name = chosen.category or first_category(data, DEMO_SURFACE)
     layout = Layout(bench_settings(params, name, data, overrides), name, scratch)
     if not (Path(layout.settings.data.root) / name).is_dir():
         if data is not None or name not in KINDS:
@@ -180,6 +191,27 @@ def prepare(
         print(f"rendering the demo's {name} ...", flush=True)
         demo_data.run(layout.settings, scratch, name)
     return layout
+
+
+def run_script(python: Path, script: str | None, arguments: Sequence[object], what: str) -> str:
+    """Run a script that needs nothing of flawsmith in another Python; return what it printed.
+
+    Raises:
+        FlawsmithError: it failed; the message holds the last line it wrote.
+    """
+    # -P: this folder's modules must not hide packages of the same name; no hub may be asked for anything
+    command = [str(python), "-P", str(Path(script or "").resolve()), *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FlawsmithError(f"{what} failed with status {done.returncode}: {last[:300]}")
+    return done.stdout
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def finish(content: Mapping[str, Any]) -> None:

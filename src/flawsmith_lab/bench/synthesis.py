@@ -7,14 +7,15 @@ of the denoiser; what it saves to sample a window around the mask instead of the
 everything is written into a temporary folder. The last line of stdout is JSON.
 """
 
-import argparse
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,12 @@ from flawsmith.devices import Compute
 from flawsmith.diffusion.train import train_denoiser
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
+from flawsmith.sequences import evenly
 from flawsmith.settings import DdpmTrainSettings, section_values
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
 from flawsmith.synthesis.generate import Candidate, Workshop
 from flawsmith.training import ResumePoint
 from flawsmith_lab.bench.measure import (
-    DEMO_SURFACE,
     MatmulSpeed,
     Target,
     count_flops,
@@ -39,6 +40,7 @@ from flawsmith_lab.bench.measure import (
     finish,
     guarded,
     machine,
+    parser,
     prepare,
     seconds_of,
     synchronise,
@@ -48,6 +50,7 @@ TRIPLETS_PER_SECOND, EFFICIENCY, FLOPS_RATIO = 5.0, 0.5, 10.0  # targets, at 256
 TRAIN_STEPS = 12  # timed steps of the denoiser's training; the first ones warm up
 WARM_UP = 2
 COMPARED = 4  # triplets sampled both in their window and in the whole image
+FEW = 32  # triplets of a shortened run
 PARTS = (1 / 40, 1 / 10)  # of the detector's steps: two short trainings tell what a step and the rest cost
 DISTILL_STEPS = ("student_steps", "head_steps", "locator_steps")
 # Diffusion, whatever the params say, and bounds that no triplet can break: a denoiser trained for a moment makes poor
@@ -66,7 +69,7 @@ OVERRIDES: Mapping[str, Any] = {
 def training_speed(
     images: NDArray[np.uint8], settings: DdpmTrainSettings, compute: Compute, scratch: Path, steps: int
 ) -> dict[str, float]:
-    """Achieved FLOP/s of the real training loop over the FLOP/s of matrix products taken in turns with its steps.
+    """Compare the FLOP/s of the real training loop with those of matrix products taken in turns with its steps.
 
     Every second is counted: drawing crops and noise, optimiser and moving average too. `efficiency` compares the best
     step with the best product (what the machine allows when nobody disturbs), `efficiency_median` the medians.
@@ -88,22 +91,21 @@ def training_speed(
         started[0] = time.perf_counter()
 
     train_denoiser(images, replace(alone, steps=steps + WARM_UP), resume, compute, between)
-    taken = taken[WARM_UP:]
-    best, median = min(taken), float(np.median(taken))
+    best, middle = min(taken[WARM_UP:]), median(taken[WARM_UP:])
     return {
         "step_gflop": flops / 1e9,
         "step_seconds": best,
-        "step_seconds_median": median,
+        "step_seconds_median": middle,
         "achieved_gflops": flops / best / 1e9,
         "matmul_gflops": matmul.best / 1e9,
         "matmul_gflops_median": matmul.median / 1e9,
         "efficiency": flops / best / matmul.best,
-        "efficiency_median": flops / median / matmul.median,
+        "efficiency_median": flops / middle / matmul.median,
     }
 
 
 def synthesis_speed(workshop: Workshop, folder: TripletFolder, chunks: int) -> dict[str, float]:
-    """Triplets a second, drawing masks, sampling, blending and writing PNG files included, over whole chunks."""
+    """Count triplets a second over whole chunks: drawing masks, sampling, blending and writing PNG files included."""
     workshop.make(workshop.chunk(FIT, 0)[0][:1])  # the first call starts threads and chooses kernels
     seconds, made, tried = [], [], 0
     for index in range(chunks):
@@ -124,7 +126,7 @@ def synthesis_speed(workshop: Workshop, folder: TripletFolder, chunks: int) -> d
 
 
 def in_whole_image(candidate: Candidate) -> Candidate:
-    """The same candidate (normal, masks, strengths, starts, opacities), its defects sampled in the whole image."""
+    """Make the same candidate (normal, masks, strengths, starts, opacities) sample its defects in the whole image."""
     return replace(
         candidate,
         defects=tuple(
@@ -135,7 +137,7 @@ def in_whole_image(candidate: Candidate) -> Candidate:
 
 
 def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
-    """What it costs to sample the defects of the first chunk in their windows and in their whole images.
+    """Compare what it costs to sample the defects of the first chunk in their windows and in their whole images.
 
     FLOPs are counted once a window size and summed over the chunk's defects; seconds are taken on `compared` of them,
     spread over the window sizes, each sampled alone.
@@ -148,19 +150,19 @@ def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
         if defect.texture == "diffusion"
     ]
     drawn.sort(key=_side)
+    windows = Counter(map(_side, drawn))
     one_of_side = {_side(item): item for item in drawn}
     flops = {side: count_flops(partial(workshop.make, [item])) for side, item in one_of_side.items()}
     whole = count_flops(partial(workshop.make, [in_whole_image(drawn[0])]))
-    local = sum(flops[_side(item)] for item in drawn)
-    places = ((np.arange(compared) + 0.5) * len(drawn) / compared).astype(int)
-    chosen = [drawn[place] for place in places]
+    local = sum(flops[side] * count for side, count in windows.items())
+    chosen = [drawn[place] for place in evenly(len(drawn), compared, 0.5)]
     local_seconds, whole_seconds = (
         sum(seconds_of(partial(workshop.make, [item]), workshop.compute.device) for item in items)
         for items in (chosen, [in_whole_image(item) for item in chosen])
     )
     return {
         "defects": len(drawn),
-        "windows": {str(side): sum(_side(item) == side for item in drawn) for side in one_of_side},
+        "windows": {str(side): count for side, count in windows.items()},
         "local_gflop": local / len(drawn) / 1e9,
         "whole_gflop": whole / 1e9,
         "flops_ratio": whole * len(drawn) / local,
@@ -176,39 +178,40 @@ def _side(candidate: Candidate) -> int:
 
 
 def extrapolate(parts: Sequence[float], seconds: Sequence[float]) -> float:
-    """Seconds of the whole from those of two parts of it, `fixed + part * rest`; never below the longer part's."""
+    """Estimate the seconds of the whole from those of two parts of it; never less than the longer part's."""
     (one, other), (first, second) = parts, seconds
     slope = (second - first) / (other - one)
     return max(second, second + slope * (1 - other))
 
 
-def run_seconds(
-    layout: Layout, ddpm: Mapping[str, float], rate: float, compute: Compute, brief: int
-) -> dict[str, float]:
-    """Estimated seconds of every stage of one run with the shipped settings; the stages' own functions are timed.
+def run_seconds(layout: Layout, step_seconds: float, rate: float, compute: Compute, brief: int) -> dict[str, float]:
+    """Estimate the seconds of every stage of one run with the shipped settings; the stages' own functions are timed.
 
-    `evaluate` and `export` do not depend on a number of steps and run whole, the rest runs shortened: ddpm-train for
+    `evaluate` and `export` do not depend on a number of steps and run whole. The rest runs shortened: ddpm-train for
     `brief` steps, to which the missing ones are added; validate on the triplets that are there; distill twice for a few
-    steps.
+    steps. `rate` is triplets a second.
     """
-    settings, device = layout.settings, compute.device
+    settings = layout.settings
+    triplets = settings.synthesize.triplets
+    few = min(triplets, FEW)
 
-    def timed(run: Any, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> float:
-        sections = {key: replace(getattr(settings, key), **values) for key, values in (overrides or {}).items()}
-        return seconds_of(lambda: run(replace(layout, settings=replace(settings, **sections))), device)
+    def timed(stage: Any, section: str = "", **values: Any) -> float:
+        changed = {section: replace(getattr(settings, section), **values)} if section else {}
+        return seconds_of(lambda: stage.run(replace(layout, settings=replace(settings, **changed))), compute.device)
 
-    missing = max(0, settings.ddpm_train.steps - brief)
-    found = {"ddpm-train": timed(ddpm_train.run, {"ddpm_train": {"steps": brief}}) + missing * ddpm["step_seconds"]}
-    few = min(settings.synthesize.triplets, 32)
-    timed(synthesize.run, {"synthesize": {"triplets": few}})
-    loading = seconds_of(lambda: synthesize.build_workshop(layout, compute), device)
-    found["synthesize"] = loading + settings.synthesize.triplets / rate
-    found["validate"] = timed(validate.run) * settings.synthesize.triplets / few
-    short = [{key: max(1, round(part * getattr(settings.distill, key))) for key in DISTILL_STEPS} for part in PARTS]
-    found["distill"] = extrapolate(PARTS, [timed(distill.run, {"distill": steps}) for steps in short])
-    found["evaluate"] = timed(evaluate.run)
-    found["export"] = timed(export.run)
-    return found
+    train = timed(ddpm_train, "ddpm_train", steps=brief)
+    timed(synthesize, "synthesize", triplets=few)
+    loading = seconds_of(lambda: synthesize.build_workshop(layout, compute), compute.device)
+    check = timed(validate)
+    steps = [{key: max(1, round(part * getattr(settings.distill, key))) for key in DISTILL_STEPS} for part in PARTS]
+    return {
+        "ddpm-train": train + max(0, settings.ddpm_train.steps - brief) * step_seconds,
+        "synthesize": loading + triplets / rate,
+        "validate": check * triplets / few,
+        "distill": extrapolate(PARTS, [timed(distill, "distill", **short) for short in steps]),
+        "evaluate": timed(evaluate),
+        "export": timed(export),
+    }
 
 
 def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:
@@ -223,8 +226,8 @@ def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:
     return f"trained for {brief} steps"
 
 
-def report(found: Mapping[str, Any], targets: Sequence[Target]) -> str:
-    """The figures in words."""
+def report(found: Mapping[str, Any]) -> str:
+    """Write the figures in words."""
     ddpm, local, run = found["ddpm"], found["local_against_whole"], found["run_seconds"]
     lines = [
         f"{found['category']} at {found['image_size']} px; denoiser: {found['denoiser']}; {describe(found['machine'])}",
@@ -243,61 +246,42 @@ def report(found: Mapping[str, Any], targets: Sequence[Target]) -> str:
             f"a run would take {sum(run.values()) / 60:.1f} minutes ({parts}): "
             f"synthesis {found['synthesis_share']:.0%} of it"
         )
-    return "\n".join([*lines, *(target.sentence() for target in targets)])
-
-
-def bench(layout: Layout, trained: Path, *, steps: int, chunks: int, compared: int, whole_run: bool) -> dict[str, Any]:
-    """Measure everything; the layout's root is scratch space."""
-    compute = Compute.choose(layout.settings.compute)
-    found: dict[str, Any] = {
-        "benchmark": "synthesis",
-        "category": layout.category,
-        "image_size": layout.settings.data.image_size,
-        "machine": machine(compute),
-    }
-    with compute.fast_math():
-        found["denoiser"] = provide_denoiser(layout, trained, steps)
-        data = layout.data
-        images = load_tiles(plan_tiles(layout.split().fit, data), data)
-        found["ddpm"] = training_speed(images, layout.settings.ddpm_train, compute, layout.root, steps)
-        workshop = synthesize.build_workshop(layout, compute)
-        found |= synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chunks)
-        found["local_against_whole"] = local_against_whole(workshop, compared)
-    found["run_seconds"] = {}
-    if whole_run:
-        found["run_seconds"] = run_seconds(layout, found["ddpm"], found["triplets_per_second"], compute, steps)
-        found["synthesis_share"] = found["run_seconds"]["synthesize"] / sum(found["run_seconds"].values())
-    return found
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and end with the JSON line."""
-    parser = argparse.ArgumentParser(prog="flawsmith_lab.bench.synthesis", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--category", help=f"default: the first of --data, or {DEMO_SURFACE}, rendered if need be")
-    parser.add_argument("--data", type=Path, help="folder of categories; default: data.root of params.yaml")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--steps", type=int, default=TRAIN_STEPS, help="timed training steps of the denoiser")
-    parser.add_argument("--chunks", type=int, default=2, help="timed chunks of 4 batches of candidates")
-    parser.add_argument("--compared", type=int, default=COMPARED, help="triplets sampled in the whole image too")
-    parser.add_argument("--no-run", action="store_true", help="leave out the share of a run: half the time")
-    chosen = parser.parse_args(arguments)
+    options = parser("synthesis", __doc__)
+    options.add_argument("--steps", type=int, default=TRAIN_STEPS, help="timed training steps of the denoiser")
+    options.add_argument("--chunks", type=int, default=2, help="timed chunks of 4 batches of candidates")
+    options.add_argument("--compared", type=int, default=COMPARED, help="triplets sampled in the whole image too")
+    options.add_argument("--no-run", action="store_true", help="leave out the share of a run: half the time")
+    chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="flawsmith-bench-") as scratch:
-        layout = prepare(chosen.params, chosen.category, chosen.data, Path(scratch), OVERRIDES)
-        trained = chosen.params.parent / "artifacts" / layout.category / ddpm_train.STAGE
-        found = bench(
-            layout,
-            trained,
-            steps=chosen.steps,
-            chunks=chosen.chunks,
-            compared=chosen.compared,
-            whole_run=not chosen.no_run,
-        )
+        layout = prepare(chosen, Path(scratch), OVERRIDES)
+        compute = Compute.choose(layout.settings.compute)
+        size = layout.settings.data.image_size
+        found: dict[str, Any] = {"benchmark": "synthesis", "category": layout.category, "image_size": size}
+        found["machine"] = machine(compute)
+        with compute.fast_math():
+            trained = chosen.params.parent / "artifacts" / layout.category / ddpm_train.STAGE
+            found["denoiser"] = provide_denoiser(layout, trained, chosen.steps)
+            images = load_tiles(plan_tiles(layout.split().fit, layout.data), layout.data)
+            ddpm = training_speed(images, layout.settings.ddpm_train, compute, layout.root, chosen.steps)
+            workshop = synthesize.build_workshop(layout, compute)
+            found |= {"ddpm": ddpm, **synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chosen.chunks)}
+            found["local_against_whole"] = local_against_whole(workshop, chosen.compared)
+        found["run_seconds"] = {}
+        if not chosen.no_run:
+            rate = found["triplets_per_second"]
+            found["run_seconds"] = run_seconds(layout, ddpm["step_seconds"], rate, compute, chosen.steps)
+            found["synthesis_share"] = found["run_seconds"]["synthesize"] / sum(found["run_seconds"].values())
     targets = [
         Target("triplets per second", found["triplets_per_second"], TRIPLETS_PER_SECOND),
         Target("training step over matmul speed", found["ddpm"]["efficiency"], EFFICIENCY),
         Target("FLOPs saved by local sampling, times", found["local_against_whole"]["flops_ratio"], FLOPS_RATIO),
     ]
-    print(report(found, targets))
+    print(report(found), *(target.sentence() for target in targets), sep="\n")
     met = {target.name: {"value": target.value, "target": target.least, "met": target.is_met} for target in targets}
     finish(found | {"targets": met})
 

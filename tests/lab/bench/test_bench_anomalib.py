@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import UserError
 from flawsmith.layout import Layout
 from flawsmith.stages import demo_data
 from flawsmith_lab.bench import anomalib_runner
-from flawsmith_lab.bench.anomalib_side import compare, main, replay, run_other_side, table
+from flawsmith_lab.bench.anomalib_side import compare, main, replay
 from flawsmith_lab.bench.measure import bench_settings
 
 # Answers in the exchange's format: brightness as an anomaly map.
@@ -45,14 +45,12 @@ def test_maps_come_back_to_the_evaluations_own_metrics(params: Path, tmp_path: P
     python = executable(tmp_path / "python", STAND_IN.format(python=sys.executable))
     settings = bench_settings(params, "brushed_metal", tmp_path / "data")
     demo_data.run(settings, tmp_path, "brushed_metal")
-    rows = compare(Layout(settings, "brushed_metal", tmp_path), python, {"models": ["patchcore", "efficientad"]}, 3)
-    assert [row["method"] for row in rows] == ["knn", "anomalib-patchcore", "anomalib-efficientad"]
+    rows = compare(Layout(settings, "brushed_metal", tmp_path), python, {"models": ["patchcore"], "limit": 3})
+    assert [row["method"] for row in rows] == ["knn", "anomalib-patchcore"]
     assert rows[0]["image_auroc_minus_knn"] == [0, 0, 0]
     assert rows[1]["image_auroc_minus_knn"][0] == pytest.approx(rows[1]["image_auroc"] - rows[0]["image_auroc"])
     assert rows[1]["fit_seconds"] == 1.5
-    assert "image_auroc" not in rows[2]  # timed only
     assert all(row["fit_images"] == 3 for row in rows)
-    assert "not judged" in table(rows).splitlines()[-1]
 
 
 def test_answers_are_replayed_in_the_order_of_calibration_and_test(tmp_path: Path) -> None:
@@ -67,18 +65,13 @@ def test_answers_are_replayed_in_the_order_of_calibration_and_test(tmp_path: Pat
     assert np.concatenate([scores for _, scores in seen]).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_missing_environment_and_a_failing_one_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="make bench-anomalib"):
-        run_other_side(tmp_path / "none", tmp_path)
-    with pytest.raises(FlawsmithError, match="status 3: no such module"):
-        run_other_side(executable(tmp_path / "bad", "#!/bin/sh\necho 'no such module' >&2; exit 3\n"), tmp_path)
-
-
 def test_options_that_make_no_sense_are_refused(params: Path) -> None:
     with pytest.raises(UserError, match="--models `padim` is unknown"):
         main(["--params", str(params), "--models", "padim"])
     with pytest.raises(UserError, match="belong together"):
         main(["--params", str(params), "--backbone", "resnet18"])
+    with pytest.raises(UserError, match="make bench-anomalib"):
+        main(["--params", str(params), "--python", "nowhere/python"])
 
 
 def test_the_runner_needs_nothing_of_flawsmith(tmp_path: Path) -> None:

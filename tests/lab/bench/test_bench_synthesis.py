@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,14 +89,16 @@ def test_without_a_name_the_first_category_of_the_folder_is_measured(tmp_path: P
     assert first_category(None, "other") == "other"
 
 
+def measured(params: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    main(["--params", str(params), "--steps", "2", "--chunks", "1", "--compared", "1", *options])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
 def test_the_command_measures_and_ends_with_json(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--params", str(params), "--steps", "2", "--chunks", "1", "--compared", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
-    assert found["image_size"] == 64
+    found = measured(params, capsys, "--no-run")
+    assert (found["image_size"], found["run_seconds"]) == (64, {})
     assert found["triplets_per_second"] > 0
-    assert 0 < found["synthesis_share"] < 1
-    assert set(found["run_seconds"]) == {"ddpm-train", "synthesize", "validate", "distill", "evaluate", "export"}
     assert found["ddpm"]["step_gflop"] > 0
     local = found["local_against_whole"]
     # cost goes with the area: that of a window over that of the image, averaged over the defects
@@ -104,3 +107,10 @@ def test_the_command_measures_and_ends_with_json(params: Path, capsys: pytest.Ca
     for target in found["targets"].values():
         assert target["met"] == (target["value"] >= target["target"])
     assert not (params.parent / "artifacts").exists()  # the project is only read
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_estimated(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(params, capsys)
+    assert set(found["run_seconds"]) == {"ddpm-train", "synthesize", "validate", "distill", "evaluate", "export"}
+    assert 0 < found["synthesis_share"] < 1
