@@ -24,8 +24,6 @@ from flawsmith.errors import FlawsmithError, UserError, refusal
 from flawsmith.processes import is_main_process, world_size
 
 if TYPE_CHECKING:
-    from flawsmith.inference.folder import FolderReport
-    from flawsmith.inference.watch import WatchReport
     from flawsmith.layout import Layout
     from flawsmith.settings import Settings
 
@@ -288,35 +286,37 @@ def predict(
         raise UserError("--watch writes results.jsonl; leave --format out.")
 
     from flawsmith.data.walk import count_sentence
+    from flawsmith.inference.options import PredictOptions
     from flawsmith.inference.predictor import Predictor
-    from flawsmith.inference.writers import open_lines
 
-    report: FolderReport | WatchReport
+    options = PredictOptions(
+        formats=_comma_list(formats) or ("csv", "json"),
+        overlays=overlays,
+        masks=masks,
+        jsonl=jsonl,
+        batch=batch,
+        workers=workers,
+        every=every,
+        max_pixels=int(max_megapixels * 1e6),
+        poll=poll,
+        seconds=watch_for,
+        idle=watch_idle,
+    )
     predictor = Predictor(model, threads=threads, threshold=threshold, provider=provider)
-    max_pixels = int(max_megapixels * 1e6)
-    with open_lines(jsonl) as lines:
-        if watch is not None and out is not None:
-            from flawsmith.inference.watch import ended_by_signals, watch_folder
+    if watch is not None and out is not None:
+        from flawsmith.inference.watch import ended_by_signals, watch_folder
 
-            with ended_by_signals() as stop:
-                report = watch_folder(
-                    predictor, watch, out, overlays=overlays, masks=masks, lines=lines, batch=batch, workers=workers,
-                    max_pixels=max_pixels, poll=poll, seconds=watch_for, idle=watch_idle, stop=stop,
-                )  # fmt: skip
-            unreadable = report.unreadable
-        else:
-            from flawsmith.inference.folder import predict_folder
+        with ended_by_signals() as stop:
+            report = watch_folder(predictor, watch, out, options, stop)
+    else:
+        from flawsmith.inference.folder import predict_folder
 
-            with _terminated_cleanly():
-                report = predict_folder(
-                    predictor, inputs or [], out, formats=_comma_list(formats) or ("csv", "json"), overlays=overlays,
-                    masks=masks, lines=lines, batch=batch, workers=workers, every=every, max_pixels=max_pixels,
-                )  # fmt: skip
-            for item in report.unreadable:
-                print(f"skipped: {item.reason}", file=sys.stderr)
-            unreadable = len(report.unreadable)
+        with _terminated_cleanly():
+            report = predict_folder(predictor, inputs or [], out, options)
+    for item in report.skipped:
+        print(f"skipped: {item.reason}", file=sys.stderr)
     print(
-        f"{count_sentence(report.good + report.defective, report.passed_over, unreadable)}: {report.good} good, "
+        f"{count_sentence(report.good + report.defective, report.passed_over, report.unreadable)}: {report.good} good, "
         f"{report.defective} defective. Computed on {predictor.provider}."
         + ("" if report.out is None else f" Results: {report.out}"),
         file=sys.stderr if jsonl == Path("-") else sys.stdout,

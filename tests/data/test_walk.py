@@ -74,13 +74,13 @@ def test_what_cannot_be_looked_at_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     lock(monkeypatch, tmp_path / "line" / "night")
     given = find_images([tmp_path / "line"])
     assert [file.name for file in given.files] == ["a.png"]
-    assert {item.file: item.reason for item in given.unreadable} == {
+    assert {item.name: item.reason for item in given.unreadable} == {
         "gone.png": "gone.png is a link to nothing",
         "night": "night cannot be listed (Permission denied)",
         "self": "self cannot be looked at (Too many levels of symbolic links)",
     }
     lock(monkeypatch, tmp_path / "line")
-    assert [item.file for item in find_images([tmp_path / "line"]).unreadable] == ["."]
+    assert [item.name for item in find_images([tmp_path / "line"]).unreadable] == ["."]
     shell = find_images([tmp_path / "line" / "a.png", tmp_path / "line" / "gone.png"])  # as `line/*.png` gives them
     assert (len(shell.files), len(shell.unreadable)) == (1, 1)
 

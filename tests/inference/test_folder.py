@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import flawsmith.inference.readahead as readahead_module
+import flawsmith.inference.prefetch as prefetch_module
 import flawsmith.inference.writers as writers_module
 from flawsmith import errors
 from flawsmith.data.images import read_image, write_png
 from flawsmith.errors import UserError
 from flawsmith.files import digest_name
-from flawsmith.inference.folder import FolderReport, predict_folder
+from flawsmith.inference.folder import predict_folder
+from flawsmith.inference.options import PredictOptions, PredictReport
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import Unreadable, find_images
 
@@ -70,7 +71,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_every_image_of_a_mixed_folder_gets_its_verdict(model: Path, mixed: Path, tmp_path: Path) -> None:
-    report = predict_folder(Predictor(model), [mixed], tmp_path / "out", batch=3)
+    report = predict_folder(Predictor(model), [mixed], tmp_path / "out", PredictOptions(batch=3))
     found = rows(tmp_path / "out")
     assert {name: row["verdict"] for name, row in found.items()} == {
         "a_good.png": "good",
@@ -88,17 +89,17 @@ def test_every_image_of_a_mixed_folder_gets_its_verdict(model: Path, mixed: Path
     assert list(found) == sorted(found)
     assert float(found["h_deep.png"]["score"]) == pytest.approx(200 / 255, abs=1e-5)
     assert (found["g_rotated.jpg"]["width"], found["g_rotated.jpg"]["height"]) == ("40", "80")
-    assert (report.good, report.defective, len(report.unreadable), report.total) == (3, 5, 3, 11)
-    for bad in report.unreadable:
-        assert bad.reason.startswith(bad.file)
+    assert (report.good, report.defective, report.unreadable, report.total) == (3, 5, 3, 11)
+    for bad in report.skipped:
+        assert bad.reason.startswith(bad.name)
         assert str(tmp_path) not in bad.reason
-        assert found[bad.file]["error"] == bad.reason
-        assert found[bad.file]["score"] == ""
+        assert found[bad.name]["error"] == bad.reason
+        assert found[bad.name]["score"] == ""
 
 
 def test_each_overlay_lies_in_its_folder_and_has_its_images_size(model: Path, mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    predict_folder(Predictor(model), [mixed], out)
+    predict_folder(Predictor(model), [mixed], out, PredictOptions())
     readable = [name for name, row in rows(out).items() if row["verdict"] != "unreadable"]
     assert files_of(out / "overlays") == {str(Path(name).with_suffix(".png")) for name in readable}
     for name in readable:
@@ -108,7 +109,7 @@ def test_each_overlay_lies_in_its_folder_and_has_its_images_size(model: Path, mi
 
 def test_the_json_tells_where_the_defect_is(model: Path, tmp_path: Path) -> None:
     plate(tmp_path / "in" / "part.png", bright=True, size=(96, 64))
-    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["model"]["category"] == "plate"
     assert content["model"]["threshold"] == 0.5
@@ -127,14 +128,14 @@ def test_the_json_tells_where_the_defect_is(model: Path, tmp_path: Path) -> None
 def test_the_same_folder_gives_the_same_bytes_whatever_the_batch(model: Path, mixed: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     for out, batch in zip(outs, (1, 8), strict=True):
-        predict_folder(Predictor(model), [mixed], out, batch=batch)
+        predict_folder(Predictor(model), [mixed], out, PredictOptions(batch=batch))
     assert files_of(outs[0]) == files_of(outs[1])
     for name in files_of(outs[0]):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
 
 
 def test_overlays_can_be_left_out(model: Path, mixed: Path, tmp_path: Path) -> None:
-    predict_folder(Predictor(model), [mixed], tmp_path / "out", overlays=False)
+    predict_folder(Predictor(model), [mixed], tmp_path / "out", PredictOptions(overlays=False))
     assert files_of(tmp_path / "out") == {"results.csv", "results.json"}
 
 
@@ -142,9 +143,9 @@ def test_a_folder_without_an_image_and_a_missing_one_are_refused(model: Path, tm
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").touch()
     with pytest.raises(UserError, match="holds no image"):
-        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     with pytest.raises(UserError, match="nowhere does not exist"):
-        predict_folder(Predictor(model), [tmp_path / "nowhere"], tmp_path / "out")
+        predict_folder(Predictor(model), [tmp_path / "nowhere"], tmp_path / "out", PredictOptions())
     with pytest.raises(UserError, match="No input"):
         find_images([])
     assert not (tmp_path / "out").exists()
@@ -176,7 +177,7 @@ def test_linked_files_keep_the_names_of_their_links(tmp_path: Path) -> None:
 def test_files_that_differ_in_their_suffix_alone_get_an_overlay_each(model: Path, tmp_path: Path) -> None:
     for name in ("1.png", "1.jpg", "2.jpg"):
         plate(tmp_path / "in" / name)
-    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     assert files_of(tmp_path / "out" / "overlays") == {"1.png.png", "1.jpg.png", "2.png"}
 
 
@@ -200,10 +201,10 @@ def test_pictures_get_names_that_fit_and_differ_on_every_file_system(
         reader, writer = os.pipe()
         os.write(writer, "".join(f"{tmp_path / 'in' / name}\n" for name in names).encode())
         os.close(writer)
-        report = predict_folder(Predictor(model), [Path("-")], tmp_path / "out", stdin=reader)
+        report = predict_folder(Predictor(model), [Path("-")], tmp_path / "out", PredictOptions(), stdin=reader)
         os.close(reader)
     else:
-        report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+        report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     assert report.total == report.good == len(names)
     pictures = files_of(tmp_path / "out" / "overlays")
     assert len(pictures) == len(names)
@@ -234,7 +235,7 @@ def test_a_picture_that_cannot_be_written_under_its_name_gets_another(
         (tmp_path / "out" / "overlays").mkdir(parents=True)
         monkeypatch.setattr(writers_module.os, "listdir", lambda _: ["overlays"])
     monkeypatch.setattr(writers_module, "write_png", refuse)
-    report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", batch=1)
+    report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions(batch=1))
     assert report.good == 3
     assert files_of(tmp_path / "out" / "overlays") == {"a.png", f"{digest_name('b.png')}.png", "c.png"}
 
@@ -254,7 +255,7 @@ def test_one_picture_that_cannot_be_written_at_all_does_not_end_the_batch(
 
     monkeypatch.setattr(writers_module, "write_png", refuse)
     with caplog.at_level("WARNING"):
-        assert predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", batch=1).good == 2
+        assert predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions(batch=1)).good == 2
     assert "a.png is not in overlays (Invalid argument)" in caplog.text
     assert files_of(tmp_path / "out" / "overlays") == {"b.png"}
 
@@ -263,10 +264,10 @@ def test_earlier_results_are_replaced_and_never_taken_for_inputs(model: Path, tm
     plate(tmp_path / "a.png")
     old = plate(tmp_path / "b.png")
     for _ in range(2):
-        report = predict_folder(Predictor(model), [tmp_path], tmp_path / "out")
+        report = predict_folder(Predictor(model), [tmp_path], tmp_path / "out", PredictOptions())
         assert report.total == 2
     old.unlink()
-    predict_folder(Predictor(model), [tmp_path], tmp_path / "out")
+    predict_folder(Predictor(model), [tmp_path], tmp_path / "out", PredictOptions())
     assert files_of(tmp_path / "out") == {"results.csv", "results.json", "overlays/a.png"}
 
 
@@ -274,11 +275,11 @@ def test_a_folder_of_the_users_own_files_is_never_overwritten(model: Path, tmp_p
     image = plate(tmp_path / "in" / "a.png")
     for out in (tmp_path / "in", tmp_path, image):
         with pytest.raises(UserError, match=r"name a (new )?folder"):
-            predict_folder(Predictor(model), [tmp_path / "in"], out)
+            predict_folder(Predictor(model), [tmp_path / "in"], out, PredictOptions())
     overlays = tmp_path / "out" / "overlays"
-    predict_folder(Predictor(model), [image], tmp_path / "out")
+    predict_folder(Predictor(model), [image], tmp_path / "out", PredictOptions())
     with pytest.raises(UserError, match="name a new folder"):  # scoring overlays into the folder they lie in
-        predict_folder(Predictor(model), [overlays / "a.png"], tmp_path / "out")
+        predict_folder(Predictor(model), [overlays / "a.png"], tmp_path / "out", PredictOptions())
     assert image.is_file()
     assert (overlays / "a.png").is_file()
 
@@ -288,7 +289,7 @@ def test_results_can_go_where_a_link_points(model: Path, tmp_path: Path) -> None
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     for _ in range(2):
-        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     assert (tmp_path / "out").is_symlink()
     assert files_of(tmp_path / "disk") == {"results.csv", "results.json", "overlays/a.png"}
 
@@ -299,7 +300,7 @@ def test_a_failure_half_way_leaves_the_earlier_results(
     for name in "abc":
         plate(tmp_path / "in" / f"{name}.png")
     out = tmp_path / "out"
-    predict_folder(Predictor(model), [tmp_path / "in"], out)
+    predict_folder(Predictor(model), [tmp_path / "in"], out, PredictOptions())
     before = {name: (out / name).read_bytes() for name in files_of(out)}
     written: list[Path] = []
 
@@ -310,7 +311,7 @@ def test_a_failure_half_way_leaves_the_earlier_results(
 
     monkeypatch.setattr(writers_module, "write_png", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        predict_folder(Predictor(model), [tmp_path / "in"], out, batch=1)
+        predict_folder(Predictor(model), [tmp_path / "in"], out, PredictOptions(batch=1))
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "model.onnx", "out"]
 
@@ -327,11 +328,11 @@ def test_memory_holds_one_batch_at_a_time(model: Path, tmp_path: Path, monkeypat
         return answer(images)
 
     monkeypatch.setattr(predictor, "predict", counted)
-    predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", batch=4)
+    predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", PredictOptions(batch=4))
     assert sizes == [4, 4, 2]
     sizes.clear()
-    monkeypatch.setattr(readahead_module, "HELD_PIXELS", 1600)  # a batch may have half: two originals of 20 x 20
-    predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", batch=4)
+    monkeypatch.setattr(prefetch_module, "HELD_PIXELS", 1600)  # a batch may have half: two originals of 20 x 20
+    predict_folder(predictor, [tmp_path / "in"], tmp_path / "out", PredictOptions(batch=4))
     assert sizes == [2] * 5
 
 
@@ -342,7 +343,7 @@ def test_a_map_hot_all_over_lists_no_more_regions_than_are_of_use(
     dots[::2, ::2] = 255
     (tmp_path / "in").mkdir()
     Image.fromarray(dots).save(tmp_path / "in" / "dots.png")
-    predict_folder(Predictor(write_model()), [tmp_path / "in"], tmp_path / "out")
+    predict_folder(Predictor(write_model()), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     (image,) = json.loads((tmp_path / "out" / "results.json").read_text())["images"]
     assert image["region_count"] == 256
     assert len(image["regions"]) == 100
@@ -350,11 +351,23 @@ def test_a_map_hot_all_over_lists_no_more_regions_than_are_of_use(
 
 def test_an_image_over_the_size_limit_is_reported(model: Path, tmp_path: Path) -> None:
     plate(tmp_path / "in" / "a.png")
-    report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", max_pixels=100)
-    assert "over the limit" in report.unreadable[0].reason
+    report = predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions(max_pixels=100))
+    assert "over the limit" in report.skipped[0].reason
     assert (tmp_path / "out" / "results.csv").is_file()
-    with pytest.raises(UserError, match="batch is 0"):
-        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", batch=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"every": 0}, "every is 0"),
+        ({"formats": ("csv", "xml")}, "`xml` is no format of results"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        PredictOptions(**options)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +375,7 @@ def test_an_image_over_the_size_limit_is_reported(model: Path, tmp_path: Path) -
     [(0, 0, True, 0), (2, 0, False, 0), (2, 0, True, 3), (0, 1, True, 2), (2, 1, False, 2), (2, 1, True, 3)],
 )
 def test_the_exit_status_tells_unreadable_files_and_defects(defective: int, bad: int, strict: bool, code: int) -> None:
-    report = FolderReport(Path("out"), 5, defective, (Unreadable("a.png", "a.png is empty"),) * bad)
+    report = PredictReport(Path("out"), 5, defective, bad, skipped=(Unreadable("a.png", "a.png is empty"),) * bad)
     assert report.exit_code(fail_on_defect=strict) == code
 
 
@@ -372,7 +385,7 @@ def test_images_that_stretching_harms_are_told_in_one_sentence(
     errors._told.clear()
     for name in ("a.png", "b.png"):
         write_png(tmp_path / "in" / name, np.zeros((30, 300, 3), np.uint8))
-    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out")
+    predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", PredictOptions())
     (said,) = caplog.messages
     assert "a.png loses detail" in said
     assert "docs/tiles.md" in said

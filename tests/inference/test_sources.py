@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flawsmith.data.walk import SUFFIXES
 from flawsmith.errors import UserError
 from flawsmith.inference import video
 from flawsmith.inference.folder import predict_folder
+from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.video import read_frames
@@ -64,6 +66,10 @@ def stream_of(content: bytes) -> int:
     return reading
 
 
+def streamed(descriptor: int, leave_out: Path | None = None) -> list[InputFile | Unreadable]:
+    return [item for item in read_stream(descriptor, leave_out, threading.Event(), Counter()) if item is not None]
+
+
 def test_paths_on_a_stream_are_read_to_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plate(tmp_path / "parts" / "2.png")
@@ -71,7 +77,7 @@ def test_paths_on_a_stream_are_read_to_the_last_line(tmp_path: Path, monkeypatch
     (tmp_path / "empty").mkdir()
     odd = os.fsdecode(b"odd\xff.png")
     reading = stream_of(b"a.png\r\n\n  \n./b/../c.png\nparts\nempty\nout/overlays/x.png\nodd\xff.png\n/last.png")
-    found = list(read_stream(reading, Path("out"), threading.Event()))
+    found = streamed(reading, Path("out"))
     os.close(reading)
     assert [item.name if isinstance(item, InputFile) else item for item in found] == [
         "a.png",
@@ -100,7 +106,7 @@ def test_a_list_may_begin_with_a_mark_and_come_in_pieces(coding: str) -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    found = [item.name for item in read_stream(reading, None, threading.Event()) if isinstance(item, InputFile)]
+    found = [item.name for item in streamed(reading)]
     writer.join()
     os.close(reading)
     assert found == ["Größe/a.png", "b.png"]
@@ -109,7 +115,7 @@ def test_a_list_may_begin_with_a_mark_and_come_in_pieces(coding: str) -> None:
 @pytest.mark.parametrize("content", [b"a.png\0b.png\0", "a.png\nb.png\n".encode("utf-16-le")])
 def test_a_list_that_no_line_ends_is_told_in_a_sentence(content: bytes) -> None:
     reading = stream_of(content)
-    (only,) = read_stream(reading, None, threading.Event())
+    (only,) = streamed(reading)
     os.close(reading)
     assert isinstance(only, Unreadable)
     assert "holds NUL bytes; send one path a line" in only.reason
@@ -119,7 +125,7 @@ def test_waiting_for_a_line_ends_when_it_shall() -> None:
     reading, writing = os.pipe()
     stop = threading.Event()
     stop.set()
-    assert list(read_stream(reading, None, stop)) == []
+    assert list(read_stream(reading, None, stop, Counter())) == []
     os.close(reading)
     os.close(writing)
 
@@ -169,13 +175,13 @@ def test_dots_in_a_streams_paths_lead_nowhere_else(model: Path, tmp_path: Path) 
 
 def test_a_stream_stands_alone(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stands alone"):
-        predict_folder(Predictor(model), [Path("-"), tmp_path], tmp_path / "out")
+        predict_folder(Predictor(model), [Path("-"), tmp_path], tmp_path / "out", PredictOptions())
 
 
 def test_every_kth_frame_of_a_video_is_scored(model: Path, tmp_path: Path) -> None:
     film = clip(tmp_path / "clip.mp4", 12, bright=lambda index: index >= 8)
     plate(tmp_path / "clip.png")
-    report = predict_folder(Predictor(model), [film, tmp_path / "clip.png"], tmp_path / "out", every=4)
+    report = predict_folder(Predictor(model), [film, tmp_path / "clip.png"], tmp_path / "out", PredictOptions(every=4))
     found = results(tmp_path / "out")
     assert list(found) == ["clip.mp4#000000", "clip.mp4#000004", "clip.mp4#000008", "clip.png"]
     assert [row["verdict"] for row in found.values()] == ["good", "good", "defective", "good"]
@@ -183,8 +189,6 @@ def test_every_kth_frame_of_a_video_is_scored(model: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "out" / "overlays").iterdir()} == {
         "clip.mp4#000000.png", "clip.mp4#000004.png", "clip.mp4#000008.png", "clip.png",
     }  # fmt: skip
-    with pytest.raises(UserError, match="every is 0"):
-        predict_folder(Predictor(model), [film], tmp_path / "out", every=0)
 
 
 def test_videos_in_a_folder_are_no_images_but_match_a_pattern(tmp_path: Path) -> None:
@@ -228,15 +232,15 @@ def test_frames_before_a_break_count(
     model: Path, tmp_path: Path, name: str, codec: str, options: dict[str, str]
 ) -> None:
     film = cut(clip(tmp_path / name, 40, codec=codec, options=options, bright=lambda index: index == 3), 0.6)
-    report = predict_folder(Predictor(model), [film], tmp_path / "out", overlays=False)
+    report = predict_folder(Predictor(model), [film], tmp_path / "out", PredictOptions(overlays=False))
     found = results(tmp_path / "out")
     *frames, last = found
     assert 15 <= len(frames) < 35
     assert frames == [f"{name}#{index:06d}" for index in range(len(frames))]
     assert [key for key in frames if found[key]["verdict"] == "defective"] == [f"{name}#000003"]
     assert last == name
-    (bad,) = report.unreadable
-    assert bad.file == name
+    (bad,) = report.skipped
+    assert bad.name == name
     assert bad.reason == found[name]["error"]
     count = len(frames)
     places = (f"after frame {count - 1}", f"at frame {count}", f"{count} of its 40 frames")
@@ -252,18 +256,20 @@ def test_a_hole_in_a_video_ends_it_there(model: Path, tmp_path: Path) -> None:
     middle = len(content) // 2
     content[middle : middle + 3000] = bytes(3000)
     film.write_bytes(content)
-    report = predict_folder(Predictor(model), [film], tmp_path / "out", overlays=False)
+    report = predict_folder(Predictor(model), [film], tmp_path / "out", PredictOptions(overlays=False))
     assert report.good > 10
-    (bad,) = report.unreadable
+    (bad,) = report.skipped
     assert "clip.avi is damaged" in bad.reason or f"damaged: {report.good} of its 40 frames" in bad.reason
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x20ftypisom" + bytes(2000)])
 def test_what_is_no_video_is_unreadable(model: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "clip.mp4").write_bytes(content)
-    report = predict_folder(Predictor(model), [tmp_path / "clip.mp4", plate(tmp_path / "z.png")], tmp_path / "out")
+    report = predict_folder(
+        Predictor(model), [tmp_path / "clip.mp4", plate(tmp_path / "z.png")], tmp_path / "out", PredictOptions()
+    )
     assert report.good == 1
-    (bad,) = report.unreadable
+    (bad,) = report.skipped
     assert bad.reason.startswith("clip.mp4 cannot be read as a video (")
 
 
@@ -286,8 +292,10 @@ def test_whole_videos_of_many_kinds_are_read_to_their_end(tmp_path: Path) -> Non
 
 
 def test_frames_over_the_size_limit_are_refused_once(model: Path, tmp_path: Path) -> None:
-    report = predict_folder(Predictor(model), [clip(tmp_path / "a.avi", 5)], tmp_path / "out", max_pixels=1000)
-    (bad,) = report.unreadable
+    report = predict_folder(
+        Predictor(model), [clip(tmp_path / "a.avi", 5)], tmp_path / "out", PredictOptions(max_pixels=1000)
+    )
+    (bad,) = report.skipped
     assert "64 x 48 pixels, over the limit of 0.001 megapixels; crop it, or raise --max-megapixels" in bad.reason
 
 
@@ -298,9 +306,9 @@ def test_without_pyav_a_video_is_refused_before_anything_else(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(video, "find_spec", lambda name: None if name == "av" else find_spec(name))
     with pytest.raises(UserError, match=r"pip install 'flawsmith\[video\]'"):
-        predict_folder(Predictor(model), [film, image], tmp_path / "out")
+        predict_folder(Predictor(model), [film, image], tmp_path / "out", PredictOptions())
     assert not (tmp_path / "out").exists()
-    predict_folder(Predictor(model), [image], tmp_path / "out")
+    predict_folder(Predictor(model), [image], tmp_path / "out", PredictOptions())
     on_a_stream = [InputFile(film, "a.mp4"), InputFile(image, "a.png")]
     first, second = tasks_of(on_a_stream, 1, READING, threading.Event())
     assert isinstance(first, Unreadable)

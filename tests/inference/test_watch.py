@@ -18,11 +18,14 @@ import pytest
 from line_samples import BRIGHT, DARK, call, environment, json_lines, plate, start, wait_until
 from PIL import Image
 
+import flawsmith.inference.journal as journal_module
 import flawsmith.inference.watch as watch_module
 from flawsmith.data.images import Reading
 from flawsmith.errors import UserError
+from flawsmith.inference.journal import FORGET, Journal
+from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Predictor
-from flawsmith.inference.watch import FORGET, Journal, watch_folder
+from flawsmith.inference.watch import watch_folder
 
 POLL = 0.1
 
@@ -130,7 +133,7 @@ def test_a_stalled_copy_is_not_called_broken(
         return load(path, reading)
 
     monkeypatch.setattr(watch_module, "read_image", seen)
-    report = watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=1.0)
+    report = watch_folder(Predictor(model), line, tmp_path / "out", PredictOptions(poll=0.05, idle=1.0))
     assert (report.good, report.unreadable) == (1, 0)
     assert verdicts(tmp_path / "out") == [("a.png", "good")]
     assert len(read) == 2
@@ -229,7 +232,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
         return image
 
     monkeypatch.setattr(watch_module, "read_image", replaced)
-    watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=0.5)
+    watch_folder(Predictor(model), line, tmp_path / "out", PredictOptions(poll=0.05, idle=0.5))
     assert verdicts(tmp_path / "out") == [("a.png", "defective")]  # the first content was never whole to us
 
 
@@ -245,7 +248,7 @@ def test_a_file_that_is_taken_away_leaves_no_line(
         return digest(path)
 
     monkeypatch.setattr(watch_module, "digest_file", taken)
-    report = watch_folder(Predictor(model), line, tmp_path / "out", poll=0.05, idle=0.5)
+    report = watch_folder(Predictor(model), line, tmp_path / "out", PredictOptions(poll=0.05, idle=0.5))
     assert report.total == 1
     assert verdicts(tmp_path / "out") == [("b.png", "good")]
 
@@ -275,9 +278,10 @@ def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) 
     # In a process of its own: the time of threads that other tests left behind is none of the watch's cost.
     code = (
         "import sys, time; from pathlib import Path\n"
+        "from flawsmith.inference.options import PredictOptions\n"
         "from flawsmith.inference.predictor import Predictor; from flawsmith.inference.watch import watch_folder\n"
         "predictor, line, out = Predictor(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])\n"
-        "began = time.process_time(); watch_folder(predictor, line, out, poll=0.2, seconds=4)\n"
+        "began = time.process_time(); watch_folder(predictor, line, out, PredictOptions(poll=0.2, seconds=4))\n"
         "print(time.process_time() - began)"
     )
     arguments = [sys.executable, "-c", code, model, line, tmp_path / "out"]
@@ -299,34 +303,34 @@ def test_results_of_something_else_are_left_alone(
 ) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
     lines = (out / "results.jsonl").read_bytes()
     other = Predictor(write_model(detector_digest="cd" * 32))
     with pytest.raises(UserError, match="results of another model"):
-        watch_folder(other, line, out, poll=0.01, seconds=0.1)
+        watch_folder(other, line, out, PredictOptions(poll=0.01, seconds=0.1))
     with pytest.raises(UserError, match="another model or threshold"):
-        watch_folder(Predictor(model, threshold=0.9), line, out, poll=0.01, seconds=0.1)
+        watch_folder(Predictor(model, threshold=0.9), line, out, PredictOptions(poll=0.01, seconds=0.1))
     assert call(model, line, "--out", out).returncode == 2  # a plain predict would replace the journal
     assert (out / "results.jsonl").read_bytes() == lines
     for mine in (line, tmp_path):
         with pytest.raises(UserError, match=r"holds the watched folder"):
-            watch_folder(other, line, mine, poll=0.01, seconds=0.1)
+            watch_folder(other, line, mine, PredictOptions(poll=0.01, seconds=0.1))
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"no results of a watch \(such as thesis\.tex\)"):
-        watch_folder(other, line, tmp_path / "docs", poll=0.01, seconds=0.1)
+        watch_folder(other, line, tmp_path / "docs", PredictOptions(poll=0.01, seconds=0.1))
     with pytest.raises(UserError, match="is no folder"):
-        watch_folder(other, tmp_path / "nowhere", tmp_path / "new", poll=0.01, seconds=0.1)
+        watch_folder(other, tmp_path / "nowhere", tmp_path / "new", PredictOptions(poll=0.01, seconds=0.1))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
     known = json.loads((out / "model.json").read_text())
     (out / "model.json").write_text(json.dumps(known | {"provider": "cuda"}))
-    report = watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    report = watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
     assert report.total == 0
     assert json.loads((out / "model.json").read_text()) == known
 
@@ -334,11 +338,11 @@ def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: P
 def test_a_damaged_journal_is_named_and_not_touched(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1)
+    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
     content = b"\x00\x00\n" + (out / "results.jsonl").read_bytes() + b"torn"
     (out / "results.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"results\.jsonl is damaged in line 1"):
-        watch_folder(Predictor(model), line, out, poll=0.01, seconds=0.1)
+        watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, seconds=0.1))
     assert (out / "results.jsonl").read_bytes() == content
 
 
@@ -347,7 +351,7 @@ def test_odd_names_are_written_and_known_again(model: Path, line: Path, tmp_path
     plate(tmp_path / "a.png").rename(line / odd)
     out = tmp_path / "out"
     for _ in range(2):
-        watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1, overlays=False)
+        watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1, overlays=False))
         assert verdicts(out) == [(odd, "good")]
     journal = Journal(out / "results.jsonl")
     assert set(journal.known) == {odd}
@@ -358,7 +362,7 @@ def test_memory_follows_the_folder_and_forgives_an_absence(model: Path, line: Pa
     out = tmp_path / "out"
     for name in ("kept.png", "taken.png", "away.png"):
         plate(line / name)
-    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1, overlays=False)
+    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1, overlays=False))
     journal = Journal(out / "results.jsonl")
     journal.forget({"kept.png"}, now=0.0)
     journal.forget({"kept.png", "away.png"}, now=FORGET - 1)
@@ -373,15 +377,15 @@ def test_a_file_that_comes_back_after_it_was_forgotten_is_a_new_arrival(
 ) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "a.png"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, poll=0.01, idle=0.1, overlays=False)
+    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1, overlays=False))
     (line / "a.png").rename(elsewhere)
-    monkeypatch.setattr(watch_module, "FORGET", 0.05)
+    monkeypatch.setattr(journal_module, "FORGET", 0.05)
 
     def put_back() -> None:
         elsewhere.rename(line / "a.png")
 
     timer = threading.Timer(0.5, put_back)
     timer.start()
-    watch_folder(Predictor(model), line, out, poll=0.01, idle=2.0, overlays=False)
+    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=2.0, overlays=False))
     timer.join()
     assert verdicts(out) == [("a.png", "good"), ("a.png", "good")]

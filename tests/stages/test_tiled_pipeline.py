@@ -17,6 +17,7 @@ from flawsmith.data.tiling import Tiling
 from flawsmith.data.triplets import TripletFolder, read_manifest
 from flawsmith.files import digest_path, read_json
 from flawsmith.inference.folder import predict_folder
+from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.settings import load_settings
@@ -128,7 +129,7 @@ def test_parity_is_proven_on_tiles(made: Layout) -> None:
 
 def test_a_folder_is_scored_at_the_places_of_the_originals(made: Layout, tmp_path: Path) -> None:
     predictor = Predictor(made.stage("export") / "model.onnx", pixel_threshold=-1e6)
-    predict_folder(predictor, [made.surface().folder / "test"], tmp_path / "out")
+    predict_folder(predictor, [made.surface().folder / "test"], tmp_path / "out", PredictOptions())
     for row in json.loads((tmp_path / "out" / "results.json").read_text())["images"]:
         shape = read_image(made.surface().folder / "test" / row["file"]).shape
         assert (row["height"], row["width"]) == shape[1:]

@@ -9,7 +9,7 @@ import os
 import select
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -21,6 +21,7 @@ from flawsmith.inference import video
 
 STREAM = Path("-")  # as an input: paths come on standard input
 STOP_LOOK = 0.1  # seconds between looks whether a wait for lines should end
+LINGER = 0.01  # seconds that a line waits for others to be scored together with it
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,30 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that could not be scored, and why."""
+    """A file that could not be scored, its name in the results, and why."""
 
-    file: str
+    name: str
     reason: str
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What files, folders and patterns give: images and videos, what could not be looked at, what was passed over."""
+    """What files, folders and patterns give.
 
-    files: tuple[InputFile, ...]
-    unreadable: tuple[Unreadable, ...]
-    passed_over: Mapping[str, int]
+    Attributes:
+        files: images and videos, sorted by name.
+        unreadable: what could not be looked at.
+        passed_over: how many files of each other kind there are.
+    """
+
+    files: tuple[InputFile, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def in_order(self) -> list[InputFile | Unreadable]:
         """All that gets a row, sorted by name."""
-        return sorted((*self.files, *self.unreadable), key=_name)
+        return sorted((*self.files, *self.unreadable), key=lambda item: item.name)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,6 @@ class Task:
     name: str
     pixels: Callable[[], int]
     load: Callable[[], FloatImage]
-    is_frame: bool = False
 
 
 def find_images(inputs: Sequence[Path], leave_out: Path | None = None) -> Inputs:
@@ -83,17 +89,15 @@ def find_images(inputs: Sequence[Path], leave_out: Path | None = None) -> Inputs
     bases = []
     for given in (match for path in inputs for match in _expand(path, skipped, passed_over)):
         path = _absolute(given)
+        bases.append(path if path.is_dir() else path.parent)
         if path.is_dir():
-            bases.append(path)
             found = find(path, skipped)
             images.update(found.images)
             unreadable.update(found.unreadable)
             passed_over.update(found.passed_over)
         elif path.is_file():
-            bases.append(path.parent)
             images.add(path)
         elif path.is_symlink():
-            bases.append(path.parent)
             unreadable[path] = "is a link to nothing"
         else:
             raise UserError(f"{given} does not exist; check the path.")
@@ -106,29 +110,29 @@ def find_images(inputs: Sequence[Path], leave_out: Path | None = None) -> Inputs
         told = count_sentence(0, passed_over)
         raise UserError(f"{names} holds no image ({', '.join(SUFFIXES)}): {told}; name a folder that does.")
     base = Path(os.path.commonpath(bases))
-
-    def name_of(path: Path) -> str:
-        return path.relative_to(base).as_posix()
-
+    names_of = {path: path.relative_to(base).as_posix() for path in (*images, *unreadable)}
     return Inputs(
-        tuple(sorted((InputFile(path, name_of(path)) for path in images), key=lambda file: file.name)),
-        tuple(Unreadable(name_of(path), f"{name_of(path)} {why}") for path, why in sorted(unreadable.items())),
+        tuple(sorted((InputFile(path, names_of[path]) for path in images), key=lambda file: file.name)),
+        tuple(Unreadable(names_of[path], f"{names_of[path]} {why}") for path, why in sorted(unreadable.items())),
         passed_over,
     )
 
 
 def read_stream(
-    descriptor: int, leave_out: Path | None, stop: Event, passed_over: Counter[str] | None = None
-) -> Iterator[InputFile | Unreadable]:
-    """Files named on a stream, one path a line, as the lines come; ends with the stream or when `stop` is set.
+    descriptor: int, leave_out: Path | None, stop: Event, passed_over: Counter[str]
+) -> Iterator[InputFile | Unreadable | None]:
+    """Yield the files named on a stream, one path a line, as the lines come; None when none comes for now.
 
-    A file's name is the line, tidied up; a folder stands for the images below it, and what is passed over there is
-    added to `passed_over`. Empty lines count for nothing, a path that does not exist or lies below `leave_out` is
-    unreadable. A list may begin with a byte order mark and be in UTF-16.
+    Ends with the stream, or when `stop` is set. A file's name is the line, tidied up. A folder stands for the images
+    below it; what is passed over there is added to `passed_over`. Empty lines count for nothing. A path that does not
+    exist or lies below `leave_out` is unreadable. A list may begin with a byte order mark and be in UTF-16.
     """
     skipped = None if leave_out is None else _absolute(leave_out)
     for line in _lines(descriptor, stop):
-        text = os.fsdecode(line.rstrip(b"\r\n"))
+        if line is None:
+            yield None
+            continue
+        text = line.rstrip("\r\n")
         if not text.strip():
             continue
         if "\0" in text:
@@ -142,8 +146,7 @@ def read_stream(
             yield Unreadable(name, f"{name} lies in the folder of the results; name another folder for --out.")
         elif path.is_dir():
             found = find(path, skipped)
-            if passed_over is not None:
-                passed_over.update(found.passed_over)
+            passed_over.update(found.passed_over)
             yield from (InputFile(each, f"{name}/{found.name_of(each)}") for each in found.images)
             for each, why in found.unreadable.items():
                 inside = f"{name}/{found.name_of(each)}"
@@ -155,23 +158,23 @@ def read_stream(
 
 
 def tasks_of(
-    files: Iterable[InputFile | Unreadable], every: int, reading: Reading, stop: Event
-) -> Iterator[Task | Unreadable]:
-    """What is to be decoded for these files: an image each, of a video each `every`-th frame.
+    files: Iterable[InputFile | Unreadable | None], every: int, reading: Reading, stop: Event
+) -> Iterator[Task | Unreadable | None]:
+    """Yield what is to be decoded for these files: an image each, of a video each `every`-th frame.
 
     A video that cannot be read, or not to its end, gives what can be read and then an `Unreadable`.
     """
     for file in files:
-        if isinstance(file, Unreadable):
+        if not isinstance(file, InputFile):
             yield file
-        elif file.path.suffix.lower() not in video.SUFFIXES:
+        elif not video.is_video(file.path):
             yield Task(file.name, partial(count_pixels, file.path), partial(_load, file, reading))
         else:
             try:
                 for frame in video.read_frames(file.path, every, reading):
                     if stop.is_set():
                         return
-                    yield Task(f"{file.name}#{frame.index:06d}", frame.count_pixels, frame.convert, is_frame=True)
+                    yield Task(f"{file.name}#{frame.index:06d}", frame.count_pixels, frame.convert)
             except UserError as error:
                 yield Unreadable(file.name, _renamed(error, file))
 
@@ -187,37 +190,36 @@ def _renamed(error: UserError, file: InputFile) -> str:
     return str(error).replace(str(file.path), file.name)
 
 
-def _lines(descriptor: int, stop: Event) -> Iterator[bytes]:
-    """Read past Python's buffers: they would hold lines back, and a thread that waits in them cannot be ended."""
-    rest = b""
-    decode: Callable[[bytes], bytes] | None = None
+def _lines(descriptor: int, stop: Event) -> Iterator[str | None]:
+    """Yield lines as they come, and None when none comes for now.
+
+    Reads past Python's buffers: they would hold lines back, and a thread that waits in them cannot be ended.
+    """
+    decoder: codecs.IncrementalDecoder | None = None
+    start, text, wait = b"", "", STOP_LOOK
     while not stop.is_set():
-        ready, _, _ = select.select([descriptor], [], [], STOP_LOOK)
-        if not ready:
+        if not select.select([descriptor], [], [], wait)[0]:
+            wait = STOP_LOOK
+            yield None
             continue
+        wait = LINGER
         chunk = os.read(descriptor, 65536)
-        if not chunk:
-            yield rest  # a last line without its end
-            return
-        rest += chunk
-        if decode is None:
-            if rest in (codecs.BOM_UTF8[:1], codecs.BOM_UTF8[:2], codecs.BOM_UTF16_LE[:1], codecs.BOM_UTF16_BE[:1]):
-                continue  # a mark of which the end is still to come
-            decode = _decoder(rest)
-            rest = decode(rest)
+        if decoder is None:
+            start += chunk
+            if chunk and len(start) < 2:
+                continue  # the end of a mark may still be to come
+            is_wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            # surrogateescape: a file name that is no valid UTF-8 stays what it is
+            coding, errors = ("utf-16", "replace") if is_wide else ("utf-8-sig", "surrogateescape")
+            decoder = codecs.getincrementaldecoder(coding)(errors)
+            text = decoder.decode(start, final=not chunk)
         else:
-            rest = rest[: -len(chunk)] + decode(chunk)
-        *lines, rest = rest.split(b"\n")
+            text += decoder.decode(chunk, final=not chunk)
+        *lines, text = text.split("\n")
         yield from lines
-
-
-def _decoder(start: bytes) -> Callable[[bytes], bytes]:
-    """What brings the bytes of a list to lines of the file system's own, by the mark at its start."""
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        from_utf16 = codecs.getincrementaldecoder("utf-16")("replace")
-        return lambda chunk: os.fsencode(from_utf16.decode(chunk))
-    marks = [codecs.BOM_UTF8] if start.startswith(codecs.BOM_UTF8) else []
-    return lambda chunk: chunk[len(marks.pop()) :] if marks else chunk
+        if not chunk:
+            yield text  # a last line without its end
+            return
 
 
 def _expand(given: Path, skipped: Path | None, passed_over: Counter[str]) -> list[Path]:
@@ -237,10 +239,6 @@ def _expand(given: Path, skipped: Path | None, passed_over: Counter[str]) -> lis
     if not matches:
         raise UserError(f"{given} matches no image; check the pattern.")
     return matches
-
-
-def _name(item: InputFile | Unreadable) -> str:
-    return item.name if isinstance(item, InputFile) else item.file
 
 
 def _absolute(path: Path) -> Path:

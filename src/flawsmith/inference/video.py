@@ -40,6 +40,11 @@ class Frame:
         return np.ascontiguousarray(turned.transpose(2, 0, 1), np.float32) / scale
 
 
+def is_video(path: Path) -> bool:
+    """Tell a video by its suffix."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def check_installed() -> None:
     """Raise a UserError where PyAV is missing."""
     if find_spec("av") is None:

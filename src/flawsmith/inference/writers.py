@@ -1,8 +1,7 @@
-"""The files that `flawsmith predict` leaves: tables and lines row by row, so that none of them is held in memory, and
-pictures.
+"""Writes what `flawsmith predict` leaves, image by image, so that no result is held in memory.
 
 out/results.csv     one row a file, in the order of the inputs, unreadable ones too
-out/results.json    the same with the regions above the pixel threshold, which a defective image alone has
+out/results.json    the same with the regions above the pixel threshold, which only a defective image has
 out/results.jsonl   the images of results.json, one line each
 out/overlays/...    one PNG an image, in the folders of the input
 out/masks/...       the same: {0, 255}, white in the regions, of the original's size
@@ -15,12 +14,12 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,120 +28,82 @@ from flawsmith.data.images import FloatImage, Mask, write_png
 from flawsmith.errors import UserError, is_of_all
 from flawsmith.files import LOST, digest_name, fit_name, is_ours
 from flawsmith.inference.draw import draw_prediction
+from flawsmith.inference.options import FORMATS, PredictOptions
 from flawsmith.inference.predictor import Prediction, Predictor
 from flawsmith.inference.regions import region_mask
 from flawsmith.inference.sources import STREAM, InputFile
 
-CSV, JSON, LINES, OVERLAYS, MASKS = "results.csv", "results.json", "results.jsonl", "overlays", "masks"
-FORMATS = {"csv": CSV, "json": JSON, "jsonl": LINES}
-COLUMNS = (
-    "file",
-    "verdict",
-    "score",
-    "threshold",
-    "relative_score",
-    "peak_x",
-    "peak_y",
-    "peak_value",
-    "regions",
-    "width",
-    "height",
-    "error",
-)
+OVERLAYS, MASKS = "overlays", "masks"
+RESULTS = frozenset({*FORMATS.values(), OVERLAYS, MASKS})
+COLUMNS = ("file", "verdict", "score", "threshold", "relative_score", "peak_x", "peak_y", "peak_value", "regions",
+           "width", "height", "error")  # fmt: skip
 
+Row = Mapping[str, Any]  # what `serialise.describe` makes, with the file's name
+Write = Callable[[Row], object]
 
 log = logging.getLogger(__name__)
 
 
-class Rows(Protocol):
-    """Takes one row a file, as `serialise.describe` makes it."""
-
-    def add(self, row: Mapping[str, Any]) -> None: ...
-
-    def __enter__(self) -> "Rows": ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class CsvRows:
-    """results.csv: without the regions, but with their number."""
-
-    def __init__(self, path: Path) -> None:
-        # surrogateescape: a file name that is no valid UTF-8 is written back as it was
-        self._stream = path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        self._table = csv.writer(self._stream, lineterminator="\n")
-
-    def __enter__(self) -> "CsvRows":
-        self._table.writerow(COLUMNS)
-        return self
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        flat = {**row, "regions": row.get("region_count", "")}
-        self._table.writerow([flat.get(column, "") for column in COLUMNS])
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
+@contextmanager
+def open_rows(folder: Path, form: str, predictor: Predictor) -> Iterator[Write]:
+    """Open the file of one format in `folder`; yields the function that adds a row to it."""
+    # surrogateescape: a file name that is no valid UTF-8 is written back as it was
+    with (folder / FORMATS[form]).open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        if form == "csv":
+            table = csv.writer(stream, lineterminator="\n")
+            table.writerow(COLUMNS)
+            yield lambda row: table.writerow(_flat(row))
+        elif form == "jsonl":
+            yield lambda row: print(json_line(row), file=stream)
+        else:
+            stream.write(f'{{\n"model": {json.dumps(describe_model(predictor), sort_keys=True)},\n"images": [')
+            breaks = chain(["\n"], repeat(",\n"))
+            yield lambda row: print(next(breaks), json_line(row), sep="", end="", file=stream)
+            stream.write("\n]\n}\n")  # not after an error: the file is thrown away then
 
 
-class JsonRows:
-    """results.json: `model` and the list `images`."""
+@contextmanager
+def open_lines(target: Path) -> Iterator[Write]:
+    """Open a file that someone follows, `-` for standard output; yields the function that adds a JSON line to it.
 
-    def __init__(self, path: Path, predictor: Predictor) -> None:
-        self._stream = path.open("w", encoding="utf-8")
-        self._model = describe_model(predictor)
-        self._is_first = True
+    Raises:
+        UserError: the file cannot be written, or nobody reads the lines any more.
+    """
+    try:  # a copy of standard output: a reader that leaves must not trip us at the end
+        stream = (
+            os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+            if target == STREAM
+            else target.open("w", encoding="utf-8")
+        )
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); name another file.") from error
 
-    def __enter__(self) -> "JsonRows":
-        self._stream.write(f'{{\n"model": {json.dumps(self._model, sort_keys=True)},\n"images": [')
-        return self
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        self._stream.write(f"{'' if self._is_first else ','}\n{json_line(row)}")
-        self._is_first = False
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # a failure must not be hidden by that of finishing a file that is thrown away
-            self._stream.write("\n]\n}\n")
-        self._stream.close()
-
-
-class LineRows:
-    """JSON lines: results.jsonl, or a stream that someone follows, flushed line by line. Does not close the stream."""
-
-    def __init__(self, stream: TextIO, *, is_followed: bool) -> None:
-        self._stream, self._is_followed = stream, is_followed
-        name = getattr(stream, "name", "")
-        self._name = name if isinstance(name, str) else "Standard output"
-
-    def __enter__(self) -> "LineRows":
-        return self
-
-    def add(self, row: Mapping[str, Any]) -> None:
+    def write(row: Row) -> None:
         try:
-            self._stream.write(f"{json_line(row)}\n")
-            if self._is_followed:
-                self._stream.flush()
+            stream.write(f"{json_line(row)}\n")
+            stream.flush()
         except BrokenPipeError as error:
             raise UserError(
                 "Nobody reads the JSON lines any more (the pipe was closed), so the work has stopped; read them to "
                 "the end, or write them to a folder with --format jsonl."
             ) from error
         except OSError as error:
-            error.filename = error.filename or self._name
+            error.filename = error.filename or ("Standard output" if target == STREAM else str(target))
             raise
 
-    def __exit__(self, *_: object) -> None:
-        """The stream belongs to whoever opened it."""
+    try:
+        yield write
+    finally:
+        with suppress(OSError):  # each line was flushed, so nothing is lost
+            stream.close()
 
 
 class Pictures:
     """Writes overlays and masks below `folder`, with the names that `picture_names` or `picture_name` gave."""
 
-    def __init__(self, folder: Path, predictor: Predictor, *, overlays: bool, masks: bool) -> None:
+    def __init__(self, folder: Path, predictor: Predictor, options: PredictOptions) -> None:
         self._folder, self._predictor = folder, predictor
-        self._kinds = [*([OVERLAYS] if overlays else []), *([MASKS] if masks else [])]
+        self._kinds = [*([OVERLAYS] if options.overlays else []), *([MASKS] if options.masks else [])]
 
     def add(self, name: str, image: FloatImage, prediction: Prediction) -> dict[str, str]:
         """Write what is asked for; returns where it lies, relative to the folder, for the row.
@@ -154,12 +115,11 @@ class Pictures:
         """
         written = {}
         for kind in self._kinds:
-            height, width = image.shape[1:]
-            pixels = (
-                draw_prediction(image, prediction, self._predictor)
-                if kind == OVERLAYS
-                else region_mask(prediction.anomaly_map, self._predictor.regions_above(prediction), height, width)
-            )
+            if kind == OVERLAYS:
+                pixels: NDArray[np.uint8] | Mask = draw_prediction(image, prediction, self._predictor)
+            else:
+                threshold = self._predictor.regions_above(prediction)
+                pixels = region_mask(prediction.anomaly_map, threshold, *image.shape[1:])
             try:
                 written[kind.removesuffix("s")] = self._write(kind, name, pixels)
             except OSError as error:
@@ -169,8 +129,8 @@ class Pictures:
         return written
 
     def _write(self, kind: str, name: str, pixels: NDArray[np.uint8] | Mask) -> str:
-        """Under `name`, or under a digest of it where the file system does not take it, or another has it already:
-        some do not tell apart case, or ways to write the same letter."""
+        """Write under `name`, or under a digest of it where the file system does not take it, or another file has it:
+        some file systems do not tell apart upper and lower case, or two ways to write one letter."""
         plain = PurePosixPath(kind, name)
         place = self._folder / plain
         try:
@@ -195,9 +155,44 @@ def picture_names(files: Iterable[InputFile]) -> dict[str, str]:
 
 
 def picture_name(name: str) -> str:
-    """Where the other names are not known beforehand: /a/part.jpg → a/part.jpg.png, and never out of the folder."""
+    """/a/part.jpg → a/part.jpg.png, never out of the folder: for files whose siblings are not known beforehand."""
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "//", ".")]
     return _fitted("/".join("__" if part == ".." else part for part in parts) + ".png")
+
+
+def describe_model(predictor: Predictor) -> dict[str, Any]:
+    """Return the model's metadata with the thresholds in force, and where it computes."""
+    return {
+        **asdict(predictor.metadata),
+        "threshold": predictor.threshold,
+        "pixel_threshold": predictor.pixel_threshold,
+        "provider": predictor.provider,
+    }
+
+
+def json_line(row: Row) -> str:
+    """One row as JSON on one line; NaN is refused, for it is no JSON."""
+    return json.dumps(row, allow_nan=False)
+
+
+def check_out(target: Path, given: Path, files: Iterable[InputFile], ours: Collection[str] = RESULTS) -> None:
+    """Refuse a folder that holds anything but earlier results (`ours`), for it is replaced as a whole.
+
+    Raises:
+        UserError: it holds something else, or one of `files` lies in it.
+    """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{given} is a file; name a folder for the results.")
+    found = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 names are all that counts
+    others = {name for name in found if not is_ours(name)} - {*ours, LOST}
+    if others or any(file.path.resolve().is_relative_to(target) for file in files):
+        example = f" (such as {sorted(others)[0]})" if others else ""
+        raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")
+
+
+def _flat(row: Row) -> list[Any]:
+    """A row of the table: the number of regions stands for the regions."""
+    return [{**row, "regions": row.get("region_count", "")}.get(column, "") for column in COLUMNS]
 
 
 def _fitted(name: str) -> str:
@@ -207,85 +202,3 @@ def _fitted(name: str) -> str:
 def _folded(name: str) -> str:
     """Alike for names that some file systems take for the same."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def describe_model(predictor: Predictor) -> dict[str, Any]:
-    """The model's metadata with the thresholds in force, and where it computes."""
-    return {
-        **asdict(predictor.metadata),
-        "threshold": predictor.threshold,
-        "pixel_threshold": predictor.pixel_threshold,
-        "provider": predictor.provider,
-    }
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False)
-
-
-@contextmanager
-def open_lines(target: Path | None) -> Iterator[TextIO | None]:
-    """A stream for `LineRows`: a file, or a copy of standard output for `-` (a reader that leaves must not trip us)."""
-    if target is None:
-        yield None
-        return
-    try:
-        stream = (
-            os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-            if target == STREAM
-            else target.open("w", encoding="utf-8")
-        )
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); name another file.") from error
-    try:
-        yield stream
-    finally:
-        with suppress(OSError):  # each line was flushed, so nothing is lost
-            stream.close()
-
-
-def open_rows(folder: Path, form: str, predictor: Predictor) -> Rows:
-    """The writer of one format in `folder`."""
-    path = folder / FORMATS[form]
-    if form == "csv":
-        return CsvRows(path)
-    return JsonRows(path, predictor) if form == "json" else _LineFile(path)
-
-
-class _LineFile(LineRows):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.open("w", encoding="utf-8"), is_followed=False)
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-
-def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
-    """Each once, in the order given.
-
-    Raises:
-        UserError: one is unknown.
-    """
-    chosen = tuple(dict.fromkeys(formats))
-    for form in chosen:
-        if form not in FORMATS:
-            raise UserError(f"`{form}` is no format of results; use {', '.join(FORMATS)}.")
-    return chosen
-
-
-RESULTS = frozenset({*FORMATS.values(), OVERLAYS, MASKS})
-
-
-def check_out(target: Path, given: Path, files: Iterable[InputFile], ours: Collection[str] = RESULTS) -> None:
-    """`out` is replaced as a whole, so it must be new, empty, or hold earlier results (`ours`) and nothing else.
-
-    Raises:
-        UserError: it does not, or one of `files` lies in it.
-    """
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{given} is a file; name a folder for the results.")
-    found = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 names are all that counts
-    others = {name for name in found if not is_ours(name)} - {*ours, LOST}
-    if others or any(file.path.resolve().is_relative_to(target) for file in files):
-        example = f" (such as {sorted(others)[0]})" if others else ""
-        raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")

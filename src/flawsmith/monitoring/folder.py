@@ -80,7 +80,7 @@ def monitor_folder(
     check_out(out.resolve(), out, found, {HTML, JSON, CSV})
     with atomic_folder(out) as results:  # before the first image, so that it is told at once if it cannot be
         files = _draw(found, settings)
-        unreadable = [Unreadable(printable(item.file), printable(item.reason)) for item in given.unreadable]
+        unreadable = [Unreadable(printable(item.name), printable(item.reason)) for item in given.unreadable]
 
         def readable() -> Iterator[tuple[str, FloatImage]]:
             for file in bar(files, category, unit="image"):

@@ -122,7 +122,7 @@ def drift_content(watched: Watched) -> dict[str, Any]:
         "files": {
             "found": watched.files_found,
             "looked_at": watched.files_looked_at,
-            "unreadable": [asdict(item) for item in watched.unreadable],
+            "unreadable": [{"file": item.name, "reason": item.reason} for item in watched.unreadable],
         },
         "images": {"measured": report.images, "compared": report.compared},
         "reference": {"measured": report.reference_images, "compared": report.reference_compared},
@@ -192,7 +192,7 @@ def _rows(watched: Watched) -> list[list[Any]]:
         [str(name), verdicts[is_defective(float(score), watched.threshold)], float(score), float(peak), ""]
         for name, score, peak in zip(current.names, current.scores, current.peaks, strict=True)
     ]
-    skipped: list[list[Any]] = [[item.file, "unreadable", "", "", item.reason] for item in watched.unreadable]
+    skipped: list[list[Any]] = [[item.name, "unreadable", "", "", item.reason] for item in watched.unreadable]
     return sorted([*measured, *skipped], key=lambda row: str(row[0]))
 
 

@@ -15,9 +15,11 @@ from line_samples import call, clip, plate, start, wait_until
 
 from flawsmith.data.images import FloatImage
 from flawsmith.errors import UserError
+from flawsmith.inference import prefetch
 from flawsmith.inference.folder import predict_folder
+from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Prediction, Predictor
-from flawsmith.inference.readahead import Decoded, Readahead, judge
+from flawsmith.inference.prefetch import predict_stream
 from flawsmith.inference.sources import Task, Unreadable
 
 WAIT = 60.0  # seconds; only a failing test waits so long
@@ -40,12 +42,9 @@ class Model:
         return [Prediction(float(image.shape[2]), False, np.zeros((1, 1), np.float32)) for image in images]
 
 
-def run(
-    tasks: Any, workers: int, model: Model, batch: int = 2, limit: int = 10**9, is_live: bool = False
-) -> list[tuple[str, float | None]]:
-    with Readahead(tasks, workers, batch + workers, threading.Event(), limit) as ahead:
-        answers = judge(ahead, model, batch, is_live=is_live)  # type: ignore[arg-type]
-        return [(item.name, None if answer is None else answer.score) for item, answer in answers]
+def run(tasks: Any, workers: int, model: Model, batch: int = 2) -> list[tuple[str, float | None]]:
+    answers = predict_stream(tasks, model, batch, workers)  # type: ignore[arg-type]
+    return [(item.name, None if answer is None else answer.score) for item, answer in answers]
 
 
 def test_decoding_goes_on_while_the_model_works() -> None:
@@ -116,21 +115,19 @@ def test_order_bounds_and_answers_are_the_same_for_any_number_of_threads(
 
     expected = [(str(index), float(size) if size > 0 else None) for index, size in enumerate(sizes)]
     batches = []
-    for count in (1, workers):
-        model = Model()
-        with Readahead(tasks(), count, batch + count, threading.Event(), limit) as ahead:
-            found, given_back = [], 0
-            for item, answer in judge(ahead, model, batch):  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefetch, "HELD_PIXELS", limit)
+        for count in (1, workers):
+            model, peak, found = Model(), 0, []
+            for item, answer in predict_stream(tasks(), model, batch, count):  # type: ignore[arg-type]
                 found.append((item.name, None if answer is None else answer.score))
                 if item.image is not None:
                     with lock:
-                        held.remove(item.pixels)
-                    given_back += 1
-        assert found == expected
-        assert peak <= limit + max(sizes, default=0)
-        batches.append(model.batches)
-        assert not held
-        peak = 0
+                        held.remove(item.image.shape[2])
+            assert found == expected
+            assert peak <= limit + max(sizes, default=0)
+            assert not held
+            batches.append(model.batches)
     assert batches[0] == batches[1]
 
 
@@ -170,10 +167,9 @@ def test_leaving_early_ends_all_threads_and_the_source() -> None:
             closed.set()
 
     before = threading.active_count()
-    with Readahead(source(), 3, 5, threading.Event()) as ahead:
-        first = ahead.take()
-        assert isinstance(first, Decoded)
-        assert first.name == "0"
+    answers = predict_stream(source(), Model(), 5, 3)  # type: ignore[arg-type]
+    assert next(answers)[0].name == "0"
+    answers.close()
     assert closed.is_set()
     assert threading.active_count() == before
 
@@ -181,17 +177,19 @@ def test_leaving_early_ends_all_threads_and_the_source() -> None:
 def test_a_live_source_gets_its_answer_without_a_full_batch() -> None:
     answered = threading.Event()
 
-    def source() -> Iterator[Task]:
+    def source() -> Iterator[Task | None]:
+        yield None
         yield Task("a", lambda: 1, lambda: image_of(1))
+        yield None  # nothing more for now
         assert answered.wait(WAIT)
         yield Task("b", lambda: 1, lambda: image_of(1))
 
     model = Model(lambda images: answered.set())
-    assert run(source(), 1, model, batch=8, is_live=True) == [("a", 1.0), ("b", 1.0)]
+    assert run(source(), 1, model, batch=8) == [("a", 1.0), ("b", 1.0)]
     assert model.batches == [1, 1]
 
 
-def test_a_long_source_is_not_walked_through_ahead_of_the_model() -> None:
+def test_a_long_source_is_not_walked_through_ahead_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of a video are held as soon as the source gives them, decoded or not."""
     given = answered = most = 0
 
@@ -202,12 +200,11 @@ def test_a_long_source_is_not_walked_through_ahead_of_the_model() -> None:
             most = max(most, given - answered)
             yield Task(str(index), lambda: 100, lambda: image_of(100))
 
-    batch, workers, limit = 4, 3, 300
-    with Readahead(source(), workers, batch + workers, threading.Event(), limit) as ahead:
-        for _ in judge(ahead, Model(), batch):  # type: ignore[arg-type]
-            answered += 1
+    monkeypatch.setattr(prefetch, "HELD_PIXELS", 300)
+    for _ in predict_stream(source(), Model(), 4, 3):  # type: ignore[arg-type]
+        answered += 1
     assert answered == given == 200
-    assert most <= 2 * limit // 100 + 2 * workers + 1
+    assert most <= 2 * 300 // 100 + 2
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -222,23 +219,19 @@ def test_files_are_the_same_for_any_number_of_workers(model: Path, tmp_path: Pat
     outs = []
     for workers in (1, 2, 5):
         out = tmp_path / f"out{workers}"
-        report = predict_folder(
-            Predictor(model), [tmp_path / "in", film], out, workers=workers, batch=3, masks=True,
-            formats=("csv", "json", "jsonl"),
-        )  # fmt: skip
-        assert (report.total, len(report.unreadable)) == (29, 1)
+        options = PredictOptions(workers=workers, batch=3, masks=True, formats=("csv", "json", "jsonl"))
+        report = predict_folder(Predictor(model), [tmp_path / "in", film], out, options)
+        assert (report.total, report.unreadable) == (29, 1)
         outs.append(files_of(out))
     assert outs[0] == outs[1] == outs[2]
     assert len(outs[0]) == 3 + 2 * 28
-    with pytest.raises(UserError, match="workers is 0"):
-        predict_folder(Predictor(model), [tmp_path / "in"], tmp_path / "out", workers=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_half_written(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """In the middle of a stream that does not end, with earlier results in place."""
     image = plate(tmp_path / "a.png")
-    predict_folder(Predictor(model), [image], tmp_path / "out")
+    predict_folder(Predictor(model), [image], tmp_path / "out", PredictOptions())
     before = files_of(tmp_path / "out")
     process = start(model, "-", "--out", "out", "--jsonl", "-", "--workers", 3, cwd=tmp_path, stdin=-1)
     assert process.stdin is not None
