@@ -135,46 +135,48 @@ def refuse(params: Path, category: str) -> None:
 
 
 class _Category:
-    """Looks at one category; `facts` fill up as far as it comes."""
+    """Checks one category; `facts` and `findings` fill up as far as it comes."""
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+        self.layout, self.name, self.settings = layout, layout.category, layout.settings
         self.facts: dict[str, Any] = {"told": []}
         self._findings: list[Finding] = []
-        self._said: list[str] = []
+        self._logged: list[str] = []  # warnings of the code that reads images
 
     def look(self) -> list[Finding]:
         """All findings."""
-        name = self.layout.category
-        folder = self.layout.root / self.layout.settings.data.root / name
-        if name in KINDS and self.layout.reads_demo_data:
-            wanted = self.layout.settings.demo_data.train_good
-            if len(find(folder / "train" / GOOD).images) != wanted:
-                self.facts["told"].append("is rendered by the first stage.")
-                if wanted < MIN_FIT_IMAGES + MIN_CALIBRATION_IMAGES:
-                    self._say("error", f"`demo-data.train_good` is {wanted}, too few to learn and calibrate on; "
-                                       f"set {MIN_FIT_IMAGES + MIN_CALIBRATION_IMAGES} or more.")  # fmt: skip
-                return self._findings
+        folder = self.layout.root / self.settings.data.root / self.name
+        wanted = self.settings.demo_data.train_good
+        is_demo = self.name in KINDS and self.layout.reads_demo_data
+        if is_demo and len(find(folder / "train" / GOOD).images) != wanted:
+            self._tell("is rendered by the first stage.")
+            least = MIN_FIT_IMAGES + MIN_CALIBRATION_IMAGES
+            if wanted < least:
+                few = f"`demo-data.train_good` is {wanted}, too few to learn and calibrate on"
+                self._add("error", f"{few}; set {least} or more.")
+            return self._findings
         if not folder.is_dir():
-            self._say("error", self._missing(folder))
+            self._add("error", self._missing(folder))
             return self._findings
         if (self.layout.root / "dvc.yaml").is_file():
             for link in find(folder).linked[:1]:
-                self._say("error", unseen_sentence(link))
-        with _warnings() as self._said:
-            try:
-                surface = self.layout.surface()
-                self._look_at_normals(surface)
-                self._look_at_test(surface)
-                self._look_at_rest(folder)
-            except UserError as error:
-                self._say("error", str(error))
-        for sentence in self._said:
-            self._say("warning", sentence)
+                self._add("error", unseen_sentence(link))
+        dataset = Dataset(folder)
+        with _warnings() as self._logged:
+            for part in (self._check_normals, self._check_test, self._check_rest):
+                try:
+                    part(dataset)
+                except UserError as error:
+                    self._add("error", str(error))
+        for sentence in self._logged:
+            self._add("warning", sentence)
         return self._findings
 
-    def _say(self, level: Level, sentence: str) -> None:
-        self._findings.append(Finding(level, self.layout.category, sentence))
+    def _add(self, level: Level, sentence: str) -> None:
+        self._findings.append(Finding(level, self.name, sentence))
+
+    def _tell(self, sentence: str) -> None:
+        self.facts["told"].append(sentence)
 
     def _missing(self, folder: Path) -> str:
         if folder.with_name(f"{folder.name}.dvc").is_file():
@@ -184,129 +186,113 @@ class _Category:
         remedy = f"did you mean {close[0]}?" if close else f"put the normal images into {folder}/train/{GOOD}."
         return f"{folder} does not exist; {remedy}"
 
-    def _look_at_normals(self, surface: Dataset) -> None:
+    def _check_normals(self, dataset: Dataset) -> None:
         try:
-            found = surface.find_normals()
+            found = dataset.find_normals()
         except UserError as error:
-            self._say("error", self._misplaced(surface) or str(error))
-            return
-        self.facts["told"].append(f"train/{GOOD}: {found}.")
-        paths = found.images
+            raise UserError(self._misplaced(dataset) or str(error)) from error
+        self._tell(f"train/{GOOD}: {found}.")
         try:
             data = self.layout.data
         except UserError as error:
-            self._say("error", str(error))
-            data = self.layout.settings.data
+            self._add("error", str(error))
+            data = self.settings.data
         if data.white_level:
             self.facts["white_level"] = data.white_level
-            self.facts["told"].append(f"{data.white_level} is white in images of more than 8 bits.")
-        statistics, bad = try_statistics(paths, data.reading, self.layout.kept_statistics())
+            self._tell(f"{data.white_level} is white in images of more than 8 bits.")
+        statistics, bad = try_statistics(found.images, data.reading, self.layout.kept_statistics())
         for sentence in bad.values():
-            self._say("error", sentence)
+            self._add("error", sentence)
         self._describe(list(statistics))
-        tell_losses(list(statistics), data, self.layout.category)
+        tell_losses(list(statistics), data, self.name)
         flat = [path for path, one in statistics.items() if one.is_flat]
-        shown = [path for path in statistics if path not in flat]
+        shown = [path for path, one in statistics.items() if not one.is_flat]
         usual = median([statistics[path].deviation for path in shown] or [0.0])
         if faint := [path.name for path in shown if statistics[path].deviation < FAINT * usual]:
-            self._say("warning", f"{len(faint)} normal image(s) show next to nothing beside the others "
+            self._add("warning", f"{len(faint)} normal image(s) show next to nothing beside the others "
                                  f"({listed(faint)}); look at them.")  # fmt: skip
         copies = find_copies(shown, [statistics[path] for path in shown])
-        self.facts |= {"normals": len(paths), "copies": [[path.name for path in group] for group in copies]}
+        self.facts |= {"normals": len(found.images), "copies": [[path.name for path in group] for group in copies]}
         if copies:
-            self._say("warning", copies_sentence(copies))
+            self._add("warning", copies_sentence(copies))
         if flat:
-            self._say("error", flat_sentence(flat))
-            return
-        try:
-            split = surface.split(data.calibration_fraction, data.split_seed, copies)
-        except UserError as error:
-            self._say("error", str(error))
-            return
-        self._promise(len(split.fit), len(split.calibration), len(paths))
+            raise UserError(flat_sentence(flat))
+        split = dataset.split(data.calibration_fraction, data.split_seed, copies)
+        self._promise(len(split.fit), len(split.calibration), len(found.images))
 
     def _promise(self, fit: int, calibration: int, normals: int) -> None:
-        """What the split can hold."""
-        target, share = self.layout.settings.evaluate.false_alarm_rate, self.layout.settings.data.calibration_fraction
-        self.facts |= {"fit": fit, "calibration": calibration, "false_alarm_rate": 1 / (calibration + 1)}
-        self.facts["told"].append(
-            f"{fit} images to learn from, {calibration} to calibrate on, which can promise a false-alarm rate of "
-            f"{1 / (calibration + 1):.1%} or more."
-        )
+        """Tell which false-alarm rate the split can promise."""
+        target, share = self.settings.evaluate.false_alarm_rate, self.settings.data.calibration_fraction
+        rate = 1 / (calibration + 1)
+        self.facts |= {"fit": fit, "calibration": calibration, "false_alarm_rate": rate}
+        parts = f"{fit} images to learn from, {calibration} to calibrate on"
+        self._tell(f"{parts}, which can promise a false-alarm rate of {rate:.1%} or more.")
         needed = math.ceil(1 / target - 1e-9) - 1
         if calibration < needed:
-            self._say("warning", f"{calibration} calibration images cannot promise the false-alarm rate of {target:g} "
+            self._add("warning", f"{calibration} calibration images cannot promise the false-alarm rate of {target:g} "
                       f"(evaluate.false_alarm_rate): that takes {needed}, or {math.ceil(needed / share)} normal images "
-                      f"at data.calibration_fraction {share:g}; add images or expect up to "
-                      f"{1 / (calibration + 1):.0%}.")  # fmt: skip
+                      f"at data.calibration_fraction {share:g}; add images or expect up to {rate:.0%}.")  # fmt: skip
         if normals < RECOMMENDED:
-            self._say("warning", f"{normals} normal images are few; {RECOMMENDED} or more are recommended.")
+            self._add("warning", f"{normals} normal images are few; {RECOMMENDED} or more are recommended.")
 
     def _describe(self, paths: Sequence[Path]) -> None:
-        """Sizes, modes and depths; what a mixed set may mean."""
-        values = [inspect_values(path, self.layout.settings.data.reading) for path in paths]
+        """Tell sizes, modes and depths; warn of a mixed set."""
+        values = [inspect_values(path, self.settings.data.reading) for path in paths]
         if not values:
             return
-        for key, counts in (
-            ("sizes", Counter(f"{item.width} x {item.height}" for item in values)),
-            ("modes", Counter(item.mode for item in values)),
-            ("depths", Counter(f"{item.bits} bit" for item in values)),
-        ):
-            self.facts[key] = dict(counts.most_common())
+        kinds = {
+            "sizes": [f"{item.width} x {item.height}" for item in values],
+            "modes": [item.mode for item in values],
+            "depths": [f"{item.bits} bit" for item in values],
+        }
+        for key, found in kinds.items():
+            counts = self.facts[key] = dict(Counter(found).most_common())
             if len(counts) > 1 and key != "sizes":
-                told = listed([f"{count} of {name}" for name, count in counts.most_common()])
-                self._say("warning", f"normal images differ in their {key} ({told}); is that one camera?")
+                self._add("warning", f"normal images differ in their {key} ({_counted(counts)}); is that one camera?")
         aspects = [item.width / item.height for item in values]
         self.facts["aspects"] = [round(min(aspects), 3), round(max(aspects), 3)]
         if max(aspects) > MIXED * min(aspects):
             odd = [paths[aspects.index(found)].name for found in (min(aspects), max(aspects))]
-            self._say("warning", f"normal images differ in shape (width over height {min(aspects):.2f} in {odd[0]}, "
+            self._add("warning", f"normal images differ in shape (width over height {min(aspects):.2f} in {odd[0]}, "
                                  f"{max(aspects):.2f} in {odd[1]}); is that one camera?")  # fmt: skip
         shown = [f"{count} of {name}" for name, count in list(self.facts["sizes"].items())[:3]]
         more = f" and {len(self.facts['sizes']) - 3} other sizes" if len(self.facts["sizes"]) > 3 else ""
-        self.facts["told"].append(f"{', '.join(shown)} pixels{more}; {', '.join(self.facts['depths'])}.")
+        self._tell(f"{', '.join(shown)} pixels{more}; {', '.join(self.facts['depths'])}.")
 
-    def _misplaced(self, surface: Dataset) -> str:
-        """A sentence if images lie beside `train/good`."""
-        wanted = surface.folder / "train" / GOOD
+    def _misplaced(self, dataset: Dataset) -> str:
+        """A sentence if all normal images lie beside `train/good`, else nothing."""
+        wanted = dataset.folder / "train" / GOOD
         places = Counter(
             path.parent
-            for path in find(surface.folder).images
-            if path.relative_to(surface.folder).parts[0] not in ("test", "ground_truth")
+            for path in find(dataset.folder).images
+            if path.relative_to(dataset.folder).parts[0] not in ("test", "ground_truth")
         )
         if find(wanted).images or not places:
             return ""
         place, count = places.most_common(1)[0]
         return f"{count} images lie in {place}, none in {wanted}; move the images to {wanted}."
 
-    def _look_at_test(self, surface: Dataset) -> None:
-        if not (surface.folder / "test").exists():
-            self.facts["told"].append("no labelled test set: held-out synthetic defects will be scored instead.")
+    def _check_test(self, dataset: Dataset) -> None:
+        if not (dataset.folder / "test").exists():
+            self._tell("no labelled test set: held-out synthetic defects will be scored instead.")
             return
-        try:
-            test = surface.find_test()
-            labelled = surface.labelled_test()
-        except UserError as error:
-            self._say("error", str(error))
-            return
-        counts = Counter(item.defect for item in labelled)
-        self.facts["test"] = dict(counts)
+        test, labelled = dataset.find_test(), dataset.labelled_test()
+        counts = self.facts["test"] = dict(Counter(item.defect for item in labelled))
         kinds = listed([f"{count} {kind}" for kind, count in counts.items()])
-        self.facts["told"].append(f"test: {test}{f': {kinds}' if kinds else ''}.")
-        for path in sorted(surface.folder.joinpath("test").iterdir()):
+        self._tell(f"test: {test}{f': {kinds}' if kinds else ''}.")
+        for path in sorted(dataset.folder.joinpath("test").iterdir()):
             if path.is_dir() and not path.name.startswith(".") and not find(path).images:
-                self._say("warning", f"{path} holds no image: {find(path)}; fill or remove it.")
+                self._add("warning", f"{path} holds no image: {find(path)}; fill or remove it.")
         defective = [item for item in labelled if item.is_defective]
-        masked = sum(item.mask_path is not None for item in defective)
-        self.facts["masks"] = masked
+        masked = self.facts["masks"] = sum(item.mask_path is not None for item in defective)
         if masked < len(defective):
-            alone = "; where there is none, figures of images alone" if masked else ": figures of images alone"
-            self.facts["told"].append(f"{masked} of {len(defective)} defective images have a mask{alone}.")
+            alone = "; the others count for image scores alone" if masked else ": image scores alone can be judged"
+            self._tell(f"{masked} of {len(defective)} defective images have a mask{alone}.")
         self._open_labelled(labelled)
 
     def _open_labelled(self, labelled: Sequence[LabelledImage]) -> None:
         """Tell test images and masks that cannot be used as they are; if all could once, none is opened again."""
-        reading, tiling = self.layout.data.reading, Tiling.of(self.layout.settings.data)
+        reading, tiling = self.layout.data.reading, Tiling.of(self.settings.data)
         files = [path for item in labelled for path in (item.path, item.mask_path) if path is not None]
         kept = self.layout.kept_statistics().with_name("test.json")
         identity = ""
@@ -316,22 +302,23 @@ class _Category:
         with suppress(UserError, KeyError, TypeError):  # there is none yet, or none that can be read
             known = read_json(kept)
             if known["identity"] == identity:
-                self._said += known["said"]
+                self._logged += known["said"]
                 return
-        said, errors = len(self._said), 0
+        before, errors = len(self._logged), len(self._findings)
         for item in bar(labelled, "looking at test", unit="image", leave=False):
             try:
                 load_labelled(item, tiling, reading, original=True)
-            except (UserError, OSError) as error:
-                errors += 1
-                known_fault = isinstance(error, UserError)
-                self._say("error", str(error) if known_fault else f"{item.path} cannot be read ({error}); mend it.")
-        if identity and not errors:
+            except UserError as error:
+                self._add("error", str(error))
+            except OSError as error:
+                self._add("error", f"{item.path} cannot be read ({error}); mend it.")
+        if identity and len(self._findings) == errors:
             with suppress(UserError, OSError):  # a read-only project: they are opened again
-                write_json(kept, {"identity": identity, "said": self._said[said:]})
+                write_json(kept, {"identity": identity, "said": self._logged[before:]})
 
-    def _look_at_rest(self, folder: Path) -> None:
-        """What no stage will ever read."""
+    def _check_rest(self, dataset: Dataset) -> None:
+        """Warn of folders that no stage will ever read."""
+        folder = dataset.folder
         names = [
             path.relative_to(folder).as_posix()
             for place, known in ((folder, FOLDERS), (folder / "train", (GOOD,)))
@@ -339,13 +326,17 @@ class _Category:
             if path.name not in known and path.is_dir() and not path.name.startswith(".")
         ]
         if names:
-            self._say("warning", f"{folder} holds folders that no stage reads ({listed(names)}); normal images belong "
+            self._add("warning", f"{folder} holds folders that no stage reads ({listed(names)}); normal images belong "
                                  f"in train/{GOOD}, labelled ones in test.")  # fmt: skip
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return listed([f"{count} of {name}" for name, count in counts.items()])
 
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What our code warns of meanwhile, instead of its lines in the log."""
+    """Collect what our code warns of while the block runs, instead of logging it."""
     said: list[str] = []
     logger = logging.getLogger("flawsmith")
     handler = logging.Handler(logging.WARNING)
