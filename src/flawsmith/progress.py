@@ -4,8 +4,8 @@
         for step in bar(range(600), "student", unit="step"):
             ...
 
-On a terminal a bar is tqdm's. Elsewhere (cron, CI, a worker's log) a line comes every EVERY seconds, by a thread, so
-that one long step is no silence:
+On a terminal a bar is tqdm's. Elsewhere (cron, CI, a worker's log) a thread writes a line every EVERY seconds, so that
+one long step is no silence:
 
     2026-11-30 13:05:10 stage 4 of 6, distill bottle: student 240 of 600 steps (40 %), about 95 s left, loss=0.0123
 
@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -53,12 +52,14 @@ def bar(
     """Show how many of `items` are through, or what `update` counts; `done` of `total` were before.
 
     Args:
-        what: is done, in a word or two.
+        what: the work, in a word or two.
         total: how many there are in all, where `items` cannot tell.
         unit: what is counted, in the singular; "B" for bytes.
         is_shown: False for all but one of several processes.
         leave: whether a terminal keeps the bar when it is full.
     """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     if not sys.stderr.isatty():
         return _Lines(items, what, total, unit, done, is_shown)
     from tqdm.auto import tqdm
@@ -78,11 +79,10 @@ def stage(name: str, category: str, place: tuple[int, int], is_shown: bool = Tru
         return
     about = f"stage {place[0]} of {place[1]}, {name} {category}"
     began = time.monotonic()
-    if sys.stderr.isatty():
+    with ExitStack() as lines:
+        if not sys.stderr.isatty():
+            lines.enter_context(_speaking(lambda: f"{about}: at work for {_time(time.monotonic() - began)}", about))
         yield
-    else:
-        with _speaking(lambda: f"{about}: at work for {_time(time.monotonic() - began)}", about):
-            yield
     _say(f"{about}: done in {time.monotonic() - began:.0f} s")
 
 
@@ -92,8 +92,7 @@ class _Lines(Generic[Item]):
     def __init__(
         self, items: Iterable[Item] | None, what: str, total: int | None, unit: str, done: int, is_shown: bool
     ) -> None:
-        self._items, self._what, self._unit, self._is_shown = items, what, unit, is_shown
-        self._total = total if total is not None or not isinstance(items, Sized) else len(items)
+        self._items, self._what, self._total, self._unit, self._is_shown = items, what, total, unit, is_shown
         self._first = self._done = done
         self._postfix = ""
         self._began = time.monotonic()
@@ -101,7 +100,7 @@ class _Lines(Generic[Item]):
 
     def __enter__(self) -> "_Lines[Item]":
         if self._is_shown:
-            self._open.enter_context(_speaking(self.describe))
+            self._open.enter_context(_speaking(self._describe))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +118,7 @@ class _Lines(Generic[Item]):
     def set_postfix(self, *, refresh: bool = True, **values: str) -> None:
         self._postfix = "".join(f", {name}={value}" for name, value in values.items())
 
-    def describe(self) -> str:
+    def _describe(self) -> str:
         """How far it is, and how long the rest takes at the pace so far."""
         unit = f" {self._unit}{'' if self._unit == 'B' else 's'}" if self._unit else ""
         if not self._total:
@@ -130,37 +129,31 @@ class _Lines(Generic[Item]):
         return f"{self._what} {self._done} of {self._total}{unit} ({share}){left}{self._postfix}"
 
 
-@dataclass(frozen=True)
-class _Speaker:
-    describe: Callable[[], str]
-    about: str  # what the lines of those within it begin with
+Speaker = tuple[Callable[[], str], str]
+"""What gives a line, and what the lines of the speakers within it begin with."""
 
-
-_speakers: list[_Speaker] = []  # outermost first
-_beats: list[threading.Event] = []  # at most one: it ends the thread that lets them speak
+_speakers: list[Speaker] = []  # outermost first
 
 
 @contextmanager
 def _speaking(describe: Callable[[], str], about: str = "") -> Iterator[None]:
     """Let the innermost of all that are open say a line every EVERY seconds while the block runs."""
-    speaker, is_first = _Speaker(describe, about), not _beats
+    speaker, over = (describe, about), threading.Event()
     _speakers.append(speaker)
-    if is_first:
-        _beats.append(threading.Event())
-        threading.Thread(target=_speak, args=(_beats[0],), daemon=True).start()
+    threading.Thread(target=_speak, args=(speaker, over), daemon=True).start()
     try:
         yield
     finally:
-        if is_first:
-            _beats.pop().set()
+        over.set()
         _speakers.remove(speaker)
 
 
-def _speak(over: threading.Event) -> None:
+def _speak(speaker: Speaker, over: threading.Event) -> None:
     while not over.wait(EVERY):
         open_ = list(_speakers)
-        if open_:
-            _say(": ".join([*(outer.about for outer in open_[:-1] if outer.about), open_[-1].describe()]))
+        if open_ and open_[0] is speaker:  # it keeps the beat for all: those within it may be too short for their own
+            *outer, (describe, _) = open_
+            _say(": ".join([*(about for _, about in outer if about), describe()]))
 
 
 def _say(line: str) -> None:
