@@ -1,36 +1,48 @@
 """How much synthetic defects resemble real ones: distances of distributions of crops, in the frozen teacher's features.
 
-For reporting alone: nothing is trained, tuned, chosen or gated by it. A crop is a window around a defect
-(`flawsmith_lab.crops`). A distance by itself means little, so each is put beside others from as many crops: two random
-halves of the real defects (the least there is to reach), the synthetic crops' own places before the defect was put in,
-and normals at random places (what no defect at all would reach).
+    python -m flawsmith_lab.fidelity --category bottle
+
+For reporting alone: nothing is trained, tuned, chosen or gated by it. A crop is a square window around a defect, by the
+same law for real and synthetic ones, at working resolution. A distance by itself means little, so each is put beside
+others from as many crops: two random halves of the real defects (the least there is to reach), the synthetic crops'
+own places before the defect was put in, and normals at random places (what no defect at all would reach).
 
 Features are the teacher's pooled ones, each channel in units of its standard deviation over normal crops. KID,
 precision and recall use all channels. The Frechet distance needs covariances, which few crops cannot give in hundreds
-of dimensions, so it sees the projection onto the leading principal components of normals alone: at most DIMENSIONS and
-at most half as many as there are crops. What a defect does outside of these directions it does not see, and with few
-crops it is biased upwards (Chong & Forsyth, CVPR 2020), the more the fewer they are: compare it within one table, where
+of dimensions, so it sees the leading principal components of normals alone: at most DIMENSIONS and at most half as many
+as there are crops. With few crops it is biased upwards (Chong & Forsyth, CVPR 2020): compare it within one table, where
 every row has as many crops, never across tables.
 """
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.spatial.distance import cdist
 
+from flawsmith.data.dataset import load_prepared
+from flawsmith.data.images import FloatImage, Mask, resize_image, resize_mask
+from flawsmith.data.tiling import Tiling
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.detector.teacher import build_teacher, pooled_features
 from flawsmith.devices import Compute
+from flawsmith.errors import UserError
 from flawsmith.evaluation.intervals import Estimate, percentile_interval
+from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
+from flawsmith.settings import load_settings
 from flawsmith.stages.evaluate import judged_images
-from flawsmith_lab.crops import gather_crops
+from flawsmith_lab.bench.measure import guarded, markdown
 
 Features = NDArray[np.floating]  # (n, D), a row a crop
 
+WINDOW = 64  # pixels; at 256 px a sixteenth of the image, and four cells of the teacher's coarsest level
+MAX_CROPS = 200  # of each kind: bounds the cost to that of 50 whole images
 MIN_SAMPLES = 8  # in each half of the real crops: twice (k + 1), below which precision and recall are all but blind
 DIMENSIONS = 64
 SUBSETS = 100
@@ -55,6 +67,16 @@ class Fidelity:
     samples: int
     dimensions: int
 
+    def table(self) -> str:
+        """Write the table as Markdown, each value with its 95 % interval."""
+        lines = [
+            (name, *(f"{one.value:.3g} ({one.low:.3g} to {one.high:.3g})" for one in values.values()))
+            for name, values in self.rows.items()
+        ]
+        counts = ", ".join(f"{count} {name}" for name, count in self.crops.items())
+        note = f"{self.samples} crops a subset of {counts}; the Frechet distance sees {self.dimensions} components."
+        return f"{markdown(('compared with real defects', *MEASURES), lines)}\n\n{note}"
+
 
 def compare(
     real: Features,
@@ -63,12 +85,12 @@ def compare(
     generator: np.random.Generator,
     subsets: int = SUBSETS,
 ) -> Fidelity | None:
-    """Compare each of `others` with the real crops, and the real ones with themselves.
+    """Compare each of `others` with the real crops, and the real ones with themselves; None where crops are too few.
 
     Every subset splits the real crops into random halves; one half is compared with the other half, and with as many
     random crops (without replacement) of each other kind. The spread of a mean over such halves equals its sampling
-    error over all real crops (McCarthy 1969, balanced half-samples), so the interval is an honest if rough one. By this
-    construction the mean KID of the halves is 0 up to the number of subsets: its interval is what chance alone gives.
+    error over all real crops (McCarthy 1969, balanced half-samples). By this construction the mean KID of the halves is
+    0 up to the number of subsets: its interval is what chance alone gives.
 
     Args:
         real: features of real defects `(n, D)`.
@@ -76,9 +98,6 @@ def compare(
         basis: features of normals that are in no other set; they set scale and principal components.
         generator: draws the subsets.
         subsets: how many.
-
-    Returns:
-        The table, or None where there are too few crops of a kind for one.
     """
     samples = min(len(real) // 2, *(len(features) for features in others.values()))
     if samples < MIN_SAMPLES or len(basis) < 2:
@@ -96,11 +115,8 @@ def compare(
             draws[name].append((gap, kid(half, other), *precision_recall(half, other)))
     rows = {}
     for name, values in draws.items():
-        columns = np.asarray(values).T
-        rows[name] = {
-            measure: percentile_interval(float(column.mean()), column)
-            for measure, column in zip(MEASURES, columns, strict=True)
-        }
+        columns = zip(MEASURES, np.asarray(values).T, strict=True)
+        rows[name] = {measure: percentile_interval(float(column.mean()), column) for measure, column in columns}
     counts = {name: len(features) for name, features in known.items()}
     return Fidelity(rows, counts, samples, space.components.shape[1])
 
@@ -117,6 +133,7 @@ class Space:
 
     @classmethod
     def of(cls, normals: Features, dimensions: int) -> "Space":
+        """Find the space of normals `(n, D)`."""
         values = np.asarray(normals, np.float64)
         mean, deviation = values.mean(axis=0), values.std(axis=0)
         alive = deviation > 1e-6 * np.abs(values).max(axis=0)  # rounding noise must not be blown up to a channel
@@ -165,26 +182,89 @@ def precision_recall(real: Features, other: Features, neighbour: int = NEIGHBOUR
     neighbour in the set. Precision is the share of `other` inside the manifold of `real`, recall the converse.
     """
     distances = cdist(real, other)  # (n, m)
-    precision = (distances <= _radii(real, neighbour)[:, None]).any(axis=0).mean()
-    recall = (distances <= _radii(other, neighbour)[None]).any(axis=1).mean()
-    return float(precision), float(recall)
-
-
-def _radii(features: Features, neighbour: int) -> NDArray[np.float64]:
-    distances = np.sort(cdist(features, features), axis=1)  # column 0 is the distance to itself
-    return np.asarray(distances[:, neighbour], np.float64)
+    # column 0 of the sorted distances is that to itself
+    own, others = (np.sort(cdist(part, part), axis=1)[:, neighbour] for part in (real, other))
+    return float((distances <= own[:, None]).any(axis=0).mean()), float((distances <= others).any(axis=1).mean())
 
 
 def measure_fidelity(layout: Layout) -> Fidelity | None:
-    """How much the triplets' defects resemble the real ones that are judged; None where either are too few."""
-    settings, judged = layout.settings, judged_images(layout)
+    """Compare the triplets' defects with the real ones that are judged; None where either are too few."""
+    settings, judged, split, data = layout.settings, judged_images(layout), layout.split(), layout.data
+    tiling, triplets = Tiling.of(data), TripletFolder(layout.stage("synthesize"))
     defective = [item for item in judged.items if item.is_defective and item.has_pixel_labels and judged.labelled]
     ids = sorted(path.stem for path in (layout.stage("synthesize") / "mask").glob("*.png"))
     if not defective or not ids:
         return None
     generator = numpy_generator(settings.evaluate.seed, "fidelity")
-    triplets = TripletFolder(layout.stage("synthesize"))
-    crops = gather_crops(defective, triplets, ids, layout.split(), layout.data, generator)
+
+    def normals(paths: Sequence[Path]) -> list[FloatImage]:
+        found = []
+        for number in range(MAX_CROPS):  # several places of an image where there are few images
+            image = tiling.pad(load_prepared(paths[number % len(paths)], data))
+            found.append(crop(image, random_place(image, generator)))
+        return found
+
+    crops: dict[str, list[FloatImage]] = {"real": [], "synthetic": [], "before": []}
+    for index in pick(len(defective), generator):
+        image, mask = defective[index].load()
+        crops["real"].append(crop(tiling.pad(image), defect_place(mask)))
+    for index in pick(len(ids), generator):
+        normal, defect, mask = triplets.read(ids[index])
+        place = defect_place(resize_mask(mask, data.image_size))
+        for name, image in (("synthetic", defect), ("before", normal)):
+            crops[name].append(crop(resize_image(image, data.image_size), place))
+    crops |= {"normal": normals(split.calibration), "basis": normals(split.fit)}
     teacher = build_teacher(settings.teacher, layout.root).to(Compute.choose(settings.compute).device)
     features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}
     return compare(features.pop("real"), features, basis=features.pop("basis"), generator=generator)
+
+
+def defect_place(mask: Mask) -> tuple[int, int]:
+    """Where to put a window: the pixel (row, column) of the largest region nearest to its centroid."""
+    labels, _ = ndimage.label(mask, EIGHT_NEIGHBOURS)
+    largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    pixels = np.argwhere(labels == largest)
+    row, column = pixels[np.argmin(((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1))]
+    return int(row), int(column)
+
+
+def random_place(image: FloatImage, generator: np.random.Generator) -> tuple[int, int]:
+    """Row and column of the centre of a window drawn evenly among those inside the image."""
+    row, column = (WINDOW // 2 + int(generator.integers(0, side - WINDOW + 1)) for side in image.shape[1:])
+    return row, column
+
+
+def crop(image: FloatImage, place: tuple[int, int]) -> FloatImage:
+    """The window `(3, WINDOW, WINDOW)` around a place, pushed inside the image `(3, H, W)` where it would stick out."""
+    top, left = (
+        min(max(centre - WINDOW // 2, 0), side - WINDOW) for centre, side in zip(place, image.shape[1:], strict=True)
+    )
+    return image[:, top : top + WINDOW, left : left + WINDOW].copy()  # a view would keep the whole image in memory
+
+
+def pick(count: int, generator: np.random.Generator) -> Sequence[int]:
+    """Sorted indices of up to MAX_CROPS of `count` things, drawn without replacement."""
+    return [int(index) for index in np.sort(generator.permutation(count)[:MAX_CROPS])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table of a category whose stage synthesize has run.
+
+    Raises:
+        UserError: there are too few real or synthetic defects; as `measure_fidelity`.
+    """
+    parser = argparse.ArgumentParser(prog="flawsmith_lab.fidelity", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--category", required=True)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    given = parser.parse_args(arguments)
+    found = measure_fidelity(Layout(load_settings(given.params), given.category, given.params.parent))
+    if found is None:
+        raise UserError(
+            f"{given.category}: too few defects to compare; it takes {2 * MIN_SAMPLES} real ones with masks in the "
+            f"labelled test set and {MIN_SAMPLES} triplets (`flawsmith synthesize`)."
+        )
+    print(found.table())
+
+
+if __name__ == "__main__":
+    guarded(main, "fidelity")

@@ -5,8 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flawsmith_lab.crops import MAX_CROPS, WINDOW, crop, defect_place, pick, random_place
-from flawsmith_lab.fidelity import MEASURES, MIN_SAMPLES, Space, compare, frechet, kid, precision_recall
+from flawsmith_lab.fidelity import (
+    MAX_CROPS,
+    MEASURES,
+    MIN_SAMPLES,
+    WINDOW,
+    Space,
+    compare,
+    crop,
+    defect_place,
+    frechet,
+    kid,
+    pick,
+    precision_recall,
+    random_place,
+)
 
 SEEDS = st.integers(0, 10_000)
 
