@@ -469,7 +469,7 @@ def lineage(
     Example: flawsmith lineage brushed_metal@champion
     """
     from flawsmith.lineage import read_lineage, render_lineage
-    from flawsmith.registry.origin import describe_origin, parse_version
+    from flawsmith.registry.history import describe_origin, parse_version
 
     named = None if Path(target).exists() else parse_version(target)
     if named is not None:
@@ -501,7 +501,7 @@ def register(
     """Put the exported model into the MLflow registry with all that speaks for it. Twice the same adds nothing."""
     import dataclasses
 
-    from flawsmith.registry.promotion import register as act
+    from flawsmith.registry.registration import register as act
 
     done = act(_one_layout(params, category, overrides), dry_run=dry_run)
     state = "would be registered" if dry_run and done.created else "registered" if done.created else "was there already"
@@ -564,8 +564,8 @@ def history(
     overrides: SetOption = None,
 ) -> None:
     """Every decision on a category's models, newest last: what, when, who, why."""
-    from flawsmith.registry.promotion import history as read
-    from flawsmith.registry.promotion import render_history
+    from flawsmith.registry.history import history as read
+    from flawsmith.registry.history import render_history
 
     found = read(_one_layout(params, category, overrides))
     _answer(found, as_json, render_history(found))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flawsmith.registry.origin import VersionName, parse_version
+from flawsmith.registry.history import VersionName, parse_version
 
 
 @pytest.mark.parametrize(

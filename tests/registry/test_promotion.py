@@ -26,9 +26,10 @@ from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.layout import Layout
 from flawsmith.lineage import read_lineage, render_lineage
 from flawsmith.monitoring.reference import load_reference
-from flawsmith.registry import promotion
-from flawsmith.registry.origin import describe_origin
-from flawsmith.registry.promotion import fetch_champion, history, register, rollback
+from flawsmith.registry import package, promotion
+from flawsmith.registry.history import describe_origin, history
+from flawsmith.registry.promotion import fetch_champion, rollback
+from flawsmith.registry.registration import register
 from flawsmith.registry.store import Registry
 from flawsmith.settings import load_settings
 from flawsmith.stages.promote import run as promote
@@ -276,13 +277,13 @@ def test_of_two_registrations_at_once_one_version_stays(plant: Plant, monkeypatc
 def test_outputs_that_change_while_they_are_registered_make_no_version(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = promotion.package.build_content
+    real = package.build_content
 
     def then_trained_again(*arguments: Any) -> None:
         real(*arguments)
         onnx_model(3.0, 0.0, plant.layout.stage("export") / "model.onnx")
 
-    monkeypatch.setattr(promotion.package, "build_content", then_trained_again)
+    monkeypatch.setattr(package, "build_content", then_trained_again)
     with pytest.raises(UserError, match="have changed while they were registered"):
         register(plant.layout)
     assert plant.registry.versions() == ()
@@ -488,7 +489,7 @@ def test_a_model_that_scores_otherwise_than_when_registered_never_becomes_champi
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(plant.layout)
-    real = promotion.package.check_health
+    real = package.check_health
 
     def damaged(folder: Path, predictor: Any, tolerance: float) -> float:
         scores = json.loads((folder / "scores.json").read_text())
@@ -496,7 +497,7 @@ def test_a_model_that_scores_otherwise_than_when_registered_never_becomes_champi
         (folder / "scores.json").write_text(json.dumps(scores))
         return real(folder, predictor, tolerance)
 
-    monkeypatch.setattr(promotion.package, "check_health", damaged)
+    monkeypatch.setattr(package, "check_health", damaged)
     with pytest.raises(FlawsmithError, match="does not score its 8 known images"):
         promote(plant.layout)
     assert plant.registry.champion() == ""

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flawsmith.registry.promotion import history, register
+from flawsmith.registry.history import history
+from flawsmith.registry.registration import register
 from flawsmith.stages.promote import run as promote
 from flows.stack import Stack
 

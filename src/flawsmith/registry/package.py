@@ -10,7 +10,6 @@ lineage.json  lineage.txt        the chain of digests from the model back to the
 """
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from flawsmith import dvc
 from flawsmith.data.dataset import load_prepared, normal_name
 from flawsmith.data.images import FloatImage, read_image, write_png
 from flawsmith.data.triplets import VALIDATION, TripletFolder
@@ -29,13 +27,12 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN, Lineage, render_lineage
 from flawsmith.monitoring.reference import measure, save_reference
+from flawsmith.sequences import evenly
 
 MODEL, PARITY, VERDICT, METRICS = "model.onnx", "parity.json", "verdict.json", "metrics.json"
 REPORT, DOCS, REFERENCE, HEALTH = "report.html", "docs", "reference.npz", "health"
 LINEAGE, DRAWN_LINEAGE, LOCK = "lineage.json", "lineage.txt", "dvc.lock"
 HEALTH_SCORES = "scores.json"
-AGAIN = "run `dvc repro` and register again"  # what helps where a proof is missing
-_WARM_UP = 3  # untimed runs: the first ones allocate
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,11 @@ def _health_images(layout: Layout, calibration: Sequence[Path]) -> dict[str, Flo
     count = layout.settings.promote.health_images
     triplets = TripletFolder(layout.stage("synthesize"))
     ids = triplets.ids(VALIDATION)
-    normals = {
-        f"normal-{path.stem}.png": load_prepared(path, layout.data) for path in _spaced(calibration, count - count // 2)
+    normals = [calibration[place] for place in evenly(len(calibration), count - count // 2)]
+    defects = [ids[place] for place in evenly(len(ids), count // 2)]
+    return {f"normal-{path.stem}.png": load_prepared(path, layout.data) for path in normals} | {
+        f"defect-{name}.png": triplets.read(name)[1] for name in defects
     }
-    return normals | {f"defect-{name}.png": triplets.read(name)[1] for name in _spaced(ids, count // 2)}
-
-
-def _spaced(items: Sequence[Any], count: int) -> list[Any]:
-    return [items[place] for place in sorted({int(place) for place in np.linspace(0, len(items) - 1, count)})]
 
 
 def write_health(folder: Path, predictor: Predictor, images: Mapping[str, FloatImage]) -> None:
@@ -141,77 +135,6 @@ def check_health(folder: Path, predictor: Predictor, tolerance: float) -> float:
 
 def _score(predictor: Predictor, path: Path) -> float:
     return predictor.predict_prepared([read_image(path)])[0].score
-
-
-def parity_objections(certificate: Mapping[str, Any], model_digest: str) -> tuple[str, ...]:
-    """What speaks against a parity certificate as proof of the model with this digest; empty if it is one."""
-    found = []
-    if certificate.get("model_digest") != model_digest:
-        found.append(f"the parity certificate ({PARITY}) is of another file: {AGAIN}")
-    batches = certificate.get("batches") or {}
-    if not batches:
-        found.append(f"the parity certificate ({PARITY}) holds no comparison: {AGAIN}")
-    try:
-        for batch, figures in batches.items():
-            gap = float(np.max([figures["map_difference"], figures["score_difference"]]))  # max would drop a NaN
-            flips = figures["decision_flips"]
-            if flips or not gap <= certificate["tolerance"]:
-                found.append(f"torch and ONNX disagree at batch {batch} ({flips} flips, difference {gap:.3g})")
-    except (KeyError, TypeError) as error:
-        found.append(f"the parity certificate is damaged ({error} is missing)")
-    return tuple(found)
-
-
-def gate_objections(verdict: Mapping[str, Any], is_known: bool = True) -> tuple[str, ...]:
-    """What speaks against a verdict as proof of good triplets; `is_known`: the model was trained under this one."""
-    if not is_known:
-        return (f"the quality gate's verdict ({VERDICT}) is not the one that the model was trained under: {AGAIN}",)
-    if verdict.get("passed") is True:
-        return ()
-    failed = [
-        f"{item['name']} ({item['failing']} of {verdict.get('triplets')} triplets)"
-        if item["failing"] or item["observed"] is None
-        else f"{item['name']} ({item['meaning']}: {item['observed']})"
-        for item in verdict.get("expectations", ())
-        if not item["passed"] and item["severity"] == "critical"
-    ]
-    return (f"the quality gate failed: {', '.join(failed) or 'no expectation was checked'}",)
-
-
-def lineage_objections(chain: Mapping[str, Any]) -> tuple[str, ...]:
-    """What speaks against a version's lineage.json as proof of where the model came from; empty if it is one."""
-    changed = [f"{item['changed']} and register again" for item in chain.values() if "changed" in item]
-    missing = [
-        f"the origin of {path} is not recorded: {AGAIN}"
-        for path, item in chain.items()
-        if not item["source"] and "stage" not in item and "changed" not in item
-    ]
-    return (*changed, *missing)
-
-
-def knows(chain: Mapping[str, Any], path: Path) -> bool:
-    """Whether a file's content, by either of its digests, is among those behind a model."""
-    return not {item["digest"] for item in chain.values()}.isdisjoint({digest_file(path), dvc.content_digest(path)})
-
-
-def ddpm_standing(verdict: Mapping[str, Any]) -> tuple[str, float | None, float | None]:
-    """What the gate knew of the DDPM behind the triplets: in words, its samples' distance, and the critical bound."""
-    found = next((item for item in verdict.get("expectations", ()) if item["name"] == "ddpm_not_noise"), None)
-    if found is None:
-        return "no DDPM made the triplets, or its readiness was not recorded", None, None
-    return str(verdict.get("ddpm")), found["observed"], found["bounds"][1]
-
-
-def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: int) -> list[float]:
-    """p95 of one image in milliseconds for each model, timed in turns so that a busy machine slows all alike."""
-    times: list[list[float]] = [[] for _ in predictors]
-    for run in range(_WARM_UP + runs):
-        for index, predictor in enumerate(predictors):
-            start = time.perf_counter()
-            predictor.predict([image])
-            if run >= _WARM_UP:
-                times[index].append(1000 * (time.perf_counter() - start))
-    return [float(np.percentile(values, 95)) for values in times]
 
 
 def lineage_json(lineage: Lineage) -> dict[str, Any]:
@@ -248,8 +171,3 @@ def digest_tags(lineage: Lineage, category: str) -> dict[str, str]:
         if name:
             tags.setdefault(name, node.artefact.digest)
     return tags
-
-
-def megabytes(path: Path) -> float:
-    """The size of a file in MB (10^6 bytes)."""
-    return path.stat().st_size / 1e6

@@ -4,7 +4,7 @@
     curl -H 'Content-Type: application/json' http://127.0.0.1:5001/invocations \
          -d '{"dataframe_records": [{"image": "'$(base64 <part.png | tr -d '[:space:]')'"}], "params": {"map": "none"}}'
 
-A version holds `model.onnx`, this package (it is on no index) and `served.py`, which MLflow runs to get the model. The
+A version holds `model.onnx`, this package (it is on no index) and three lines that MLflow runs to get the model. The
 process that serves imports no torch. Importing this module costs the seconds that MLflow takes: import it where needed.
 """
 
@@ -35,7 +35,11 @@ with warnings.catch_warnings():  # MLflow's own classes warn of their type hints
     from mlflow.pyfunc import PythonModel, PythonModelContext
 
 PACKAGE = Path(__file__).parents[1]
-ENTRY = Path(__file__).with_name("served.py")
+# what MLflow runs to get a registered model ("models from code")
+ENTRY = """from mlflow.models import set_model
+from flawsmith.registry.serving import SurfaceModel
+set_model(SurfaceModel())
+"""
 MODEL, NAME = "model", "model"  # of the ONNX file among the artifacts; of the logged model
 COLUMN = "image"
 MAPS = ("array", "png", "none")
@@ -152,10 +156,12 @@ def log_serving_model(
     config = {"artifact": home, "file": model.resolve().relative_to(held[home]).as_posix(), "max_pixels": max_pixels}
     # an input example, which MLflow warns for, would be a second way to say what the signature says
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        entry = Path(folder, "served.py")
+        entry.write_text(ENTRY)
         warnings.filterwarnings("ignore", message=r".*input example was not provided", category=UserWarning)
         return mlflow.pyfunc.log_model(
             name=NAME,
-            python_model=str(ENTRY),
+            python_model=str(entry),
             artifacts={name: str(path) for name, path in held.items()},
             code_paths=[str(_copy_package(Path(folder)))],
             signature=signature(),

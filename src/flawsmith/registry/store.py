@@ -10,12 +10,13 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flawsmith.errors import UserError
+from flawsmith.layout import Layout
 from flawsmith.registry.ledger import Entry, Trail, replay
 from flawsmith.tracking import connect, store_errors, tracking_uri, without_password
 
@@ -44,6 +45,11 @@ class Version:
     def digest(self) -> str:
         """SHA-256 of its model.onnx."""
         return self.tags.get(MODEL_DIGEST, "")
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Its tags by their short names."""
+        return _plain(self.tags)
 
 
 class Registry:
@@ -90,17 +96,17 @@ class Registry:
                 raise
         return str(aliases.get(ALIAS, ""))
 
-    def add_version(self, model_uri: str, model_id: str, run_id: str, tags: Mapping[str, str], summary: str) -> Version:
+    def add_version(self, model: Any, run_id: str, tags: Mapping[str, str], summary: str) -> Version:
         """Register a logged model with its tags in one step: no version is ever seen without them."""
         with self._fluent(), store_errors(self.uri):
             self._ensure(self.model, "Detectors of one surface; the alias `champion` is the one in use.")
             made = self._client.create_model_version(
                 self.model,
-                model_uri,
+                model.model_uri,
                 run_id=run_id,
                 tags={key: value[:MAX_TAG] for key, value in tags.items()},
                 description=summary,
-                model_id=model_id,
+                model_id=model.model_id,
             )
         return self._version(made)
 
@@ -221,20 +227,29 @@ class Registry:
         )
 
 
+def open_registry(layout: Layout, what: str) -> Registry:
+    """The registry of a layout's category, to do `what` in it.
+
+    Raises:
+        UserError: tracking is off, or the store cannot be reached.
+    """
+    if layout.settings.tracking.mode == "off":
+        raise UserError(f"Nothing to {what} with `tracking.mode: off`: the registry lives in MLflow; set it to `on`.")
+    return Registry(layout.root, layout.category)
+
+
+def _plain(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key.removeprefix(f"{PREFIX}."): value for key, value in tags.items()}
+
+
 def _entry(item: Any) -> Entry:
-    tags = {key.removeprefix(f"{PREFIX}."): value for key, value in item.tags.items()}
+    """A decision from the version of the trail that holds it."""
+    tags = _plain(item.tags)
+    texts = {field.name: tags.get(field.name, "") for field in fields(Entry) if field.type in (str, "str")}
     return Entry(
+        **texts,
         number=int(item.version),
-        kind=tags.get("kind", "refusal"),
-        version=tags.get("version", ""),
-        digest=tags.get("digest", ""),
+        kind=tags.get("kind", "refusal"),  # type: ignore[arg-type]  # as `append` wrote it
         previous=int(tags.get("previous", "0")),
-        previous_champion=tags.get("previous_champion", ""),
-        previous_digest=tags.get("previous_digest", ""),
-        at=tags.get("at", ""),
-        actor=tags.get("actor", ""),
-        reason=tags.get("reason", ""),
-        run_id=tags.get("run_id", ""),
-        flow_run=tags.get("flow_run", ""),
         done=tags.get("done") == "true",
     )
