@@ -1,1 +1,1 @@
-"""Benchmarks: what the pipeline costs on this machine. `docs/benchmarks.md` says what each prints."""
+"""Benchmarks: what the pipeline costs on this machine. The README of the laboratory says how to read each."""
