@@ -1,7 +1,7 @@
-"""Files that decode although a part of them is missing or was overwritten: a transfer's fault, not a part's defect.
+"""Damaged files that decode all the same: a transfer cut them or overwrote a part. That is no defect of the surface.
 
-Decoders fill what is missing and say so in warnings that Pillow drops. What is looked for leaves no doubt; where an
-image could be honest (a border that is one colour, a part on an even background) nothing is found.
+Decoders fill what is missing and say so in warnings that Pillow drops. Only damage beyond doubt is reported: an image
+that could be honest (a border of one colour, a part on an even background) passes.
 """
 
 import io
@@ -19,7 +19,7 @@ _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 
 
 def find_damage(image: Image.Image, is_top_down: bool, content: bytes) -> str:
-    """What is wrong with a decoded file (not rotated yet), in words; "" if nothing is known to be.
+    """Say what is wrong with a decoded file (not rotated yet); "" if nothing is found.
 
     Args:
         image: as Pillow decoded it from `content`.
@@ -38,8 +38,8 @@ def find_damage(image: Image.Image, is_top_down: bool, content: bytes) -> str:
 def is_unwritten(rows: NDArray[np.uint8]) -> bool:
     """Whether the bytes of an image `(H, bytes a row)` end in the middle of a row, with one value in all that follow.
 
-    A border begins with a row, and an object ends in a row that its neighbours foretell. Here a row stops short that,
-    like the one above it, did not hold the value before.
+    An honest border begins with a whole row, and an object ends gradually. Here a row stops short, and neither it nor
+    the row above held the value before.
     """
     height, width = rows.shape
     value = rows[-1, -1]
@@ -71,9 +71,9 @@ def _sums_agree(content: bytes) -> bool:
 
 
 def _jpeg_damage(content: bytes, pixels: NDArray[Any]) -> str:
-    """Whether the coded data of a JPEG end before or after its pixels do, which a hole in them brings about too.
+    """Say whether the coded data of a JPEG end before or after its pixels do; a hole in the data causes that too.
 
-    Data are whole if more of them change nothing and the last of them change something.
+    Data are whole if adding to them changes no pixel, and changing their end does.
     """
     scans = _scans(content)
     if not scans:
@@ -97,8 +97,8 @@ def _jpeg_damage(content: bytes, pixels: NDArray[Any]) -> str:
 
 
 def _zeros_mean_nothing(head: bytes) -> bool:
-    """Whether a long run of zeros cannot be data: by a Huffman table of the file it is block after block of 63 equal
-    coefficients. (Where zero bits end a block at once, they are an even area.)"""
+    """Whether a long run of zeros cannot be data: a Huffman table of the file reads it as block after block of 63
+    equal coefficients. (Where zero bits end a block at once, they are an even area.)"""
     tables = head.split(b"\xff\xc4")[1:]
     for table in tables:
         length, place = int.from_bytes(table[:2], "big"), 2

@@ -5,7 +5,7 @@
     <category>/test/<defect>/**        optional; defective images
     <category>/ground_truth/<defect>/**/<stem>_mask.png  optional; an image without a mask has a verdict alone
 
-What models see of the images is decided here too: whole ones or tiles (`plan_tiles`).
+It is also decided here whether models see whole images or tiles (`plan_tiles`).
 
 Nothing is learned from `test`: only `labelled_test` opens it, for those who judge finished models (`evaluate`,
 `promote`, study and bench). `labelled_part` halves the test set by a fixed rule: a research half to look at as often
@@ -57,8 +57,8 @@ class Split:
     """The two parts of `train/good`: `fit` trains, `calibration` sets normalisation and threshold.
 
     Attributes:
-        fit, calibration: of one picture all copies are in `fit`, or one of them is in `calibration`.
-        copies: groups of files that show one picture, each in the order of the split: its first is the one that counts.
+        fit, calibration: paths. Copies of one picture are all in `fit`, or the first of them alone is in `calibration`.
+        copies: groups of files that show one picture, each in the order of the split.
     """
 
     fit: tuple[Path, ...]
@@ -67,11 +67,11 @@ class Split:
 
     @property
     def twins(self) -> dict[str, str]:
-        """Name → the first name that shows the same, of the files that are copies."""
+        """For each file that has copies: its name → the name of the first of them."""
         return {normal_name(path): normal_name(group[0]) for group in self.copies for path in group}
 
     def fit_without(self, names: Iterable[str]) -> list[Path]:
-        """The fit images but for those of the names given, and their copies."""
+        """The fit images without those of the given names, and without copies of those."""
         twins = self.twins
         left_out = {twins.get(name, name) for name in names}
         return [path for path in self.fit if twins.get(name := normal_name(path), name) not in left_out]
@@ -79,10 +79,14 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One test image: `defect` is "good" for a normal one; `mask_path` is None then, and where nobody drew a mask.
+    """One test image.
 
-    `inside` is the folder it lies in below that of its type, with forward slashes; empty if in none. `folder` is that
-    of its type where it is named otherwise (`OK` for good ones).
+    Attributes:
+        path: its file.
+        defect: its type, the name of its folder in `test`; "good" for a normal image, whatever the folder is called.
+        mask_path: None for a normal image, and where nobody drew a mask.
+        inside: the folders between that of its type and the file, with forward slashes; empty if there are none.
+        folder: the folder of its type as it is called on disk (`OK` for good ones).
     """
 
     path: Path
@@ -93,21 +97,22 @@ class LabelledImage:
 
     @property
     def shown_name(self) -> str:
-        """Its place below `test`."""
+        """Its path below `test`."""
         return f"{self.folder or self.defect}/{self.name}"
 
     @property
     def has_pixel_labels(self) -> bool:
-        """Whether it is known of its every pixel whether it is defective."""
+        """Whether the truth of every pixel is known."""
         return not self.is_defective or self.mask_path is not None
 
     @property
     def name(self) -> str:
-        """Its place below the folder of its type."""
+        """Its path below the folder of its type."""
         return f"{self.inside}/{self.path.name}" if self.inside else self.path.name
 
     @property
     def is_defective(self) -> bool:
+        """Whether it shows a defect."""
         return self.defect != GOOD
 
 
@@ -119,10 +124,11 @@ class Dataset:
 
     @property
     def category(self) -> str:
+        """The name of the folder."""
         return self.folder.name
 
     def find_normals(self) -> Found:
-        """What lies in `train/good`.
+        """Find the images of `train/good`.
 
         Raises:
             UserError: the folder is missing, holds no image, or cannot be read as a whole.
@@ -141,7 +147,7 @@ class Dataset:
         return self.find_normals().images
 
     def find_test(self) -> Found:
-        """What lies in `test`, which may be missing. For the evaluate stage alone.
+        """Find the images of `test`, which may be missing. For those who judge finished models alone.
 
         Raises:
             UserError: a part of it cannot be read, or an image lies in no type's folder.
@@ -156,7 +162,7 @@ class Dataset:
         return found
 
     def split(self, calibration_fraction: float, seed: int, copies: Sequence[Sequence[Path]] = ()) -> Split:
-        """Split the normals by a hash of each one's `normal_name`, so that adding an image moves at most one other.
+        """Split the normal images by a hash of their `normal_name`, so that adding an image moves at most one other.
 
         Args:
             calibration_fraction: share of the pictures that calibrate.
@@ -192,7 +198,7 @@ class Dataset:
         )
 
     def labelled_test(self) -> tuple[LabelledImage, ...]:
-        """The labelled test set, or an empty tuple if there is none. For the evaluate stage alone.
+        """The labelled test set, or an empty tuple if there is none. For those who judge finished models alone.
 
         Raises:
             UserError: `test` holds only one of good and defective images, or masks that belong to none of its images.
@@ -212,9 +218,11 @@ class Dataset:
         return self._with_masks(found)
 
     def _with_masks(self, images: Sequence[LabelledImage]) -> tuple[LabelledImage, ...]:
-        """The images with their masks as far as there are any: in the same folder of `ground_truth`, or in that of the
-        type where no other image of it has this stem; by the stem, with or without one of MASK_WORDS behind it, in any
-        case."""
+        """Give each image its mask, if there is one.
+
+        A mask has the image's stem with one of MASK_WORDS behind it, in any case. It lies in the same folder of
+        `ground_truth`, or in that of the type if no other image of the type has this stem.
+        """
         drawn = find(self.folder / "ground_truth")
         drawn.check()
         if drawn.passed_over:
@@ -250,8 +258,8 @@ class Dataset:
 
 
 def normal_name(path: Path) -> str:
-    """What tells a normal image from every other of its category: its place below `train/good`, its name where it lies
-    in no such folder."""
+    """The name that no other normal image of the category has: its path below `train/good`, or its file name where it
+    lies in no such folder."""
     parts = path.parts
     ends = [place for place in range(2, len(parts)) if parts[place - 2 : place] == ("train", GOOD)]
     return "/".join(parts[ends[0] :]) if ends else path.name
@@ -264,9 +272,8 @@ def _split_rank(path: Path, seed: int) -> bytes:
 def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledImage, ...]:
     """One of PARTS of a labelled test set, in the order given.
 
-    Within each type (good and each defect) the images, sorted by the SHA-256 of "<type>/<name without suffix>", go to
-    research and report by turns: every type is halved, whatever else the folder holds, and a type of one image is
-    research's.
+    Each type (good and each defect) is halved for itself: its images, sorted by the SHA-256 of "<type>/<name without
+    suffix>", go to research and report by turns. A single image goes to research.
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}, not one of {PARTS}")
@@ -277,7 +284,7 @@ def labelled_part(images: Sequence[LabelledImage], part: str) -> tuple[LabelledI
         by_type.setdefault(image.defect, []).append(image)
     kept: set[Path] = set()
     for members in by_type.values():
-        ranked = sorted(members, key=lambda image: (_rank(image), image.name))  # the name parts equal stems
+        ranked = sorted(members, key=lambda image: (_rank(image), image.name))  # the name decides between equal stems
         kept |= {image.path for image in ranked[PARTS.index(part) - 1 :: 2]}
     return tuple(image for image in images if image.path in kept)
 
@@ -289,7 +296,7 @@ def _rank(image: LabelledImage) -> bytes:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a model sees at once of an image: all of it, stretched (no `place`), or a tile.
+    """What a model sees of an image at once: all of it, stretched (`place` is None), or a tile.
 
     `place` is the tile's top and left in pixels at working resolution (`tiling.Tiling`).
     """
@@ -299,10 +306,11 @@ class Tile:
 
 
 def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
-    """What training sees of images, in their order: each image once, or with `data.scale` up to `data.max_tiles` tiles.
+    """Choose what training sees of images, in their order: each image once, or with `data.scale` up to
+    `data.max_tiles` tiles.
 
-    Where there are more, every image gives as many as any other, as far as it has them, evenly spaced over it and
-    shifted from image to image, so that together they show all parts. Images are decoded for their size alone.
+    Where there are more tiles, each image gives equally many, as far as it has them. They are evenly spaced over the
+    image and shifted from image to image, so that together they show all parts. Images are decoded for their size.
 
     Raises:
         UserError: an image cannot be read.
@@ -320,8 +328,8 @@ def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
 
 
 def even_shares(available: Sequence[int], limit: int) -> list[int]:
-    """How much each gives so that the sum is at most `limit` and nobody gives more than another that could give more,
-    but for a remainder of one each, which evenly spaced ones give."""
+    """Share `limit` among givers as evenly as what is `available` from each allows; a remainder of less than one each
+    is taken from evenly spaced givers."""
     shares = [0] * len(available)
     left, open_ = min(limit, sum(available)), [place for place, count in enumerate(available) if count]
     while left >= len(open_) > 0:
@@ -336,8 +344,8 @@ def even_shares(available: Sequence[int], limit: int) -> list[int]:
 
 
 def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage]:
-    """The pixels `(3, image_size, image_size)` of tiles in their order; an image is decoded once for all that follow
-    each other."""
+    """Yield the pixels `(3, image_size, image_size)` of tiles in their order; tiles of one image that follow each other
+    decode it once."""
     tiling = Tiling.of(data)
     path, padded = None, np.zeros((3, 0, 0), np.float32)
     for tile in tiles:
@@ -347,7 +355,7 @@ def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage
 
 
 def load_tiles(tiles: Sequence[Tile], data: DataSettings) -> NDArray[np.uint8]:
-    """Tiles as one array `(N, 3, image_size, image_size)` of bytes: a quarter of the memory, and what PNGs hold."""
+    """Load tiles as one array `(N, 3, image_size, image_size)` uint8: as exact as PNGs, in a quarter of the memory."""
     pixels = np.empty((len(tiles), 3, data.image_size, data.image_size), np.uint8)
     for place, tile in enumerate(iter_tiles(tiles, data)):
         pixels[place] = to_uint8(tile).transpose(2, 0, 1)
@@ -355,7 +363,7 @@ def load_tiles(tiles: Sequence[Tile], data: DataSettings) -> NDArray[np.uint8]:
 
 
 def tell_losses(paths: Sequence[Path], data: DataSettings, category: str) -> None:
-    """Say in one sentence if images lose more than they should by being stretched whole."""
+    """Log one warning if images lose more than they should by being stretched whole."""
     tiling = Tiling.of(data)
     found = [(path, said) for path in paths if (said := tiling.objection(*stored_size(path)))]
     if found:
@@ -377,8 +385,8 @@ def load_images(paths: Sequence[Path], size: int, reading: Reading = READING) ->
 def load_labelled(
     item: LabelledImage, tiling: Tiling, reading: Reading = READING, original: bool = False
 ) -> tuple[FloatImage, Mask]:
-    """Read one test image, at working resolution or as it is, and its mask at working resolution (all False for a
-    normal one).
+    """Read one test image, at working resolution or as it is (`original`), and its mask at working resolution (all
+    False for a normal image).
 
     Raises:
         UserError: the mask's size differs from the image's, or the mask of a defective image is empty.

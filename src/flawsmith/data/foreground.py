@@ -30,7 +30,7 @@ MIN_PART = 0.1  # parts smaller than this share of the largest one are dirt
 
 @dataclass(frozen=True)
 class Foreground:
-    """What a category's images show; `background` and `threshold` have a meaning for objects only.
+    """What a category's images show; `background` and `threshold` matter for objects only.
 
     Attributes:
         is_object: objects on a plain background (True) or a texture that fills the image (False).

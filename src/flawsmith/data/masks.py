@@ -1,4 +1,4 @@
-"""Ground-truth masks as tools write them: what is in a file decides how it is read, and what was assumed is said.
+"""Ground-truth masks as tools write them: the content of a file decides how it is read, and what was assumed is told.
 
 A mask may lie in a channel (gray, any colour, alpha) or in a palette, as one value, as levels, as numbers of classes,
 or with the soft edges and the noise that resizing and JPEG leave.
@@ -20,7 +20,7 @@ NOISE = 0.125  # of the highest value: what JPEG may leave around a mask
 
 
 class MaskFile(NamedTuple):
-    """A mask `(H, W)`, and what was assumed to read it so: a sentence's end, "" for a plain mask of one value."""
+    """A mask `(H, W)`, and what was assumed in reading it: the end of a sentence, "" for a plain mask of one value."""
 
     mask: Mask
     assumed: str
@@ -36,7 +36,7 @@ def read_mask(path: Path, reading: Reading = READING) -> Mask:
 
 
 def inspect_mask(path: Path, reading: Reading = READING) -> MaskFile:
-    """As `read_mask`, with what was assumed.
+    """Decode a mask as `read_mask` does, and tell what was assumed.
 
     Raises:
         UserError: as `images.read_image`.
@@ -63,7 +63,7 @@ def inspect_mask(path: Path, reading: Reading = READING) -> MaskFile:
 
 
 def load_mask(path: Path, shape: tuple[int, ...], defect: str, reading: Reading = READING) -> Mask:
-    """The mask of an image of this shape `(H, W)`; what is assumed is told once for each kind and type of defect.
+    """Read the mask of an image of this shape `(H, W)`; what is assumed is logged once a kind and type of defect.
 
     Raises:
         UserError: it has another shape that is not a multiple of the image's, or marks nothing.
@@ -108,7 +108,7 @@ def _by_palette(image: Image.Image) -> MaskFile:
 def _mark(values: NDArray[Any], is_lossy: bool) -> tuple[Mask, str]:
     """Which pixels are marked, and what was assumed.
 
-    Of many values the lowest that fills an area, beside 0, is a level of the mask; half of it divides the soft edges.
+    Among many values the lowest above 0 that fills an area is a level of the mask. Soft edges are cut at half of it.
     """
     high = values.max()
     if is_lossy and high < NUMBERS:

@@ -33,7 +33,7 @@ BATCH = 8  # tiles that go through a network together: bounds the memory of one 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The side `size` of the network's input, the `scale` of the working resolution, the least `overlap` in pixels.
+    """The `size` of the network's square input, the `scale` of the working resolution, the least `overlap` in pixels.
 
     Raises:
         ValueError: the overlap is negative or above half a tile, or the scale is negative or not finite.
@@ -51,11 +51,12 @@ class Tiling:
 
     @classmethod
     def of(cls, data: "DataSettings") -> "Tiling":
-        """What params.yaml asks for."""
+        """The tiling that params.yaml asks for."""
         return cls(data.image_size, data.scale, data.tile_overlap)
 
     @property
     def is_tiled(self) -> bool:
+        """Whether images are cut into tiles rather than stretched whole."""
         return self.scale > 0
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
@@ -65,7 +66,7 @@ class Tiling:
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
     def objection(self, height: int, width: int) -> str:
-        """What an image of this size loses by being stretched whole, with the scale to try; "" if little."""
+        """Say what an image of this size loses by being stretched whole, and the scale to try; "" if little."""
         short, long = sorted((height, width))
         if self.is_tiled or (long <= SHRINK * self.size and long <= STRETCH * short):
             return ""
@@ -85,7 +86,7 @@ class Tiling:
         return resize_mask(mask, self.shape(*mask.shape))
 
     def places(self, height: int, width: int) -> tuple[Place, ...]:
-        """Where the tiles of an image of this working resolution lie, row by row; they cover its every pixel."""
+        """Places of the tiles of an image of this working resolution, row by row; they cover every pixel."""
         rows, columns = (self._starts(length) for length in (height, width))
         return tuple((int(top), int(left)) for top in rows for left in columns)
 
@@ -129,7 +130,7 @@ class Tiling:
         return [(anomaly_map, float(score)) for anomaly_map, score in zip(merged, highest, strict=True)]
 
     def weights(self, length: int) -> NDArray[np.float64]:
-        """What each tile along one side of a working image counts at each of its own pixels, `(tiles, size)`.
+        """Weight of each tile along one side of a working image at each of its own pixels, `(tiles, size)`.
 
         At every pixel of the image the tiles' weights sum to 1; a pixel of one tile alone has 1.
         """

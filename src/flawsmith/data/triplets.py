@@ -40,8 +40,8 @@ def read_manifest(path: Path) -> "pa.Table":
 
 
 def is_shade(row: Mapping[str, Any]) -> bool:
-    """Whether a row of the manifest is of a shade: a change of light alone, which the head that decides the image score
-    is told to ignore, so that it is no defect to find."""
+    """Whether a row of the manifest is an illumination defect: a change of light alone. The network learns to ignore
+    it, so it counts as no defect."""
     return row.get("shade_change") is not None
 
 
@@ -94,6 +94,11 @@ class TripletArrays:
 
     @classmethod
     def load(cls, folder: TripletFolder, ids: Sequence[str]) -> "TripletArrays":
+        """Load the triplets of these ids.
+
+        Raises:
+            UserError: as `TripletFolder.read`, or they have several sizes.
+        """
         triplets = [folder.read(triplet_id) for triplet_id in ids]
         sizes = {triplet[2].shape for triplet in triplets}
         if len(sizes) > 1:

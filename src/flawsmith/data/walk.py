@@ -1,7 +1,7 @@
 """Which files of a folder count as images: one rule for training, testing, predicting, watching and monitoring.
 
-Folders are searched with all folders in them, linked ones too, each once. Hidden files and other suffixes are passed
-over and counted; what cannot be looked at (a link to nothing, a folder that may not be listed) is told, never dropped.
+Folders are searched with all folders in them, linked ones too, each once. Hidden files and other suffixes are skipped
+and counted. What cannot be read (a link to nothing, a folder that may not be listed) is reported, never dropped.
 """
 
 import os
@@ -25,7 +25,7 @@ SHOWN = 8  # kinds passed over, or unreadable files, that a sentence names
 
 
 class Entry(NamedTuple):
-    """A file, or a folder that is not entered: its name relative to the first folder, and why it is passed over."""
+    """A file, or a folder that is not entered: its path relative to the first folder, and why it is passed over."""
 
     name: str
     path: str
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What lies below a folder.
+    """The files below a folder.
 
     Attributes:
         images: sorted, folder by folder.
@@ -51,14 +51,14 @@ class Found:
     linked: tuple[Path, ...] = ()
 
     def name_of(self, path: Path) -> str:
-        """Its place below the folder, with forward slashes."""
+        """Path relative to the folder, with forward slashes."""
         return path.relative_to(self.folder).as_posix()
 
     def check(self) -> None:
-        """Refuse a folder of which a part could not be looked at.
+        """Refuse a folder that could not be read as a whole.
 
         Raises:
-            UserError: it names what could not.
+            UserError: it names what could not be read.
         """
         if self.unreadable:
             told = [f"{self.name_of(path)} {why}" for path, why in self.unreadable.items()]
@@ -69,7 +69,7 @@ class Found:
 
 
 def find(folder: Path, leave_out: Path | None = None) -> Found:
-    """The images below a folder, but for those below `leave_out`; a folder that is not there holds nothing."""
+    """Find the images below a folder, without those below `leave_out`; a missing folder holds nothing."""
     images: list[Path] = []
     passed_over: Counter[str] = Counter()
     unreadable: list[tuple[Path, str]] = []
@@ -103,20 +103,21 @@ def image_kind(entry: Entry) -> str:
 
 
 def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped: hidden, or kept by a file manager or server."""
     return name.startswith(".") or name.lower() in HOUSEKEEPING
 
 
 def entries(
     folder: str | Path, leave_out: str | Path | None = None, linked: list[str] | None = None
 ) -> Iterator[Entry]:
-    """All files below a folder, and the folders that are not entered, in no certain order.
+    """Yield all files below a folder, and the folders that are not entered, in no certain order.
 
     Linked folders are entered after all others, in the order of their names. A folder that is reached twice, also
     through links, is entered once; a link to a folder that holds the first one is not entered at all.
 
     Args:
-        leave_out: nothing below it is told of.
-        linked: gets the names of the linked folders that were entered.
+        leave_out: a folder that is skipped.
+        linked: a list that gets the names of the linked folders that were entered.
 
     Raises:
         OSError: the first folder cannot be listed.
@@ -172,13 +173,13 @@ def count_sentence(used: int, passed_over: Mapping[str, int], unreadable: int = 
 
 
 def listed(texts: Collection[str]) -> str:
-    """Some texts, or the first of many, on one line."""
+    """Join texts, or the first SHOWN of many, on one line."""
     first = [printable(text) for text in texts][:SHOWN]
     return ", ".join([*first, f"{len(texts) - SHOWN} more"] if len(texts) > SHOWN else first)
 
 
 def printable(name: str) -> str:
-    """A file name that any output can hold: bytes that are no valid UTF-8 become replacement marks."""
+    """Make a file name printable: bytes that are no valid UTF-8 become replacement marks."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
