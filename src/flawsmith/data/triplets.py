@@ -39,7 +39,7 @@ def read_manifest(path: Path) -> "pa.Table":
     return table
 
 
-def is_shade(row: Mapping[str, Any]) -> bool:
+def is_illumination_defect(row: Mapping[str, Any]) -> bool:
     """Whether a row of the manifest is an illumination defect: a change of light alone. The network learns to ignore
     it, so it counts as no defect."""
     return row.get("shade_change") is not None

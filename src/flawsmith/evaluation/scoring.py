@@ -73,7 +73,7 @@ def normal_items(paths: Sequence[Path], tiling: Tiling, reading: Reading, origin
 
 def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int) -> tuple[Item, ...]:
     """Held-out triplets as a test set: each defect image with its mask, and each distinct normal once, as good. Shades
-    do not belong among them (`triplets.is_shade`).
+    do not belong among them (`triplets.is_illumination_defect`).
 
     Args:
         triplets: what the synthesize stage wrote.

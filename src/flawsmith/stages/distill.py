@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flawsmith.data.dataset import Split, Tile, iter_tiles, normal_name, plan_tiles
 from flawsmith.data.images import to_uint8
-from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, is_shade, read_manifest
+from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, is_illumination_defect, read_manifest
 from flawsmith.detector.distill import LOSS_COLUMNS, Origins, Provenance, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
@@ -268,5 +268,5 @@ def _picture_places(images: Sequence[Path], twins: Mapping[str, str]) -> dict[st
 
 def textured(rows: Mapping[str, Mapping[str, Any]], ids: Sequence[str]) -> NDArray[np.int64]:
     """Places in `ids` of the triplets whose defect has a texture of its own and is no shade; all if there are none."""
-    found = [place for place, one in enumerate(ids) if not is_shade(rows[one])]
+    found = [place for place, one in enumerate(ids) if not is_illumination_defect(rows[one])]
     return np.array(found or range(len(ids)), np.int64)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flawsmith.data.dataset import Split, iter_tiles, labelled_part, plan_tiles
 from flawsmith.data.tiling import Tiling
-from flawsmith.data.triplets import VALIDATION, TripletFolder, is_shade, read_manifest
+from flawsmith.data.triplets import VALIDATION, TripletFolder, is_illumination_defect, read_manifest
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.model import load_detector
 from flawsmith.detector.teacher import build_teacher
@@ -189,7 +189,7 @@ def judged_images(layout: Layout, original: bool = False) -> Judged:
     manifest = layout.input("synthesize", "manifest.parquet")
     rows = _held_out(manifest)
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
-    normals = {name: _normal_of(row) for name, row in rows.items() if not is_shade(row)}
+    normals = {name: _normal_of(row) for name, row in rows.items() if not is_illumination_defect(row)}
     triplets = TripletFolder(manifest.parent)
     items = triplet_items(triplets, normals, data.image_size)
     shades = defect_items(triplets, rows.keys() - normals.keys(), data.image_size)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flawsmith import __version__
 from flawsmith.data.dataset import Tile, iter_tiles, load_images, plan_tiles
 from flawsmith.data.images import FloatImage, resize_image
-from flawsmith.data.triplets import FIT, VALIDATION, TripletFolder, is_shade, read_manifest
+from flawsmith.data.triplets import FIT, VALIDATION, TripletFolder, is_illumination_defect, read_manifest
 from flawsmith.detector.model import load_detector
 from flawsmith.errors import UserError
 from flawsmith.export.cost import count
@@ -149,7 +149,7 @@ def _samples(layout: Layout, parity: NDArray[np.float32]) -> Samples:
 
     normals: Images = [partial(normal, tile) for tile in plan_tiles(layout.split().calibration, data)]
     rows = read_manifest(triplets.folder / "manifest.parquet").to_pylist()
-    shades = {row["triplet_id"] for row in rows if is_shade(row)}  # nothing that a variant must find
+    shades = {row["triplet_id"] for row in rows if is_illumination_defect(row)}  # nothing that a variant must find
     fit = [partial(defect, name) for name in triplets.ids(FIT)]
     held_out = [partial(defect, name) for name in triplets.ids(VALIDATION) if name not in shades]
     if not held_out:
