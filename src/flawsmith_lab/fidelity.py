@@ -33,10 +33,10 @@ from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.evaluation.intervals import Estimate, percentile_interval
 from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS
+from flawsmith.evaluation.samples import evaluation_set
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import load_settings
-from flawsmith.stages.evaluate import judged_images
 from flawsmith_lab.bench.measure import guarded, markdown
 
 Features = NDArray[np.floating]  # (n, D), a row a crop
@@ -189,9 +189,9 @@ def precision_recall(real: Features, other: Features, neighbour: int = NEIGHBOUR
 
 def measure_fidelity(layout: Layout) -> Fidelity | None:
     """Compare the triplets' defects with the real ones that are judged; None where either are too few."""
-    settings, judged, split, data = layout.settings, judged_images(layout), layout.split(), layout.data
+    settings, judged, split, data = layout.settings, evaluation_set(layout), layout.split(), layout.data
     tiling, triplets = Tiling.of(data), TripletFolder(layout.stage("synthesize"))
-    defective = [item for item in judged.items if item.is_defective and item.has_pixel_labels and judged.labelled]
+    defective = [one for one in judged.samples if one.is_defective and one.has_pixel_labels and judged.labelled]
     ids = sorted(path.stem for path in (layout.stage("synthesize") / "mask").glob("*.png"))
     if not defective or not ids:
         return None

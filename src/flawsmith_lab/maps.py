@@ -10,7 +10,7 @@ is chosen on the research half of the test images.
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from flawsmith.data.tiling import Tiling
 from flawsmith.detector.distill import as_batch
 from flawsmith.detector.model import Detector, load_detector
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import KEYS, measure
-from flawsmith.evaluation.scoring import Scorer, normal_items, open_spools, tiled_scorer
+from flawsmith.evaluation.measure import EvaluationOptions, measure
+from flawsmith.evaluation.metrics import KEYS
+from flawsmith.evaluation.samples import evaluation_set, normal_samples
+from flawsmith.evaluation.scoring import Scorer, tiled_scorer
 from flawsmith.files import write_json
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.sequences import batched
 from flawsmith.settings import load_settings
-from flawsmith.stages.evaluate import judged_images
 from flawsmith_lab.bench.measure import guarded, markdown
 
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
@@ -104,26 +105,20 @@ def weigh_maps(layout: Layout, folder: Path, weighings: Sequence[Weighing]) -> l
     """Judge the detector in `folder` under each of the weights; return rows of `weights` and each of KEYS.
 
     Raises:
-        UserError: there is no such detector, or weights do not fit it; as `judged_images`.
+        UserError: there is no such detector, or weights do not fit it; as `evaluation_set`.
     """
     data, settings, split = layout.data, layout.settings.evaluate, layout.split()
-    judged = judged_images(layout)
+    judged = evaluation_set(layout)
     tiling, tiles = Tiling.of(data), plan_tiles(split.calibration, data)
     batches = [as_batch(load_tiles(part, data), torch.device("cpu")) for part in batched(tiles, 8)]
     scorers = [tiled_scorer(scorer, tiling) for scorer in scorers_of(load_detector(folder), weighings, batches)]
-    with open_spools(len(scorers) + 1) as (*maps, masks):
-        found = measure(
-            scorers,
-            judged.items,
-            normal_items(split.calibration, tiling, data.reading),
-            numpy_generator(settings.seed, "bootstrap"),
-            maps,
-            masks,
-            false_alarm_rate=settings.false_alarm_rate,
-            bootstrap=2,  # only the values are wanted
-            aupro_limit=settings.aupro_limit,
-            batch=settings.batch,
-        )
+    found = measure(
+        scorers,
+        judged.samples,
+        normal_samples(split.calibration, tiling, data.reading),
+        numpy_generator(settings.seed, "bootstrap"),
+        replace(EvaluationOptions.of(settings), bootstrap=2),  # only the values are wanted
+    )
     return [
         {"weights": weighing.text, **{key: round(performance.values[key].value, 5) for key in KEYS}}
         for weighing, performance in zip(weighings, found, strict=True)

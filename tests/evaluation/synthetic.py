@@ -18,11 +18,12 @@ from scipy import ndimage
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import FloatImage, Mask
 from flawsmith.evaluation.assess import Assessment, assess
-from flawsmith.evaluation.scoring import Item
+from flawsmith.evaluation.measure import EvaluationOptions
+from flawsmith.evaluation.samples import Sample
 from flawsmith.randomness import numpy_generator
 
 
-def synthetic_item(index: int, size: int) -> Item:
+def synthetic_sample(index: int, size: int) -> Sample:
     """A grainy gray image; every other one carries one of two defects: a faint bright disc or a thin dark stroke."""
 
     def load() -> tuple[FloatImage, Mask]:
@@ -40,7 +41,7 @@ def synthetic_item(index: int, size: int) -> Item:
         return np.repeat(np.clip(gray, 0, 1)[None], 3, axis=0), mask
 
     defect = (GOOD, "disc", GOOD, "stroke")[index % 4]
-    return Item(f"{defect}/{index:05d}.png", defect, load)
+    return Sample(f"{defect}/{index:05d}.png", defect, load)
 
 
 def contrast_scorer(images: NDArray[np.float32], sigma: float = 2.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -56,14 +57,10 @@ def assess_synthetic(images: int, size: int, bootstrap: int = 1000) -> Assessmen
     return assess(
         contrast_scorer,
         lambda batch: contrast_scorer(batch, sigma=0.7),
-        [synthetic_item(index, size) for index in range(images)],
-        [synthetic_item(4 * index, size) for index in range(10_000, 10_040)],
+        [synthetic_sample(index, size) for index in range(images)],
+        [synthetic_sample(4 * index, size) for index in range(10_000, 10_040)],
         numpy_generator(0, "assess-synthetic"),
-        false_alarm_rate=0.05,
-        bootstrap=bootstrap,
-        aupro_limit=0.3,
-        batch=8,
-        gallery=32,
+        EvaluationOptions(0.05, bootstrap, 0.3, batch=8, gallery=32),
     )
 
 

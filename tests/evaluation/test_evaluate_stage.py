@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
 from torch import nn
@@ -15,8 +16,8 @@ from torch import nn
 from flawsmith.data.images import read_image, write_png
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.evaluation.assess import KEYS
-from flawsmith.export.onnx import export_network, export_onnx
+from flawsmith.evaluation.metrics import KEYS
+from flawsmith.export.onnx import export_network, write_model
 from flawsmith.files import write_json
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
@@ -80,7 +81,7 @@ def layout(tmp_path, params_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_detector", lambda folder: ToyDetector().eval())
     monkeypatch.setattr(evaluate, "export_network", export_once)
     fitted: list[list[Path]] = []
-    monkeypatch.setattr(evaluate, "fit_baseline", lambda where, paths: (fitted.append(paths), ToyDetector())[1])
+    monkeypatch.setattr(evaluate, "fit_baseline", lambda where, paths, device: (fitted.append(paths), ToyDetector())[1])
     return made, fitted
 
 
@@ -121,7 +122,7 @@ def test_labelled_surface_leaves_its_files(layout):
     assert content["typical_score"] == pd.read_csv(out / "calibration_scores.csv")["score"].median()
     assert {path.name for path in out.iterdir()} == {
         *("metrics.json", "draws.npz", "roc.csv", "pr.csv", "curves", "scores.csv", "calibration_scores.csv"),
-        *("figures", "gallery", "parity", "report.html", "summary"),
+        *("figures", "gallery", "parity", "report.html", "summary", "network.onnx"),
     }
     summary = {path.stem: json.loads(path.read_text()) for path in (out / "summary").iterdir()}
     assert set(summary) == {"detector", "knn-baseline"}
@@ -285,7 +286,7 @@ def test_the_detector_is_scored_by_the_exported_network_and_gives_the_scores_the
         teacher="none",
         flawsmith_version="0",
     )
-    export_onnx(ToyDetector().eval(), metadata, made.settings.export.opset, tmp_path / "model.onnx")
+    write_model(onnx.load(out / "network.onnx"), metadata, tmp_path / "model.onnx")
     predictor = Predictor(tmp_path / "model.onnx")
     rows = pd.read_csv(out / "scores.csv")
     answers = [predictor.predict([read_image(made.root / "data/tiles/test" / name)])[0] for name in rows["file"]]

@@ -8,6 +8,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from flawsmith.evaluation import metrics
+from flawsmith.evaluation.metrics import METRICS, Binned, aupro, auroc, average_precision, f1_max
 
 scored = st.integers(2, 40).flatmap(
     lambda count: st.tuples(
@@ -28,11 +29,15 @@ def sklearn_ranking(labels, scores, weights=None):
     )
 
 
+def ranking(counts):
+    return auroc(counts), average_precision(counts), f1_max(counts)
+
+
 @given(scored)
 def test_image_ranking_equals_scikit_learn_under_ties(case):
     scores, labels = np.asarray(case[0], np.float32), np.asarray(case[1])
     counts = metrics.counts_by_score(scores, labels, np.ones((1, len(scores)), np.int64))
-    np.testing.assert_allclose(np.ravel(metrics.ranking(*counts)), sklearn_ranking(labels, scores), atol=1e-12)
+    np.testing.assert_allclose(np.ravel(ranking(counts)), sklearn_ranking(labels, scores), atol=1e-12)
 
 
 @given(scored, st.integers(0, 100))
@@ -40,7 +45,7 @@ def test_image_ranking_equals_scikit_learn_under_ties(case):
 def test_weighted_rows_equal_scikit_learn_with_sample_weights(case, seed):
     scores, labels = np.asarray(case[0], np.float32), np.asarray(case[1])
     weights = np.random.default_rng(seed).integers(1, 4, (3, len(scores)))
-    found = metrics.ranking(*metrics.counts_by_score(scores, labels, weights))
+    found = ranking(metrics.counts_by_score(scores, labels, weights))
     for row in range(3):
         expected = sklearn_ranking(labels, scores, weights[row])
         np.testing.assert_allclose([value[row] for value in found], expected, atol=1e-12)
@@ -61,15 +66,14 @@ def random_maps(count, size, seed, contrast=1.5):
 
 def counts_of(maps, masks, bins=metrics.BINS_PER_CLASS):
     edges = metrics.bin_edges(maps[~masks], maps[masks], bins)
-    return np.stack([metrics.pixel_counts(*pair, edges) for pair in zip(maps, masks, strict=True)]).sum(axis=0)
+    return Binned(*np.stack([metrics.pixel_counts(*pair, edges) for pair in zip(maps, masks, strict=True)]).sum(axis=0))
 
 
 @pytest.mark.parametrize("contrast", [0.3, 1.5, 4.0])
 def test_binned_pixel_ranking_agrees_with_exact_scikit_learn(contrast):
     maps, masks = random_maps(24, 96, 1, contrast)
     assert np.unique(maps).size > 20 * metrics.BINS_PER_CLASS  # so that binning is at work
-    normal, inside, _ = counts_of(maps, masks)
-    found = metrics.ranking(normal, inside)
+    found = ranking(counts_of(maps, masks))
     np.testing.assert_allclose(found, sklearn_ranking(masks.ravel(), maps.ravel()), atol=1e-3)
 
 
@@ -91,24 +95,23 @@ def exact_aupro(maps, masks, limit):
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 def test_aupro_agrees_with_its_definition(limit):
     maps, masks = random_maps(8, 48, 2)
-    normal, _, overlap = counts_of(maps, masks)
-    assert metrics.aupro(normal, overlap, limit) == pytest.approx(exact_aupro(maps, masks, limit), abs=1e-3)
+    found = aupro(counts_of(maps, masks)._replace(limit=limit))
+    assert found == pytest.approx(exact_aupro(maps, masks, limit), abs=1e-3)
 
 
 def test_perfect_map_has_all_values_one():
     _, masks = random_maps(4, 32, 3)
     maps = masks.astype(np.float32)
-    normal, inside, overlap = counts_of(maps, masks)
-    assert metrics.ranking(normal, inside) == pytest.approx((1, 1, 1))
-    assert metrics.aupro(normal, overlap, 0.3) == pytest.approx(1)
+    counts = counts_of(maps, masks)._replace(limit=0.3)
+    assert [metric.value(counts) for metric in METRICS.values() if metric.of_pixels] == pytest.approx([1, 1, 1, 1])
 
 
 def test_constant_map_knows_nothing():
     _, masks = random_maps(4, 32, 3)
-    normal, inside, overlap = counts_of(np.zeros(masks.shape, np.float32), masks)
-    assert metrics.ranking(normal, inside).auroc == pytest.approx(0.5)
-    assert metrics.ranking(normal, inside).ap == pytest.approx(masks.mean())
-    assert metrics.aupro(normal, overlap, 0.3) == pytest.approx(0.15)  # the diagonal's area up to .3, over .3
+    counts = counts_of(np.zeros(masks.shape, np.float32), masks)._replace(limit=0.3)
+    assert auroc(counts) == pytest.approx(0.5)
+    assert average_precision(counts) == pytest.approx(masks.mean())
+    assert aupro(counts) == pytest.approx(0.15)  # the diagonal's area up to .3, over .3
 
 
 def test_large_region_weighs_no_more_than_a_small_one_in_aupro():
@@ -118,8 +121,8 @@ def test_large_region_weighs_no_more_than_a_small_one_in_aupro():
     anomaly_map = np.zeros((32, 32), np.float32)
     anomaly_map[28:30, 28:30] = 1
     anomaly_map[mask & (anomaly_map == 0)] = -1
-    normal, _, overlap = metrics.pixel_counts(anomaly_map, mask, np.asarray([-1, 0, 1], np.float32))
-    assert metrics.aupro(normal, overlap, 0.3) == pytest.approx(0.5)
+    counts = metrics.pixel_counts(anomaly_map, mask, np.asarray([-1, 0, 1], np.float32))
+    assert aupro(Binned(*counts, limit=0.3)) == pytest.approx(0.5)
 
 
 @given(st.integers(0, 1000))
@@ -137,7 +140,7 @@ def test_diagonal_pixels_are_one_region():
 
 def test_counts_lose_no_pixel_and_bins_are_even():
     maps, masks = random_maps(6, 64, 4)
-    normal, inside, overlap = counts_of(maps, masks, bins=64)
+    normal, inside, overlap, _ = counts_of(maps, masks, bins=64)
     assert normal.sum() == (~masks).sum()
     assert inside.sum() == masks.sum()
     assert overlap.sum() == pytest.approx(sum(ndimage.label(mask, np.ones((3, 3)))[1] for mask in masks))
@@ -146,7 +149,7 @@ def test_counts_lose_no_pixel_and_bins_are_even():
 
 
 def test_curve_runs_from_nothing_flagged_to_everything():
-    found = metrics.curve(np.asarray([5.0, 3, 0]), np.asarray([0.0, 1, 4]))
+    found = metrics.curve(Binned(np.asarray([5.0, 3, 0]), np.asarray([0.0, 1, 4])))
     np.testing.assert_allclose(found.false_positive_rate, [0, 0, 3 / 8, 1])
     np.testing.assert_allclose(found.recall, [0, 0.8, 1, 1])
     np.testing.assert_allclose(found.precision, [1, 1, 5 / 8, 5 / 13])

@@ -7,24 +7,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic import assess_synthetic, contrast_scorer, synthetic_item
+from synthetic import assess_synthetic, contrast_scorer, synthetic_sample
 
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import read_image, to_uint8
 from flawsmith.data.tiling import Tiling
-from flawsmith.evaluation.assess import KEYS, LIMITING, assess
-from flawsmith.evaluation.figures import HeatScale, failures_sheet, heat_panel, panels, sheet, verdict_text
+from flawsmith.evaluation.assess import LIMITING, assess
+from flawsmith.evaluation.gallery import HeatScale, failures_sheet, heat_panel, panels, sheet
 from flawsmith.evaluation.intervals import share_interval
+from flawsmith.evaluation.measure import EvaluationOptions
+from flawsmith.evaluation.metrics import KEYS
 from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
 from flawsmith.evaluation.report import (
-    Subject,
+    ReportHeader,
     alarm_warning,
-    compare,
-    figure_title,
-    render_report,
+    compare_to_baseline,
     summary,
+    write_html,
     write_report,
 )
+from flawsmith.evaluation.samples import EvaluationSet
 from flawsmith.files import digest_path
 
 
@@ -33,8 +35,12 @@ def result():
     return assess_synthetic(16, 48, bootstrap=40)
 
 
-def subject(labelled):
-    return Subject("tiles", labelled, aupro_limit=0.3, bootstrap=40, image_size=48, teacher="toy")
+def judged(result, labelled=True):
+    return EvaluationSet(result.samples, labelled)
+
+
+def header(result, labelled=True, category="tiles"):
+    return ReportHeader(category, judged(result, labelled), aupro_limit=0.3, bootstrap=40, image_size=48, teacher="toy")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +48,9 @@ def folders(result, tmp_path_factory):
     made = {}
     for labelled in (True, False):
         folder = tmp_path_factory.mktemp("evaluate") / "out"
-        write_data(folder, result, labelled)
-        write_parity_images(folder / "parity", result.items, 6, Tiling(48))
-        write_report(folder, result, subject(labelled))
+        write_data(folder, result, judged(result, labelled))
+        write_parity_images(folder / "parity", result.samples, 6, Tiling(48))
+        write_report(folder, result, header(result, labelled))
         made[labelled] = folder
     return made
 
@@ -76,7 +82,7 @@ def test_every_output_says_when_nothing_was_labelled(folders, result):
     assert "synthetic" in content["scored_on"]
     assert "Not measured on real defects" in (folder / "report.html").read_text()
     assert "Not measured on real defects" not in (folders[True] / "report.html").read_text()
-    assert "SYNTHETIC" in figure_title(result, subject(False))
+    assert "SYNTHETIC" in header(result, False).title
     for name in ("roc.csv", "pr.csv", "curves/pixel_roc.csv", "curves/pixel_pr.csv", "curves/pro.csv"):
         assert all("synthetic" in row["scored_on"] for row in rows(folder / name))
         assert not any("synthetic" in row["scored_on"] for row in rows(folders[True] / name))
@@ -86,16 +92,16 @@ def test_every_output_says_when_nothing_was_labelled(folders, result):
 
 
 def test_equal_results_give_equal_bytes(folders, result, tmp_path):
-    write_data(tmp_path, result, True)
-    write_parity_images(tmp_path / "parity", result.items, 6, Tiling(48))
-    write_report(tmp_path, result, subject(True))
+    write_data(tmp_path, result, judged(result))
+    write_parity_images(tmp_path / "parity", result.samples, 6, Tiling(48))
+    write_report(tmp_path, result, header(result))
     assert digest_path(tmp_path) == digest_path(folders[True])
 
 
 def test_scores_bring_the_verdicts_back(folders, result):
     found = rows(folders[True] / "scores.csv")
     threshold = json.loads((folders[True] / "metrics.json").read_text())["threshold"]
-    assert [row["file"] for row in found] == [item.name for item in result.items]
+    assert [row["file"] for row in found] == [sample.name for sample in result.samples]
     for row, score in zip(found, result.detector.scores.scores, strict=True):
         assert np.float32(row["score"]) == score
         assert row["verdict"] == ("defective" if np.float32(row["score"]) > threshold else "good")
@@ -142,10 +148,10 @@ def test_report_is_one_file_without_outside_help(folders):
     assert text.index("missed</span>") < text.index("found</span>")
 
 
-def test_report_escapes_what_a_folder_is_called(result):
-    odd = Subject("<script>x</script>", True, 0.3, 40, 48, "toy")
+def test_report_escapes_what_a_folder_is_called(result, tmp_path):
     figures = dict.fromkeys(("scores", "curves", "pixel_curves"), ("data:,", "data:,"))
-    text = render_report(result, odd, figures)
+    write_html(tmp_path / "report.html", result, header(result, category="<script>x</script>"), figures)
+    text = (tmp_path / "report.html").read_text()
     assert "<script>" not in text
     assert "&lt;script&gt;x&lt;/script&gt;" in text
 
@@ -156,18 +162,18 @@ def test_parity_images_are_lossless_and_of_both_kinds(folders, result):
     kinds = [path.stem.split("-")[1] for path in paths]
     assert kinds.count(GOOD) == 3
     assert {"disc", "stroke"} <= set(kinds)
-    by_stem = {item.name.split("/")[1].removesuffix(".png"): item for item in result.items}
+    by_stem = {sample.name.split("/")[1].removesuffix(".png"): sample for sample in result.samples}
     for path in paths:
         image = by_stem[path.stem.split("-")[2]].load()[0]
         np.testing.assert_array_equal(to_uint8(read_image(path)), to_uint8(image))
 
 
 def test_words_agree_with_the_counts(result):
-    content = metrics_content(result, True)
+    content = metrics_content(result, judged(result))
     found = round(content["test_detection_rate"] * 8)
     false = round(content["test_false_alarm_rate"] * 8)
-    assert f"finds {found} of 8 defective images and flags {false} of 8 good ones" in summary(result)
-    assert "clearly better in" in compare(result)
+    assert f"finds {found} of 8 defective images and flags {false} of 8 good ones" in summary(result, judged(result))
+    assert "clearly better in" in compare_to_baseline(result)
     assert alarm_warning(result.detector) is None
 
 
@@ -186,7 +192,7 @@ def test_panels_show_the_truth_and_leave_a_good_image_alone(result):
         assert plain.shape == truth.shape == heat.shape == (48, 48, 3)
         np.testing.assert_array_equal(plain, to_uint8(example.image))
         assert (plain != truth).any() == example.mask.any()
-        assert (verdict_text(example) in ("missed", "false alarm")) == example.is_wrong
+        assert (example.verdict in ("missed", "false alarm")) == example.is_wrong
 
 
 def test_flat_map_still_draws():
@@ -203,7 +209,7 @@ def test_too_eager_detector_is_warned_about(result):
 def test_nan_never_reaches_metrics_json(result, tmp_path):
     values = {**result.detector.values, "aupro": result.detector.values["aupro"]._replace(value=float("nan"))}
     with pytest.raises(ValueError):
-        write_data(tmp_path, replace(result, detector=replace(result.detector, values=values)), True)
+        write_data(tmp_path, replace(result, detector=replace(result.detector, values=values)), judged(result))
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -228,25 +234,25 @@ def test_a_large_image_is_shrunk_before_it_is_drawn_and_loses_no_defect(result):
 
 def test_parity_images_of_a_tiled_model_are_tiles_that_show_the_defect(result, tmp_path):
     tiling = Tiling(32, 1.0, 0)  # the items have 48 x 48 pixels
-    write_parity_images(tmp_path, result.items, 6, tiling)
+    write_parity_images(tmp_path, result.samples, 6, tiling)
     assert len(list(tmp_path.iterdir())) == 6
     for path in tmp_path.iterdir():
-        item = next(one for one in result.items if path.stem.endswith(f"{one.defect}-{one.name[-9:-4]}"))
-        tile, (image, mask) = read_image(path), item.load()
+        sample = next(one for one in result.samples if path.stem.endswith(f"{one.defect}-{one.name[-9:-4]}"))
+        tile, (image, mask) = read_image(path), sample.load()
         shares = {
             int(mask[top : top + 32, left : left + 32].sum()): image[:, top : top + 32, left : left + 32]
             for top, left in reversed(tiling.places(48, 48))  # of equal ones the first
         }
         assert tile.shape == (3, 32, 32)
-        if item.is_defective:
+        if sample.is_defective:
             np.testing.assert_allclose(tile, shares[max(shares)], atol=0.5 / 255)
 
 
 def assessed(masks):
     """The toy evaluation where only the defects named have masks."""
 
-    def item(index):
-        made = synthetic_item(index, 48)
+    def sample(index):
+        made = synthetic_sample(index, 48)
         if not made.is_defective or made.defect in masks:
             return made
         image, mask = made.load()
@@ -255,17 +261,17 @@ def assessed(masks):
     return assess(
         contrast_scorer,
         lambda batch: contrast_scorer(batch, sigma=0.7),
-        [item(index) for index in range(16)],
-        [synthetic_item(4 * index, 48) for index in range(10_000, 10_040)],
+        [sample(index) for index in range(16)],
+        [synthetic_sample(4 * index, 48) for index in range(10_000, 10_040)],
         np.random.default_rng(0),
-        false_alarm_rate=0.05, bootstrap=20, aupro_limit=0.3, batch=8, gallery=16,
-    )  # fmt: skip
+        EvaluationOptions(0.05, bootstrap=20, aupro_limit=0.3, batch=8, gallery=16),
+    )
 
 
 def test_without_masks_images_are_measured_and_pixels_are_not_and_every_output_says_so(result, tmp_path):
     bare = assessed(())
-    write_data(tmp_path, bare, True)
-    write_report(tmp_path, bare, subject(True))
+    write_data(tmp_path, bare, judged(bare))
+    write_report(tmp_path, bare, header(bare))
     content = json.loads((tmp_path / "metrics.json").read_text())
     for key in KEYS:
         assert (content[key] is None) == key.startswith(("pixel", "aupro")), key
@@ -275,7 +281,7 @@ def test_without_masks_images_are_measured_and_pixels_are_not_and_every_output_s
     assert json.loads((tmp_path / "summary" / "detector.json").read_text())["aupro"] is None
     assert set(np.load(tmp_path / "draws.npz")) == {"image_auroc", "image_ap", "image_f1_max"}
     assert rows(tmp_path / "curves" / "pro.csv") == []
-    assert "Pixels are not measured, since no defective image has a mask." in summary(bare)
+    assert "Pixels are not measured, since no defective image has a mask." in summary(bare, judged(bare))
     page = (tmp_path / "report.html").read_text()
     assert "Pixels are not measured" in page
     assert "nan" not in re.sub(r"data:image/[^\"]*", "", page).lower().replace("finance", "")
@@ -284,12 +290,12 @@ def test_without_masks_images_are_measured_and_pixels_are_not_and_every_output_s
 
 def test_where_some_have_masks_pixels_are_measured_on_those(result):
     half = assessed(("disc",))
-    content = metrics_content(half, True)
-    whole = metrics_content(result, True)
+    content = metrics_content(half, judged(half))
+    whole = metrics_content(result, judged(result))
     assert content["by_defect"]["disc"]["pixel_auroc"] == pytest.approx(
         whole["by_defect"]["disc"]["pixel_auroc"], abs=1e-3
     )
     assert content["by_defect"]["stroke"]["aupro"] is None
     assert 0 < content["aupro"] < 1
     assert content["n_with_mask"] == 4
-    assert "measured on the good images and the 4 of 8 defective ones that have a mask" in summary(half)
+    assert "measured on the good images and the 4 of 8 defective ones that have a mask" in summary(half, judged(half))

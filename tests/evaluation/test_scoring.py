@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from synthetic import contrast_scorer, synthetic_item
+from synthetic import contrast_scorer, synthetic_sample
 from torch import nn
 
 from flawsmith.data.dataset import Dataset
@@ -11,18 +11,10 @@ from flawsmith.data.images import READING, write_png
 from flawsmith.data.tiling import Tiling
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.evaluation.scoring import (
-    SYNTHETIC,
-    Item,
-    labelled_items,
-    normal_items,
-    open_spools,
-    score_items,
-    torch_scorer,
-    triplet_items,
-)
+from flawsmith.evaluation.samples import SYNTHETIC, Sample, labelled_samples, normal_samples, triplet_samples
+from flawsmith.evaluation.scoring import array_files, score_samples, torch_scorer
 
-ITEMS = [synthetic_item(index, 32) for index in range(7)]
+SAMPLES = [synthetic_sample(index, 32) for index in range(7)]
 
 
 class ToyDetector(nn.Module):
@@ -40,30 +32,31 @@ class ToyDetector(nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_result_does_not_depend_on_the_batch(batch):
-    with open_spools(2) as (maps, masks):
-        (found,) = score_items([contrast_scorer], ITEMS, batch, [maps], masks)
-        for index, item in enumerate(ITEMS):
-            image, mask = item.load()
+    with array_files(2) as (maps, masks):
+        (found,) = score_samples([contrast_scorer], SAMPLES, batch, [maps], masks)
+        for index, sample in enumerate(SAMPLES):
+            image, mask = sample.load()
             expected_map, expected_score = contrast_scorer(image[None])
             np.testing.assert_allclose(maps.read(index), expected_map[0], atol=1e-6)
             np.testing.assert_array_equal(masks.read(index), mask)
             assert found.scores[index] == pytest.approx(expected_score[0], abs=1e-6)
             assert found.peaks[index] == maps.read(index).max()
-        assert len(maps) == len(masks) == len(ITEMS)
+        assert len(maps) == len(masks) == len(SAMPLES)
 
 
 def test_each_image_is_loaded_once_for_all_scorers():
     loads = []
-    items = [
-        Item(item.name, item.defect, lambda item=item: (loads.append(item.name), item.load())[1]) for item in ITEMS
+    samples = [
+        Sample(sample.name, sample.defect, lambda sample=sample: (loads.append(sample.name), sample.load())[1])
+        for sample in SAMPLES
     ]
-    score_items([contrast_scorer, contrast_scorer], items, 2)
-    assert loads == [item.name for item in ITEMS]
+    score_samples([contrast_scorer, contrast_scorer], samples, 2)
+    assert loads == [sample.name for sample in SAMPLES]
 
 
 def test_torch_module_is_scored_in_eval_mode():
     module = ToyDetector().train()
-    images = np.stack([item.load()[0] for item in ITEMS[:2]])
+    images = np.stack([sample.load()[0] for sample in SAMPLES[:2]])
     maps, scores = torch_scorer(module, torch.device("cpu"))(images)
     assert maps.shape == (2, 32, 32)
     assert maps.dtype == scores.dtype == np.float32
@@ -77,8 +70,8 @@ def test_nan_names_the_image():
         maps[1, 0, 0] = np.nan
         return maps, scores
 
-    with pytest.raises(FlawsmithError, match=ITEMS[1].name):
-        score_items([broken], ITEMS, 4)
+    with pytest.raises(FlawsmithError, match=SAMPLES[1].name):
+        score_samples([broken], SAMPLES, 4)
 
 
 def test_wrong_shapes_are_refused():
@@ -87,22 +80,22 @@ def test_wrong_shapes_are_refused():
         return maps[:, ::2, ::2], scores
 
     with pytest.raises(FlawsmithError, match="map of the image's size"):
-        score_items([broken], ITEMS, 4)
+        score_samples([broken], SAMPLES, 4)
 
 
-def test_spool_gives_back_what_it_took_and_refuses_a_misfit():
+def test_an_array_file_gives_back_what_it_took_and_refuses_a_misfit():
     generator = np.random.default_rng(0)
     arrays = [generator.random(shape) for shape in ((4, 6), (3,), (4, 6), (2, 1, 5), (7, 7))]
-    with open_spools(1) as (spool,):
+    with array_files(1) as (file,):
         for array in arrays:
-            spool.append(array)
+            file.append(array)
         for index in (3, 0, 4, 3):
-            np.testing.assert_array_equal(spool.read(index), arrays[index])
-        spool.append(arrays[0])  # appending after reading goes to the end
-        np.testing.assert_array_equal(spool.read(5), arrays[0])
-        with pytest.raises(ValueError, match="spool holds"):
-            spool.append(np.zeros((4, 6), np.float32))
-        assert spool.elements == 24 + 3 + 24 + 10 + 49 + 24
+            np.testing.assert_array_equal(file.read(index), arrays[index])
+        file.append(arrays[0])  # appending after reading goes to the end
+        np.testing.assert_array_equal(file.read(5), arrays[0])
+        with pytest.raises(ValueError, match="file holds"):
+            file.append(np.zeros((4, 6), np.float32))
+        assert [file.size(index) for index in range(len(file))] == [24, 3, 24, 10, 49, 24]
 
 
 def write_surface(folder, normals=6, defects=("dent", "scratch")):
@@ -122,19 +115,19 @@ def write_surface(folder, normals=6, defects=("dent", "scratch")):
     return Dataset(folder)
 
 
-def test_labelled_items_come_at_model_size_with_their_masks(tmp_path):
+def test_labelled_samples_come_at_model_size_with_their_masks(tmp_path):
     surface = write_surface(tmp_path / "tiles")
-    items = labelled_items(surface.labelled_test(), Tiling(32), READING)
-    assert [item.name for item in items][:2] == ["dent/000.png", "dent/001.png"]
-    assert sum(item.is_defective for item in items) == 6
-    for item in items:
-        image, mask = item.load()
+    samples = labelled_samples(surface.labelled_test(), Tiling(32), READING)
+    assert [sample.name for sample in samples][:2] == ["dent/000.png", "dent/001.png"]
+    assert sum(sample.is_defective for sample in samples) == 6
+    for sample in samples:
+        image, mask = sample.load()
         assert image.shape == (3, 32, 32)
         assert mask.shape == (32, 32)
-        assert mask.any() == item.is_defective
-        if item.is_defective:
+        assert mask.any() == sample.is_defective
+        if sample.is_defective:
             assert image[:, mask].mean() > image[:, ~mask].mean() + 0.2
-    normals = normal_items(surface.normals(), Tiling(32), READING)
+    normals = normal_samples(surface.normals(), Tiling(32), READING)
     assert len(normals) == 6
     assert not normals[0].load()[1].any()
     assert normals[1].name == "001.png"
@@ -153,15 +146,18 @@ def write_triplets(folder, sources):
 
 def test_triplets_become_a_test_set_with_each_normal_once(tmp_path):
     sources = {"val-00000": "a.png", "val-00001": "b.png", "val-00002": "a.png"}
-    items = triplet_items(write_triplets(tmp_path, sources), sources, 32)
-    assert [item.name for item in items if not item.is_defective] == ["normal/val-00000.png", "normal/val-00001.png"]
-    assert [item.name for item in items if item.defect == SYNTHETIC] == [f"defect/{name}.png" for name in sources]
-    for item in items:
-        image, mask = item.load()
-        assert mask.any() == item.is_defective
-        assert (image.max() > 0.8) == item.is_defective
+    samples = triplet_samples(write_triplets(tmp_path, sources), sources, 32)
+    assert [sample.name for sample in samples if not sample.is_defective] == [
+        "normal/val-00000.png",
+        "normal/val-00001.png",
+    ]
+    assert [one.name for one in samples if one.defect == SYNTHETIC] == [f"defect/{name}.png" for name in sources]
+    for sample in samples:
+        image, mask = sample.load()
+        assert mask.any() == sample.is_defective
+        assert (image.max() > 0.8) == sample.is_defective
 
 
 def test_without_any_test_image_the_remedy_is_named(tmp_path):
     with pytest.raises(UserError, match="validation_fraction"):
-        triplet_items(TripletFolder(tmp_path), {}, 32)
+        triplet_samples(TripletFolder(tmp_path), {}, 32)

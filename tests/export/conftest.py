@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from flawsmith.data.dataset import load_images
 from flawsmith.data.images import write_png
 from flawsmith.detector.model import Detector, DetectorConfig, remember
 from flawsmith.detector.teacher import build_teacher
-from flawsmith.export.onnx import export_onnx
+from flawsmith.export.onnx import export_network, write_model
 from flawsmith.export.parity import run_detector
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.settings import load_settings
@@ -45,8 +46,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         typical_score=float(scores[2]),
     )
     path = folder / "model.onnx"
-    export_onnx(detector, metadata, 18, path)
-    return Exported(detector, metadata, path, sources, images)
+    network = folder / "network.onnx"
+    export_network(detector, SIZE, 18, network)
+    write_model(onnx.load(network), metadata, path)
+    return Exported(detector, metadata, network, path, sources, images)
 
 
 def _images(seed: int, count: int, defective: bool) -> NDArray[np.float32]:

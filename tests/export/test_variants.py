@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from flawsmith.cli import app
 from flawsmith.data.images import write_png
 from flawsmith.detector.model import Detector
-from flawsmith.export.onnx import export_onnx
-from flawsmith.export.variant_report import Images, Limits, Samples, build_variant, objections
+from flawsmith.export.onnx import export_network, write_model
+from flawsmith.export.variant_report import Images, Limits, VariantImages, build_variant, objections
 from flawsmith.export.variants import FP16, INT8
 from flawsmith.files import digest_file
 from flawsmith.inference.metadata import ModelMetadata
@@ -30,7 +30,7 @@ LENIENT = Limits(auroc_loss=0.2, flip_share=0.5)
 @dataclass(frozen=True)
 class Made:
     model: Path
-    samples: Samples
+    samples: VariantImages
     variants: dict[str, Path]
     reports: dict[str, dict]
 
@@ -62,9 +62,10 @@ def made(
         flawsmith_version="0.1.0",
     )
     model = folder / "model.onnx"
-    export_onnx(small_detector, metadata, 18, model)
+    export_network(small_detector, metadata.input_size, 18, model)
+    write_model(onnx.load(model), metadata, model)
     making = [*loaders(normals), *loaders(small_images(3, 4, True))]
-    samples = Samples(making, loaders(normals), loaders(defects), loaders(small_images(4, 3, True)))
+    samples = VariantImages(making, loaders(normals), loaders(defects), loaders(small_images(4, 3, True)))
     variants = {precision: folder / f"model-{precision}.onnx" for precision in (FP16, INT8)}
     reports = {name: build_variant(name, model, samples, LENIENT, path) for name, path in variants.items()}
     return Made(model, samples, variants, reports)

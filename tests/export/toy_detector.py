@@ -38,6 +38,7 @@ class ToyDetector(nn.Module):
 class Exported:
     detector: ToyDetector
     metadata: ModelMetadata
+    network: Path
     path: Path
     sources: list[Path]
     images: NDArray[np.float32]  # (11, 3, S, S)

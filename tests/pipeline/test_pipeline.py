@@ -25,8 +25,8 @@ OUTPUTS = {
     "validate": ["docs", "measures.parquet", "verdict.json", "worst.png"],
     "distill": ["config.json", "detector.safetensors", "losses.csv"],
     "evaluate": [
-        "calibration_scores.csv", "curves", "draws.npz", "figures", "gallery", "metrics.json", "parity", "pr.csv",
-        "report.html", "roc.csv", "scores.csv", "summary",
+        "calibration_scores.csv", "curves", "draws.npz", "figures", "gallery", "metrics.json", "network.onnx", "parity",
+        "pr.csv", "report.html", "roc.csv", "scores.csv", "summary",
     ],
     "export": ["cost.json", "model.onnx", "parity.json", "variants"],
 }  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flawsmith.evaluation.compare import ModelComparison, ModelScores
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.evaluation.paired import Comparison, Standing
 from flawsmith.files import write_json
 from flawsmith.registry.decision import Evidence, ModelFacts, decide, estimates_json
 from flawsmith.settings import PromoteSettings
@@ -34,7 +34,7 @@ RULES = PromoteSettings(
     health_images=8,
     health_tolerance=1e-3,
 )
-GOOD_STANDING = Standing(
+GOOD_STANDING = ModelScores(
     values={
         "image_auroc": Estimate(0.95, 0.9, 0.98),
         "aupro": Estimate(0.8, 0.7, 0.9),
@@ -66,7 +66,7 @@ RELATIVE = {
 SECOND = Evidence(
     challenger=ModelFacts("8", "c" * 64, 20.0, 40.0),
     champion=ModelFacts("7", "a" * 64, 20.0, 40.0),
-    comparison=Comparison(
+    comparison=ModelComparison(
         counts={"dent": 12, "good": 40, "scratch": 9},
         calibration_images=32,
         challenger=GOOD_STANDING,

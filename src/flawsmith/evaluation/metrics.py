@@ -8,6 +8,8 @@ Definitions: AUROC and average precision as scikit-learn's `roc_auc_score` and `
 best F1 over all thresholds; AUPRO is Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021), section 5.2.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +20,24 @@ Counts = NDArray[np.float64]  # (..., K): how many fall into each of K bins of a
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), np.bool_)  # as in MVTec AD's own evaluation: diagonal pixels are one region
 BINS_PER_CLASS = 2048
+NONE = np.zeros(0)
 
 
-class Ranking(NamedTuple):
-    """Three values of how well scores put defective above normal, each of the counts' leading shape."""
+class Binned(NamedTuple):
+    """What metrics are computed from.
 
-    auroc: NDArray[np.float64]
-    ap: NDArray[np.float64]
-    f1_max: NDArray[np.float64]
+    Attributes:
+        negatives: how many normal things (images, pixels) fall into each bin, `(..., K)`.
+        positives: the same for defective things.
+        overlaps: of pixels alone: share of its region that falls into each bin, summed over regions, `(..., K)`. A
+            pixel of a region of n pixels counts 1/n, so that a large region weighs no more than a small one.
+        limit: the false positive rate that AUPRO goes up to, in (0, 1].
+    """
+
+    negatives: Counts
+    positives: Counts
+    overlaps: Counts = NONE
+    limit: float = 1.0
 
 
 class Curve(NamedTuple):
@@ -36,30 +48,31 @@ class Curve(NamedTuple):
     precision: NDArray[np.float64]
 
 
-def ranking(negatives: Counts, positives: Counts) -> Ranking:
-    """AUROC, average precision and F1-max from counts `(..., K)`; both classes must be present."""
-    false_alarms, hits = _from_the_top(negatives), _from_the_top(positives)
-    normal, defective = false_alarms[..., -1:], hits[..., -1:]
-    up = positives[..., ::-1]
-    below = normal - false_alarms + 0.5 * negatives[..., ::-1]  # a tie counts half
+def auroc(counts: Binned) -> NDArray[np.float64]:
+    """Area under the ROC curve, of the counts' leading shape; both classes must be present."""
+    false_alarms = _from_the_top(counts.negatives)
+    below = false_alarms[..., -1:] - false_alarms + 0.5 * counts.negatives[..., ::-1]  # a tie counts half
+    defective = _from_the_top(counts.positives)[..., -1]
+    return (counts.positives[..., ::-1] * below).sum(-1) / (false_alarms[..., -1] * defective)
+
+
+def average_precision(counts: Binned) -> NDArray[np.float64]:
+    """Mean over the defective things of the precision at each one's score, of the counts' leading shape."""
+    false_alarms, hits = _from_the_top(counts.negatives), _from_the_top(counts.positives)
     flagged = np.maximum(false_alarms + hits, 1e-300)  # an empty top bin flags nothing: 0 / tiny = 0, weighted by 0
-    return Ranking(
-        auroc=(up * below).sum(-1) / (normal * defective)[..., 0],
-        ap=(up * hits / flagged).sum(-1) / defective[..., 0],
-        f1_max=(2 * hits / (false_alarms + hits + defective)).max(-1),
-    )
+    return (counts.positives[..., ::-1] * hits / flagged).sum(-1) / hits[..., -1]
 
 
-def aupro(negatives: Counts, overlaps: Counts, limit: float) -> NDArray[np.float64]:
-    """Area under per-region overlap against false positive rate from 0 to `limit`, divided by `limit`.
+def f1_max(counts: Binned) -> NDArray[np.float64]:
+    """Best F1 over all thresholds, of the counts' leading shape."""
+    false_alarms, hits = _from_the_top(counts.negatives), _from_the_top(counts.positives)
+    return (2 * hits / (false_alarms + hits + hits[..., -1:])).max(-1)
 
-    Args:
-        negatives: defect-free pixels in each bin, `(..., K)`.
-        overlaps: share of its region that falls into each bin, summed over regions, `(..., K)`: a pixel of a region of
-            n pixels counts 1/n, so that a large region weighs no more than a small one.
-        limit: in (0, 1].
-    """
-    x, y = (_with_origin(_from_the_top(counts)) for counts in (negatives, overlaps))
+
+def aupro(counts: Binned) -> NDArray[np.float64]:
+    """Area under per-region overlap against false positive rate from 0 to the limit, divided by the limit."""
+    limit = counts.limit
+    x, y = (_with_origin(_from_the_top(part)) for part in (counts.negatives, counts.overlaps))
     x, y = x / x[..., -1:], y / y[..., -1:]
     left, right = np.minimum(x[..., :-1], limit), np.minimum(x[..., 1:], limit)
     step = x[..., 1:] - x[..., :-1]
@@ -68,33 +81,79 @@ def aupro(negatives: Counts, overlaps: Counts, limit: float) -> NDArray[np.float
     return ((right - left) * height).sum(-1) / limit
 
 
-def curve(negatives: Counts, positives: Counts) -> Curve:
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a detector.
+
+    Attributes:
+        title: its name in reports.
+        meaning: what it says, in a few words.
+        value: computes it.
+        of_pixels: it counts pixels, so it needs masks; the others count images.
+        is_headline: reports show it first, and it is measured for each defect type too.
+    """
+
+    title: str
+    meaning: str
+    value: Callable[[Binned], NDArray[np.float64]]
+    of_pixels: bool = False
+    is_headline: bool = False
+
+
+METRICS = {  # key in metrics.json → metric: a new one is one entry here
+    "image_auroc": Metric(
+        "Image AUROC", "chance that a defective image scores above a good one", auroc, is_headline=True
+    ),
+    "image_ap": Metric("Image AP", "average precision of images sorted by score", average_precision),
+    "image_f1_max": Metric(
+        "Image F1-max", "best F1 over all thresholds, picked with the labels: an upper bound", f1_max
+    ),
+    "pixel_auroc": Metric(
+        "Pixel AUROC", "chance that a defect pixel is hotter than a normal one", auroc, of_pixels=True, is_headline=True
+    ),
+    "pixel_ap": Metric(
+        "Pixel AP",
+        "average precision of pixels sorted by heat; strict where defects are small",
+        average_precision,
+        of_pixels=True,
+    ),
+    "pixel_f1_max": Metric(
+        "Pixel F1-max", "best F1 of marked pixels, picked with the labels: an upper bound", f1_max, of_pixels=True
+    ),
+    "aupro": Metric(
+        "AUPRO",
+        "mean overlap with each defect region while few normal pixels are marked",
+        aupro,
+        of_pixels=True,
+        is_headline=True,
+    ),
+}
+KEYS = tuple(METRICS)
+HEADLINE = tuple(key for key, metric in METRICS.items() if metric.is_headline)
+
+
+def curve(counts: Binned) -> Curve:
     """ROC and precision-recall vertices from counts `(K,)`."""
-    false_alarms, hits = (_with_origin(_from_the_top(counts)) for counts in (negatives, positives))
+    false_alarms, hits = (_with_origin(_from_the_top(part)) for part in counts[:2])
     flagged = false_alarms + hits
     precision = np.divide(hits, flagged, out=np.ones_like(hits), where=flagged > 0)
     return Curve(false_alarms / false_alarms[-1], hits / hits[-1], precision)
 
 
-def counts_by_score(
-    scores: NDArray[np.float32], defective: NDArray[np.bool_], weights: NDArray[np.integer]
-) -> tuple[Counts, Counts]:
-    """Counts of normal and defective images at each distinct score, exact under ties.
+def counts_by_score(scores: NDArray[np.float32], defective: NDArray[np.bool_], weights: NDArray[np.integer]) -> Binned:
+    """Counts `(B, K)` of normal and defective images at each of the K distinct scores, exact under ties.
 
     Args:
         scores: `(N,)`.
         defective: `(N,)`.
         weights: how often each image occurs in each resample, `(B, N)`; ones for the test set itself.
-
-    Returns:
-        negatives and positives, `(B, K)` with K distinct scores.
     """
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf) > 0)
     ordered = weights[:, order].astype(np.float64)
     is_defective = defective[order]
     positives = np.add.reduceat(ordered * is_defective, starts, axis=1)
-    return np.add.reduceat(ordered * ~is_defective, starts, axis=1), positives
+    return Binned(np.add.reduceat(ordered * ~is_defective, starts, axis=1), positives)
 
 
 def region_shares(mask: NDArray[np.bool_]) -> NDArray[np.float64]:

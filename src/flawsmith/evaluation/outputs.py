@@ -11,68 +11,101 @@ from numpy.typing import NDArray
 
 from flawsmith.data.images import Mask, write_png
 from flawsmith.data.tiling import Place, Tiling
-from flawsmith.evaluation.assess import KEYS, Assessment, Performance, spread
+from flawsmith.evaluation.assess import Assessment, spread
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.evaluation.metrics import Curve
-from flawsmith.evaluation.scoring import Item
+from flawsmith.evaluation.measure import Performance
+from flawsmith.evaluation.metrics import KEYS, Curve
+from flawsmith.evaluation.samples import EvaluationSet, Sample
 from flawsmith.files import atomic_file, fit_name, write_csv, write_json
 
 GRID = np.linspace(0, 1, 201)
 
 
-def scored_on(labelled: bool, part: str = "all") -> str:
-    """What the figures stand for, in words that every output carries. `part` is one of `surfaces.PARTS`."""
-    if not labelled:
-        return "held-out synthetic triplets, no labelled test set"
-    return "labelled test set" if part == "all" else f"labelled test set, {part} half"
-
-
-def pixel_note(items: Sequence[Item]) -> str:
-    """What the figures of pixels leave out, in a sentence; "" if nothing."""
-    defective = [item for item in items if item.is_defective]
-    masks = sum(item.has_pixel_labels for item in defective)
-    if masks == len(defective):
-        return ""
-    if not masks:
-        return "Pixels are not measured, since no defective image has a mask."
-    return (
-        f"Pixels are measured on the good images and the {masks} of {len(defective)} defective ones that have a mask."
+def write_data(
+    folder: Path,
+    result: Assessment,
+    judged: EvaluationSet,
+    training_precision: str = "",
+    flagged_shades: Estimate | None = None,
+) -> None:
+    """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
+    detector, baseline = result.detector, result.baseline
+    content = metrics_content(result, judged) | {"training_precision": training_precision}
+    if flagged_shades:
+        content["shades"] = {"n": len(judged.shades), **_flat({"flagged_rate": flagged_shades})}
+    write_json(folder / "metrics.json", content)
+    write_draws(folder / "draws.npz", detector)
+    # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns
+    for name, performance in (("detector", detector), ("knn-baseline", baseline)):
+        headline = {key: None if is_missing(one) else round(one.value, 4) for key, one in performance.values.items()}
+        write_json(folder / "summary" / f"{name}.json", headline)
+    for roc, pr, curves in (
+        ("roc.csv", "pr.csv", (detector.image_curve, baseline.image_curve)),
+        ("curves/pixel_roc.csv", "curves/pixel_pr.csv", (detector.pixel_curve, baseline.pixel_curve)),
+    ):
+        _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in curves], judged.scored_on)
+        _write_curve(folder / pr, "recall", "precision", [_precision_at(curve) for curve in curves], judged.scored_on)
+    overlap = [_recall_at(curve) for curve in (detector.region_curve, baseline.region_curve)]
+    _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, judged.scored_on)
+    others = [_exact(score) for score in baseline.scores.scores]
+    write_csv(
+        folder / "scores.csv",
+        ["file", "defect", "score", "verdict", "baseline_score"],
+        ([*row, other] for row, other in zip(_score_rows(result.samples, detector), others, strict=True)),
+    )
+    write_csv(
+        folder / "calibration_scores.csv",
+        ["file", "score", "highest_pixel"],
+        (
+            [sample.name, _exact(score), _exact(peak)]
+            for sample, score, peak in zip(
+                result.calibration, detector.calibration.scores, detector.calibration.peaks, strict=True
+            )
+        ),
     )
 
 
-def metrics_content(result: Assessment, labelled: bool, part: str = "all") -> dict[str, Any]:
+def write_performance(folder: Path, performance: Performance, judged: EvaluationSet) -> None:
+    """metrics.json, draws.npz and scores.csv of one detector judged alone, in the form that `write_data` gives them."""
+    write_json(folder / "metrics.json", performance_content(performance, judged))
+    write_draws(folder / "draws.npz", performance)
+    rows = _score_rows(judged.samples, performance)
+    write_csv(folder / "scores.csv", ["file", "defect", "score", "verdict"], rows)
+
+
+def metrics_content(result: Assessment, judged: EvaluationSet) -> dict[str, Any]:
     """metrics.json: flat keys, each with `<key>_ci`, null where not measured (pixels without masks); rates at the
     threshold; the baseline.
 
     Metrics are rounded to 6 decimals; thresholds are exact, since a verdict hangs on them.
     """
     return {
-        **performance_content(result.detector, result.items, labelled, part),
-        "baseline": _performance_content(result.baseline),
+        **performance_content(result.detector, judged),
+        "baseline": _figures(result.baseline),
         "over_baseline": _flat(result.advantage),
     }
 
 
-def performance_content(performance: Performance, items: Sequence[Item], labelled: bool, part: str) -> dict[str, Any]:
+def performance_content(performance: Performance, judged: EvaluationSet) -> dict[str, Any]:
     """The part of metrics.json that one detector alone has."""
-    defective = sum(item.is_defective for item in items)
+    samples = judged.samples
+    defective = sum(sample.is_defective for sample in samples)
     by_defect = {
         name: {
-            "n": sum(item.defect == name for item in items),
-            **_flat(values),
-            **_flat({"detection_rate": performance.detections[name]}),
+            "n": sum(sample.defect == name for sample in samples),
+            **_flat({**values, "detection_rate": performance.detections[name]}),
         }
         for name, values in performance.by_defect.items()
     }
     return {
-        **_performance_content(performance),
+        **_figures(performance),
         "by_defect": by_defect,
-        "labelled": labelled,
-        "part": part,
-        "scored_on": scored_on(labelled, part),
-        "n_good": len(items) - defective,
+        "labelled": judged.labelled,
+        "part": judged.part,
+        "scored_on": judged.scored_on,
+        "n_good": len(samples) - defective,
         "n_defective": defective,
-        "n_with_mask": sum(item.is_defective and item.has_pixel_labels for item in items),
+        "n_with_mask": sum(sample.is_defective and sample.has_pixel_labels for sample in samples),
         "n_calibration": len(performance.calibration.scores),
         "false_alarm_rate": performance.threshold.target_rate,
         "expected_false_alarm_rate": round(performance.threshold.expected_rate, 6),
@@ -80,7 +113,7 @@ def performance_content(performance: Performance, items: Sequence[Item], labelle
 
 
 def write_draws(path: Path, performance: Performance) -> None:
-    """The bootstrap draws as .npz: one float64 array `(B,)` for each of KEYS.
+    """The bootstrap draws as .npz: one float64 array `(B,)` for each of KEYS that was measured.
 
     Evaluations of the same images with the same evaluate.seed and evaluate.bootstrap share their resamples, so their
     draws may be subtracted one by one: a paired bootstrap over images.
@@ -90,86 +123,18 @@ def write_draws(path: Path, performance: Performance) -> None:
         np.savez(stream, **measured)  # type: ignore[arg-type]
 
 
-def write_performance(folder: Path, performance: Performance, items: Sequence[Item], labelled: bool, part: str) -> None:
-    """metrics.json, draws.npz and scores.csv of one detector judged alone, in the form that `write_data` gives them."""
-    write_json(folder / "metrics.json", performance_content(performance, items, labelled, part))
-    write_draws(folder / "draws.npz", performance)
-    write_csv(
-        folder / "scores.csv",
-        ["file", "defect", "score", "verdict"],
-        (
-            [item.name, item.defect, _exact(score), verdict(performance.is_flagged(float(score)))]
-            for item, score in zip(items, performance.scores.scores, strict=True)
-        ),
-    )
-
-
-def write_data(
-    folder: Path,
-    result: Assessment,
-    labelled: bool,
-    part: str = "all",
-    training_precision: str = "",
-    shades: Sequence[Item] = (),
-    flagged_shades: Estimate | None = None,
-) -> None:
-    """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
-    content = metrics_content(result, labelled, part)
-    content["training_precision"] = training_precision
-    if flagged_shades:
-        content["shades"] = {"n": len(shades), **_flat({"flagged_rate": flagged_shades})}
-    write_json(folder / "metrics.json", content)
-    write_draws(folder / "draws.npz", result.detector)
-    detector, baseline, words = result.detector, result.baseline, scored_on(labelled, part)
-    # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns
-    for name, performance in (("detector", detector), ("knn-baseline", baseline)):
-        headline = {
-            key: None if is_missing(performance.values[key]) else round(performance.values[key].value, 4)
-            for key in KEYS
-        }
-        write_json(folder / "summary" / f"{name}.json", headline)
-    for roc, pr, ours, theirs in (
-        ("roc.csv", "pr.csv", detector.image_curve, baseline.image_curve),
-        ("curves/pixel_roc.csv", "curves/pixel_pr.csv", detector.pixel_curve, baseline.pixel_curve),
-    ):
-        _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in (ours, theirs)], words)
-        precision = [curve.precision[np.searchsorted(curve.recall, GRID)] if len(curve.recall) else curve.precision
-                     for curve in (ours, theirs)]  # fmt: skip
-        _write_curve(folder / pr, "recall", "precision", precision, words)
-    overlap = [_recall_at(curve) for curve in (detector.region_curve, baseline.region_curve)]
-    _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, words)
-    write_csv(
-        folder / "scores.csv",
-        ["file", "defect", "score", "verdict", "baseline_score"],
-        (
-            [item.name, item.defect, _exact(score), verdict(detector.is_flagged(float(score))), _exact(other)]
-            for item, score, other in zip(result.items, detector.scores.scores, baseline.scores.scores, strict=True)
-        ),
-    )
-    write_csv(
-        folder / "calibration_scores.csv",
-        ["file", "score", "highest_pixel"],
-        (
-            [item.name, _exact(score), _exact(peak)]
-            for item, score, peak in zip(
-                result.calibration_items, detector.calibration.scores, detector.calibration.peaks, strict=True
-            )
-        ),
-    )
-
-
-def write_parity_images(folder: Path, items: Sequence[Item], count: int, tiling: Tiling) -> None:
+def write_parity_images(folder: Path, samples: Sequence[Sample], count: int, tiling: Tiling) -> None:
     """Up to `count` test images, good and defective, as lossless PNG at the size of the model's input: the export stage
     may not open the test set itself. A name tells order, defect type and file.
 
     Of an image in tiles it is the one with the most defective pixels, of a good image the one in the middle.
     """
-    for place, index in enumerate(spread(items, count)):
-        item = items[index]
-        image, mask = item.load()
+    for place, index in enumerate(spread(samples, count)):
+        sample = samples[index]
+        image, mask = sample.load()
         if tiling.is_tiled:
             image = tiling.cut(tiling.pad(image), _telling_tile(tiling, mask))
-        write_png(folder / fit_name(f"{place:03d}-{item.defect}-{Path(item.name).stem}.png"), image)
+        write_png(folder / fit_name(f"{place:03d}-{sample.defect}-{Path(sample.name).stem}.png"), image)
 
 
 def _telling_tile(tiling: Tiling, mask: Mask) -> Place:
@@ -178,20 +143,14 @@ def _telling_tile(tiling: Tiling, mask: Mask) -> Place:
     return places[int(np.argmax(marked))] if any(marked) else places[len(places) // 2]
 
 
-def verdict(is_flagged: bool) -> str:
-    """The two verdicts as every output writes them."""
-    return "defective" if is_flagged else "good"
-
-
-def _performance_content(performance: Performance) -> dict[str, Any]:
+def _figures(performance: Performance) -> dict[str, Any]:
     rates = {
         "calibration_false_alarm_rate": performance.calibration_false_alarms,
         "test_false_alarm_rate": performance.test_false_alarms,
         "test_detection_rate": performance.test_detections,
     }
     return {
-        **_flat({key: performance.values[key] for key in KEYS}),
-        **_flat(rates),
+        **_flat({**performance.values, **rates}),
         "threshold": performance.threshold.value,
         "pixel_threshold": performance.pixel_threshold.value,
         "typical_score": float(np.median(performance.calibration.scores)),
@@ -212,11 +171,23 @@ def is_missing(estimate: Estimate) -> bool:
     return bool(np.isnan(estimate).all())
 
 
+def _score_rows(samples: Sequence[Sample], performance: Performance) -> list[list[str]]:
+    return [
+        [sample.name, sample.defect, _exact(score), "defective" if performance.is_flagged(float(score)) else "good"]
+        for sample, score in zip(samples, performance.scores.scores, strict=True)
+    ]
+
+
 def _recall_at(curve: Curve) -> NDArray[np.float64]:
     """The recall reached without a higher false positive rate than each of GRID: a curve's step, no interpolation."""
     if not len(curve.recall):
         return curve.recall
     return curve.recall[np.searchsorted(curve.false_positive_rate, GRID, side="right") - 1]
+
+
+def _precision_at(curve: Curve) -> NDArray[np.float64]:
+    """The precision where each recall of GRID is reached first."""
+    return curve.precision[np.searchsorted(curve.recall, GRID)] if len(curve.recall) else curve.precision
 
 
 def _write_curve(path: Path, x: str, y: str, values: Sequence[NDArray[np.float64]], words: str) -> None:

@@ -2,74 +2,105 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import write_png
-from flawsmith.evaluation.assess import KEYS, Assessment, Example, Performance
-from flawsmith.evaluation.figures import (
-    HeatScale,
-    curves_png,
-    failures_sheet,
-    histogram_png,
-    panels,
-    pixel_curves_png,
-    sheet,
-    verdict_text,
-)
+from flawsmith.evaluation.assess import Assessment, Example
+from flawsmith.evaluation.figures import draw_histogram, draw_image_curves, draw_pixel_curves
+from flawsmith.evaluation.gallery import HeatScale, failures_sheet, panels, sheet
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.evaluation.outputs import pixel_note, scored_on
+from flawsmith.evaluation.measure import Performance
+from flawsmith.evaluation.metrics import HEADLINE, KEYS, METRICS
+from flawsmith.evaluation.samples import EvaluationSet
 from flawsmith.files import atomic_file
-from flawsmith.pages import DARK, LIGHT, Theme, data_uri, jpeg_uri, listed, percent, render, signed
+from flawsmith.pages import DARK, LIGHT, Drawing, data_uri, figure_png, jpeg_uri, listed, percent, signed, write_page
+from flawsmith.settings import Settings
 
 PANE_SIDE = 256  # pixels; the lossless ones stay in the data folder
-NAMES = {
-    "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
-    "image_ap": ("Image AP", "average precision of images sorted by score"),
-    "image_f1_max": ("Image F1-max", "best F1 over all thresholds, picked with the labels: an upper bound"),
-    "pixel_auroc": ("Pixel AUROC", "chance that a defect pixel is hotter than a normal one"),
-    "pixel_ap": ("Pixel AP", "average precision of pixels sorted by heat; strict where defects are small"),
-    "pixel_f1_max": ("Pixel F1-max", "best F1 of marked pixels, picked with the labels: an upper bound"),
-    "aupro": ("AUPRO", "mean overlap with each defect region while few normal pixels are marked"),
-}
-HEADLINE = ("image_auroc", "pixel_auroc", "aupro")
 SHEET_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated and how: the words and numbers of titles and notes."""
+class ReportHeader:
+    """What is evaluated and how: the words and numbers of titles and notes.
+
+    Attributes:
+        category: its name.
+        judged: the images.
+        aupro_limit: false positive rate that AUPRO goes up to.
+        bootstrap: number of resamples.
+        image_size: side of the model's input in pixels.
+        teacher: name of the teacher's backbone.
+        gate: what the quality gate said of the triplets and the DDPM behind them.
+        warned: whether that is a warning.
+        flagged_shades: share of the shades that is flagged; None if there are none.
+    """
 
     category: str
-    labelled: bool
+    judged: EvaluationSet
     aupro_limit: float
     bootstrap: int
     image_size: int
     teacher: str
-    part: str = "all"
-    gate: str = ""  # what the quality gate said of the triplets and the DDPM behind them
-    warned: bool = False  # and whether that is a warning
-    shades: int = 0  # held-out triplets that change the light alone, and the share of them that is flagged
+    gate: str = ""
+    warned: bool = False
     flagged_shades: Estimate | None = None
 
+    @classmethod
+    def of(
+        cls,
+        category: str,
+        settings: Settings,
+        judged: EvaluationSet,
+        verdict: Mapping[str, Any],
+        flagged_shades: Estimate | None,
+    ) -> "ReportHeader":
+        """The header of a category's report; `verdict` is the content of verdict.json."""
+        warnings = [item["name"] for item in verdict["expectations"] if not item["passed"]]
+        said = f"with warnings ({', '.join(warnings)})" if warnings else "without a warning"
+        return cls(
+            category,
+            judged,
+            settings.evaluate.aupro_limit,
+            settings.evaluate.bootstrap,
+            settings.data.image_size,
+            settings.teacher.backbone,
+            f"The triplets passed the quality gate {said}. {verdict.get('ddpm') or ''}".strip(),
+            bool(warnings),
+            flagged_shades,
+        )
 
-def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
+    @property
+    def title(self) -> str:
+        """Category and what was scored; a figure without a labelled test set says so itself."""
+        images = len(self.judged.samples)
+        if not self.judged.labelled:
+            return f"{self.category}: {images} SYNTHETIC images, no labelled test set"
+        half = "" if self.judged.part == "all" else f" ({self.judged.part} half)"
+        return f"{self.category}: {images} labelled test images{half}"
+
+
+def write_report(folder: Path, result: Assessment, header: ReportHeader) -> None:
     """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,failures}.png and
     gallery/{worst,typical,limiting}.png."""
-    title = figure_title(result, subject)
-    drawings: dict[str, Callable[[Theme], bytes]] = {
-        "scores": lambda theme: histogram_png(result, title, theme),
-        "curves": lambda theme: curves_png(result, title, theme),
+    title, scale = header.title, HeatScale.of(result.detector)
+    drawings: dict[str, Drawing] = {
+        "scores": partial(draw_histogram, result, title),
+        "curves": partial(draw_image_curves, result, title),
     }
     if len(result.detector.pixel_curve.recall):
-        drawings["pixel_curves"] = lambda theme: pixel_curves_png(result, title, subject.aupro_limit, theme)
-    light = {name: draw(LIGHT) for name, draw in drawings.items()}
-    for name, picture in light.items():
+        drawings["pixel_curves"] = partial(draw_pixel_curves, result, title, header.aupro_limit)
+    figures = {}
+    for name, drawing in drawings.items():
+        light, dark = (figure_png(drawing(theme)) for theme in (LIGHT, DARK))
         with atomic_file(folder / "figures" / f"{name}.png") as path:
-            path.write_bytes(picture)
-    scale = HeatScale.of(result.detector)
+            path.write_bytes(light)
+        figures[name] = (data_uri(light), data_uri(dark))
     for name, examples, words in (
         ("worst", result.gallery[:SHEET_EXAMPLES], "worst first"),
         ("typical", result.typical, "the median-scored image of each kind"),
@@ -77,88 +108,69 @@ def write_report(folder: Path, result: Assessment, subject: Subject) -> None:
     ):
         write_png(folder / "gallery" / f"{name}.png", sheet(examples, scale, f"{title}; {words}"))
     write_png(folder / "figures" / "failures.png", failures_sheet(result, f"{title}; worst misses and false alarms"))
-    figures = {name: (data_uri(light[name]), data_uri(draw(DARK))) for name, draw in drawings.items()}
-    with atomic_file(folder / "report.html") as path:
-        path.write_text(render_report(result, subject, figures), encoding="utf-8")
+    write_html(folder / "report.html", result, header, figures)
 
 
-def figure_title(result: Assessment, subject: Subject) -> str:
-    """Category and what was scored; a figure without a labelled test set says so itself."""
-    if subject.labelled:
-        half = "" if subject.part == "all" else f" ({subject.part} half)"
-        return f"{subject.category}: {len(result.items)} labelled test images{half}"
-    return f"{subject.category}: {len(result.items)} SYNTHETIC images, no labelled test set"
-
-
-def render_report(result: Assessment, subject: Subject, figures: dict[str, tuple[str, str]]) -> str:
-    """The HTML text. `figures` maps a name to its data URIs for light and dark."""
-    detector, scale = result.detector, HeatScale.of(result.detector)
-    counts = Counter(item.defect for item in result.items)
+def write_html(path: Path, result: Assessment, header: ReportHeader, figures: dict[str, tuple[str, str]]) -> None:
+    """The page alone. `figures` maps a name to its data URIs for light and dark."""
+    detector, baseline, scale = result.detector, result.baseline, HeatScale.of(result.detector)
+    counts = Counter(sample.defect for sample in result.samples)
     measured = [key for key in KEYS if math.isfinite(detector.values[key].value)]
     headline = [key for key in HEADLINE if key in measured]
-    lows = [performance.values[key].low for performance in (detector, result.baseline) for key in headline]
-    axis = min(0.9, int(10 * min(lows)) / 10)
-    return render(
+    axis = min(0.9, int(10 * min(one.values[key].low for one in (detector, baseline) for key in headline)) / 10)
+    write_page(
+        path,
         Path(__file__).with_name("report.html"),
         {"number": _number, "interval": _interval},
-        subject=subject,
+        header=header,
+        judged=header.judged,
         result=result,
         detector=detector,
-        baseline=result.baseline,
-        title=figure_title(result, subject),
-        scored_on=scored_on(subject.labelled, subject.part),
-        names=NAMES,
+        baseline=baseline,
+        metrics=METRICS,
         keys=measured,
         headline=headline,
+        by_defect=HEADLINE,
         axis=axis,
         place=lambda value, start: round(100 * (max(value, start) - start) / (1 - start), 2),
-        good=counts["good"],
-        defective=len(result.items) - counts["good"],
         counts=counts,
-        summary=summary(result),
-        comparison=compare(result),
+        good=counts[GOOD],
+        defective=len(result.samples) - counts[GOOD],
+        summary=summary(result, header.judged),
+        comparison=compare_to_baseline(result),
         alarm_warning=alarm_warning(detector),
-        flagged=_flagged_counts(result),
         figures=figures,
         gallery=[_card(example, scale) for example in result.gallery],
         typical=[_card(example, scale) for example in result.typical],
         limiting=[_card(example, scale) for example in result.limiting],
         wrong=sum(example.is_wrong for example in result.gallery),
-        kinds=Counter(verdict_text(example) for example in result.gallery),
+        kinds=Counter(example.verdict for example in result.gallery),
         saturated=any(estimate.low == estimate.high for estimate in detector.values.values()),
     )
 
 
-def summary(result: Assessment) -> str:
+def summary(result: Assessment, judged: EvaluationSet) -> str:
     """What the detector does at its threshold, in one sentence."""
-    found, false = _flagged_counts(result)
-    defective = sum(item.is_defective for item in result.items)
+    found, false = result.flagged
+    defective = sum(sample.is_defective for sample in result.samples)
     return (
         f"At its threshold the detector finds {found} of {defective} defective images "
-        f"and flags {false} of {len(result.items) - defective} good ones. {pixel_note(result.items)}"
+        f"and flags {false} of {len(result.samples) - defective} good ones. {judged.pixel_note}"
     ).rstrip()
 
 
-def compare(result: Assessment) -> str:
+def compare_to_baseline(result: Assessment) -> str:
     """Whether the detector beats the baseline, as far as the paired bootstrap can tell."""
-    better: list[str] = []
-    worse: list[str] = []
-    open_: list[str] = []
+    found: dict[str, list[str]] = {}
     for key in HEADLINE:
         advantage = result.advantage[key]
         if math.isnan(advantage.value):
             continue
-        side = better if advantage.low > 0 else worse if advantage.high < 0 else open_
-        side.append(f"{NAMES[key][0]} ({signed(advantage.value)})")
-    parts = [
-        f"{words} in {listed(side)}"
-        for words, side in (
-            ("clearly better", better),
-            ("clearly worse", worse),
-            ("not distinguishable on these images", open_),
-        )
-        if side
-    ]
+        words = "clearly better" if advantage.low > 0 else "clearly worse" if advantage.high < 0 else ""
+        named = f"{METRICS[key].title} ({signed(advantage.value)})"
+        found.setdefault(words or "not distinguishable on these images", []).append(named)
+    order = ("clearly better", "clearly worse", "not distinguishable on these images")
+    parts = [f"{words} in {listed(found[words])}" for words in order if words in found]
     return f"Against kNN on the same teacher's features it is {'; '.join(parts)}."
 
 
@@ -174,20 +186,10 @@ def alarm_warning(performance: Performance) -> str | None:
     )
 
 
-def _flagged_counts(result: Assessment) -> tuple[int, int]:
-    """Defective and good images flagged."""
-    flags = [
-        (item.is_defective, result.detector.is_flagged(float(score)))
-        for item, score in zip(result.items, result.detector.scores.scores, strict=True)
-    ]
-    return sum(bad and flag for bad, flag in flags), sum(flag and not bad for bad, flag in flags)
-
-
 def _card(example: Example, scale: HeatScale) -> dict[str, Any]:
     return {
         "example": example,
-        "verdict": verdict_text(example),
-        "kind": verdict_text(example).replace(" ", "-"),
+        "kind": example.verdict.replace(" ", "-"),
         "panes": [jpeg_uri(pane, PANE_SIDE) for pane in panels(example, scale)],
     }
 

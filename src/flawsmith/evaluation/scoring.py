@@ -1,25 +1,22 @@
-"""One streaming pass of detectors over images: a batch in memory, anomaly maps spooled to disk.
+"""One streaming pass of detectors over images: a batch in memory, anomaly maps in files on disk.
 
-Memory does not grow with the number of images: `python tests/evaluation/synthetic.py` measures it.
+Memory does not grow with the number of images.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.data.dataset import GOOD, LabelledImage, load_labelled, normal_name
-from flawsmith.data.images import FloatImage, Mask, Reading, resize_image, resize_mask
+from flawsmith.data.images import FloatImage, Mask
 from flawsmith.data.tiling import Run, Tiling
-from flawsmith.data.triplets import VALIDATION, TripletFolder
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import FlawsmithError
+from flawsmith.evaluation.samples import Sample
 from flawsmith.progress import bar
 
 if TYPE_CHECKING:
@@ -30,87 +27,6 @@ Scorer = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.f
 """(B, 3, H, W) in [0, 1] → anomaly maps (B, h, w) of the masks' size and scores (B,), higher = more anomalous."""
 
 HELD_PIXELS = 2**24  # a batch is closed early when its images reach this (200 MB as floats)
-SYNTHETIC = "synthetic"  # the defect type of held-out triplets
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image to score: its name for people, its defect type ("good" for a normal one), and how to load it."""
-
-    name: str
-    defect: str
-    load: Callable[[], tuple[FloatImage, Mask]]
-    has_pixel_labels: bool = True  # False: nobody has drawn its mask, which is empty
-
-    @property
-    def is_defective(self) -> bool:
-        return self.defect != GOOD
-
-
-def labelled_items(
-    images: Sequence[LabelledImage], tiling: Tiling, reading: Reading, original: bool = False
-) -> tuple[Item, ...]:
-    """The labelled test set at working resolution, or the images as they are (`original`); nothing is read yet."""
-    return tuple(
-        Item(
-            image.shown_name,
-            image.defect,
-            partial(load_labelled, image, tiling, reading, original),
-            image.has_pixel_labels,
-        )
-        for image in images
-    )
-
-
-def normal_items(paths: Sequence[Path], tiling: Tiling, reading: Reading, original: bool = False) -> tuple[Item, ...]:
-    """Normal images (calibration) with empty masks, as `labelled_items` gives them; nothing is read yet."""
-    images = (LabelledImage(path, GOOD, None) for path in paths)
-    return tuple(
-        Item(normal_name(image.path), GOOD, partial(load_labelled, image, tiling, reading, original))
-        for image in images
-    )
-
-
-def triplet_items(triplets: TripletFolder, sources: Mapping[str, str], size: int) -> tuple[Item, ...]:
-    """Held-out triplets as a test set: each defect image with its mask, and each distinct normal once, as good. Shades
-    do not belong among them (`triplets.is_illumination_defect`).
-
-    Args:
-        triplets: what the synthesize stage wrote.
-        sources: triplet id → name of what its normal is, of the triplets to score.
-        size: side of the model's input in pixels.
-
-    Raises:
-        UserError: there is no triplet.
-    """
-    if not sources:
-        raise UserError(
-            f"{triplets.folder} holds no held-out (`{VALIDATION}-`) triplets but shades, and there is no labelled test "
-            "set, so nothing can be scored; raise synthesize.validation_fraction or synthesize.triplets, or lower "
-            "synthesize.shade_share."
-        )
-
-    def normal(identity: str) -> tuple[FloatImage, Mask]:
-        return resize_image(triplets.read(identity)[0], size), np.zeros((size, size), np.bool_)
-
-    first_of_source = {source: identity for identity, source in sorted(sources.items(), reverse=True)}
-    return (
-        *(
-            Item(f"normal/{identity}.png", GOOD, partial(normal, identity))
-            for identity in sorted(first_of_source.values())
-        ),
-        *defect_items(triplets, sources, size),
-    )
-
-
-def defect_items(triplets: TripletFolder, ids: Iterable[str], size: int) -> tuple[Item, ...]:
-    """The defect images of triplets, with their masks."""
-
-    def defect(identity: str) -> tuple[FloatImage, Mask]:
-        _, image, mask = triplets.read(identity)
-        return resize_image(image, size), resize_mask(mask, size)
-
-    return tuple(Item(f"defect/{identity}.png", SYNTHETIC, partial(defect, identity)) for identity in sorted(ids))
 
 
 def tiled_scorer(run: Run, tiling: Tiling) -> Scorer:
@@ -137,35 +53,37 @@ def torch_scorer(detector: "nn.Module", place: "torch.device") -> Scorer:
     return score
 
 
-class Spool:
-    """Arrays of one type and any shapes on disk in a temporary file; reading one costs its own size in memory."""
+class ArrayFile:
+    """Arrays of one type and any shapes in a file; reading one costs its own size in memory.
+
+    A memory map would need them all of one shape, but a test set's images may differ in size.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._dtype: np.dtype[np.generic] = np.dtype(np.float32)
+        self._dtype: np.dtype[Any] = np.dtype(np.float32)
         self._places: list[tuple[int, tuple[int, ...]]] = []  # of each array: its first byte and its shape
         self._end = 0
 
     def __len__(self) -> int:
         return len(self._places)
 
-    @property
-    def elements(self) -> int:
-        """How many numbers all arrays hold."""
-        return self._end // self._dtype.itemsize
-
-    def append(self, array: NDArray[np.generic]) -> None:
+    def append(self, array: NDArray[Any]) -> None:
         """Add one array; the first one sets the type."""
         if not self._places:
             self._dtype = array.dtype
         if array.dtype != self._dtype:
-            raise ValueError(f"array is {array.dtype}, the spool holds {self._dtype}")
+            raise ValueError(f"array is {array.dtype}, the file holds {self._dtype}")
         self._file.seek(self._end)
         self._file.write(np.ascontiguousarray(array).tobytes())
         self._places.append((self._end, array.shape))
         self._end += array.nbytes
 
-    def read(self, index: int) -> NDArray[np.generic]:
+    def size(self, index: int) -> int:
+        """How many numbers the array at `index` holds."""
+        return math.prod(self._places[index][1])
+
+    def read(self, index: int) -> NDArray[Any]:
         """The array at `index`, a copy."""
         first, shape = self._places[index]
         self._file.seek(first)
@@ -173,10 +91,10 @@ class Spool:
 
 
 @contextmanager
-def open_spools(count: int) -> Iterator[tuple[Spool, ...]]:
-    """`count` empty spools in unnamed temporary files (in TMPDIR), gone when the block ends."""
+def array_files(count: int) -> Iterator[tuple[ArrayFile, ...]]:
+    """`count` empty array files, unnamed and temporary (in TMPDIR), gone when the block ends."""
     with ExitStack() as stack:
-        yield tuple(Spool(cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))) for _ in range(count))
+        yield tuple(ArrayFile(cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))) for _ in range(count))
 
 
 @dataclass(frozen=True)
@@ -188,15 +106,15 @@ class Scores:
     medians: NDArray[np.float32]
 
 
-def score_items(
+def score_samples(
     scorers: Sequence[Scorer],
-    items: Sequence[Item],
+    samples: Sequence[Sample],
     batch: int,
-    maps: Sequence[Spool] = (),
-    masks: Spool | None = None,
+    maps: Sequence[ArrayFile] = (),
+    masks: ArrayFile | None = None,
     title: str = "scoring",
 ) -> tuple[Scores, ...]:
-    """Score every item with every scorer, each image read once; optionally spool its maps and its mask.
+    """Score every sample with every scorer, each image read once; keep maps and masks in files if some are given.
 
     Neighbours of one size are scored together, at most `batch` of them and HELD_PIXELS pixels.
 
@@ -204,8 +122,8 @@ def score_items(
         FlawsmithError: a detector answered NaN, or maps or scores of the wrong shape.
     """
     rows: list[list[tuple[np.float32, ...]]] = [[] for _ in scorers]
-    with bar(what=title, total=len(items), unit="image") as progress:
-        for loaded in _batches(items, batch):
+    with bar(what=title, total=len(samples), unit="image") as progress:
+        for loaded in _batches(samples, batch):
             images = loaded[0].image[None] if len(loaded) == 1 else np.stack([one.image for one in loaded])
             if masks is not None:
                 for one in loaded:
@@ -226,11 +144,11 @@ class _Loaded(NamedTuple):
     mask: Mask
 
 
-def _batches(items: Sequence[Item], count: int) -> Iterator[list[_Loaded]]:
-    """Loaded items in order, in groups of equal sizes that can be stacked."""
+def _batches(samples: Sequence[Sample], count: int) -> Iterator[list[_Loaded]]:
+    """Loaded samples in order, in groups of equal sizes that can be stacked."""
     part: list[_Loaded] = []
-    for item in items:
-        loaded = _Loaded(item.name, *item.load())
+    for sample in samples:
+        loaded = _Loaded(sample.name, *sample.load())
         height, width = loaded.image.shape[1:]
         fits = len(part) < count and (len(part) + 1) * height * width <= HELD_PIXELS
         if part and not (

@@ -18,28 +18,15 @@ _EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
 _SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note: the modules around a node, outermost first
 
 
-def export_onnx(detector: nn.Module, metadata: ModelMetadata, opset: int, path: Path) -> None:
-    """Write `detector` (eval mode, on the CPU) to `path`.
+def export_network(detector: nn.Module, size: int, opset: int, path: Path) -> None:
+    """Write `detector` (eval mode, on the CPU) to `path`, without metadata.
 
-    The graph takes `image` (B, 3, S, S) float32 in [0, 1] with any B and gives `anomaly_map` (B, 1, S, S) and `score`
-    (B,); whatever normalisation the detector does is inside.
+    The graph takes `image` (B, 3, size, size) float32 in [0, 1] with any B and gives `anomaly_map` (B, 1, size, size)
+    and `score` (B,); whatever normalisation the detector does is inside.
 
     Raises:
         FlawsmithError: the detector does not export, or the result does not pass the ONNX checker.
     """
-    _write(detector, metadata.input_size, metadata.to_properties(), opset, path)
-
-
-def export_network(detector: nn.Module, size: int, opset: int, path: Path) -> None:
-    """As `export_onnx` for inputs of side `size`, without metadata: for who chooses the threshold by what it answers.
-
-    Raises:
-        FlawsmithError: as `export_onnx`.
-    """
-    _write(detector, size, {}, opset, path)
-
-
-def _write(detector: nn.Module, size: int, properties: Mapping[str, str], opset: int, path: Path) -> None:
     if detector.training:
         raise FlawsmithError("The detector is in training mode, so its normalisation would be exported wrongly.")
     example = torch.zeros(_EXAMPLE_BATCH, 3, size, size)
@@ -63,14 +50,14 @@ def _write(detector: nn.Module, size: int, properties: Mapping[str, str], opset:
     versions = {item.domain: item.version for item in model.opset_import}
     if versions.get("") != opset:
         raise FlawsmithError(f"The exporter wrote opset {versions.get('')} instead of {opset}; set export.opset to it.")
-    _finish(model, size, properties, path)
+    _finish(model, size, {}, path)
 
 
 def write_model(model: onnx.ModelProto, metadata: ModelMetadata, path: Path) -> None:
     """Write a graph with `metadata` inside and nothing of this machine; changes `model` in place.
 
     Raises:
-        FlawsmithError: the graph does not pass the ONNX checker, or is not of the shape that `export_onnx` promises.
+        FlawsmithError: the graph does not pass the ONNX checker, or is not of the shape that `export_network` promises.
     """
     _finish(model, metadata.input_size, metadata.to_properties(), path)
 
@@ -86,7 +73,7 @@ def _finish(model: onnx.ModelProto, size: int, properties: Mapping[str, str], pa
 def name_nodes(model: onnx.ModelProto) -> None:
     """Put before each node's name, in place, the module it comes from: `head.context.0/node_relu`.
 
-    The exporter knows the module only in notes that `strip_provenance` removes. Profiles and `cost` read it.
+    The exporter knows the module only in notes that `strip_provenance` removes. Profiles read it.
     """
     for node in model.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")

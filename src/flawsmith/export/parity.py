@@ -1,8 +1,8 @@
 """Proof that an exported model decides as the trained one does, on real images, and how fast it is here."""
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flawsmith.errors import FlawsmithError
+from flawsmith.export.latency import measure_latency
 from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Prediction, Predictor, is_defective
 from flawsmith.inference.providers import package_version
 
 BATCHES = (1, 8)
-_WARM_UP = 2  # untimed runs: the first ones allocate
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,29 @@ class Difference:
 
 
 def compare(
-    maps: NDArray[np.float32], scores: NDArray[np.float32], threshold: float, answers: Sequence[Prediction]
+    batch: int,
+    maps: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    threshold: float,
+    answers: Sequence[Prediction],
 ) -> Difference:
-    """Compare the detector's `maps` (B, 1, S, S) and `scores` (B,), judged at `threshold`, with the exported model's
-    answers, which carry verdicts of their own; NaN makes a difference infinite."""
+    """Compare the detector's maps and scores with the exported model's answers; NaN makes a difference infinite.
+
+    Args:
+        batch: images fed at once.
+        maps: the detector's, (N, 1, S, S).
+        scores: the detector's, (N,).
+        threshold: what the detector's scores are judged at.
+        answers: the exported model's, N with verdicts of their own.
+    """
     return Difference(
-        batch=len(answers),
+        batch,
         map=_largest_gap(maps[:, 0], np.stack([answer.anomaly_map for answer in answers])),
         score=_largest_gap(scores, np.array([answer.score for answer in answers])),
         decision_flips=sum(
             is_defective(float(score), threshold) != answer.is_defective
             for score, answer in zip(scores, answers, strict=True)
         ),
-    )
-
-
-def merge(differences: Sequence[Difference]) -> Difference:
-    """The differences of several batches of the same size as one."""
-    return Difference(
-        differences[0].batch,
-        max(item.map for item in differences),
-        max(item.score for item in differences),
-        sum(item.decision_flips for item in differences),
     )
 
 
@@ -80,17 +81,15 @@ def measure_parity(
 
     The detector's decisions are made at `threshold`, the exported model's at the one in its file.
     """
-    return [
-        merge(
-            [
-                compare(
-                    *run_detector(detector, images[rows]), threshold, predictor.predict_prepared(list(images[rows]))
-                )
-                for rows in _full_batches(len(images), batch)
-            ]
+    found = []
+    for batch in batches:
+        feeds = [images[rows] for rows in _full_batches(len(images), batch)]
+        maps, scores = (
+            np.concatenate(part) for part in zip(*(run_detector(detector, feed) for feed in feeds), strict=True)
         )
-        for batch in batches
-    ]
+        answers = [answer for feed in feeds for answer in predictor.predict_prepared(list(feed))]
+        found.append(compare(batch, maps, scores, threshold, answers))
+    return found
 
 
 def certificate(
@@ -135,24 +134,15 @@ def certificate(
     }
 
 
-def measure_latency(
-    predictor: Predictor, images: NDArray[np.float32], runs: int, batches: Sequence[int] = BATCHES
-) -> dict[str, dict[str, float]]:
-    """Wall time of one `Predictor.predict` in milliseconds, from float images at the model's size to verdicts: of one
-    tile each where the model sees tiles.
+def time_predictor(predictor: Predictor, images: NDArray[np.float32], rounds: int) -> dict[str, dict[str, float]]:
+    """Time a model on images (N, 3, S, S) of its own size, from floats to verdicts.
 
-    Returns p50, p95 and images per second (at p50) by batch size: figures of this machine at this moment.
+    Returns p50 and p95 in milliseconds and images per second (at p50), by batch size: figures of this machine now.
     """
+    feeds = [list(images[_full_batches(len(images), batch)[0]]) for batch in BATCHES]
+    times = measure_latency([partial(predictor.predict_prepared, feed) for feed in feeds], rounds)
     figures = {}
-    for batch in batches:
-        rows = _full_batches(len(images), batch)
-        times = []
-        for run in range(_WARM_UP + runs):
-            feed = list(images[rows[run % len(rows)]])
-            start = time.perf_counter()
-            predictor.predict_prepared(feed)
-            times.append(time.perf_counter() - start)
-        p50, p95 = (float(value) * 1000 for value in np.percentile(times[_WARM_UP:], (50, 95)))
+    for batch, (p50, p95) in zip(BATCHES, np.percentile(times, (50, 95), axis=1).T.tolist(), strict=True):
         figures[str(batch)] = {
             "p50_ms": round(p50, 2),
             "p95_ms": round(p95, 2),

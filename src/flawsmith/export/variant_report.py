@@ -1,16 +1,19 @@
 """Whether a variant in lower precision is worth exporting: model.onnx and it, on the same images, through one door."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from flawsmith.data.images import FloatImage
+from flawsmith.data.dataset import iter_tiles, plan_tiles
+from flawsmith.data.images import FloatImage, resize_image
+from flawsmith.data.triplets import FIT, VALIDATION, TripletFolder, is_illumination_defect, read_manifest
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.export.onnx import write_model
 from flawsmith.export.parity import significant
@@ -18,67 +21,68 @@ from flawsmith.export.variants import MAKERS
 from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.providers import package_version
+from flawsmith.layout import Layout
+from flawsmith.sequences import evenly
 
 Images = Sequence[Callable[[], FloatImage]]
 """Loaders of images or tiles (3, S, S) in [0, 1] of the model's size: only one is in memory at a time."""
 
-NORMALS, DEFECTS, PARITY = "calibration_normals", "held_out_defects", "parity_images"
-
 
 @dataclass(frozen=True)
-class Samples:
-    """What variants are made from and judged on; no labelled test image but those that `evaluate` hands on."""
+class VariantImages:
+    """What variants are made from and judged on.
+
+    Attributes:
+        making: normal and defective ones to make a variant from.
+        normals: calibration normals.
+        defects: defects of held-out triplets.
+        parity: the few test images that `evaluate` hands on.
+    """
 
     making: Images
     normals: Images
-    defects: Images  # of held-out triplets
+    defects: Images
     parity: Images
 
+    @classmethod
+    def of(cls, layout: Layout, parity: NDArray[np.float32]) -> "VariantImages":
+        """Find a category's; `parity` are (N, 3, S, S).
 
-@dataclass(frozen=True)
-class Limits:
+        Raises:
+            UserError: there is no held-out triplet but shades, or an image cannot be read.
+        """
+        data, limit, size = layout.data, layout.settings.export.variant_images, parity.shape[-1]
+        triplets = TripletFolder(layout.stage("synthesize"))
+        rows = read_manifest(triplets.folder / "manifest.parquet").to_pylist()
+        shades = {row["triplet_id"] for row in rows if is_illumination_defect(row)}  # nothing that a variant must find
+        normals = [
+            lambda tile=tile: next(iter_tiles([tile], data)) for tile in plan_tiles(layout.split().calibration, data)
+        ]
+        fit, held_out = (
+            [lambda name=name: resize_image(triplets.read(name)[1], size) for name in names]
+            for names in (triplets.ids(FIT), [name for name in triplets.ids(VALIDATION) if name not in shades])
+        )
+        if not held_out:
+            raise UserError(
+                f"{triplets.folder} holds no held-out triplet but shades, so no variant can be judged; lower "
+                "synthesize.shade_share, or leave export.variants empty."
+            )
+        return cls(
+            making=[part[place] for part in (normals, fit) for place in evenly(len(part), limit)],
+            normals=normals,
+            defects=held_out,
+            parity=[partial(parity.__getitem__, row) for row in range(len(parity))],
+        )
+
+
+class Limits(NamedTuple):
     """What a variant may lose: image AUROC, and the share of images that it judges otherwise than model.onnx."""
 
     auroc_loss: float
     flip_share: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the same N images: differences of maps and scores, and images that only one of them flags."""
-
-    scores: NDArray[np.float64]  # (N, 2): of model.onnx, of the variant
-    map_gaps: NDArray[np.float64]  # (N, 2): the largest and the mean difference over the pixels
-    flips: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "images": len(self.scores),
-            "map_difference": significant(self.map_gaps[:, 0].max()),
-            "map_difference_mean": significant(self.map_gaps[:, 1].mean()),
-            "score_difference": significant(np.abs(self.scores[:, 0] - self.scores[:, 1]).max()),
-            "decision_flips": self.flips,
-        }
-
-
-def compare_models(model: Predictor, variant: Predictor, images: Images) -> Comparison:
-    """Both models on every image, one at a time.
-
-    Raises:
-        FlawsmithError: a model answers with NaN.
-    """
-    scores, gaps, flips = [], [], 0
-    for load in images:
-        image = load()
-        (one,), (other,) = model.predict_prepared([image]), variant.predict_prepared([image])
-        gap = np.abs(one.anomaly_map.astype(np.float64) - other.anomaly_map)
-        scores.append((one.score, other.score))
-        gaps.append((gap.max(), gap.mean()))
-        flips += one.is_defective != other.is_defective
-    return Comparison(np.array(scores), np.array(gaps), flips)
-
-
-def build_variant(precision: str, model: Path, samples: Samples, limits: Limits, path: Path) -> dict[str, Any]:
+def build_variant(precision: str, model: Path, images: VariantImages, limits: Limits, path: Path) -> dict[str, Any]:
     """Make one variant of `model`, judge it, and leave it at `path` unless it loses too much.
 
     Returns:
@@ -86,7 +90,7 @@ def build_variant(precision: str, model: Path, samples: Samples, limits: Limits,
     """
     report: dict[str, Any] = {
         "precision": precision,
-        "made_from_images": len(samples.making),
+        "made_from_images": len(images.making),
         "max_auroc_loss": limits.auroc_loss,
         "max_flip_share": limits.flip_share,
         "reference_digest": digest_file(model),
@@ -95,9 +99,9 @@ def build_variant(precision: str, model: Path, samples: Samples, limits: Limits,
     }
     reference = Predictor(model)
     try:
-        made = MAKERS[precision](onnx.load(model), _loaded(samples.making))
+        made = MAKERS[precision](onnx.load(model), (load() for load in images.making))
         write_model(made, replace(reference.metadata, precision=precision), path)
-        figures = _judge(reference, _opened(path), samples)
+        figures = _judge(reference, _opened(path), images)
     except UserError:  # an image: the variant is not to blame
         raise
     except FlawsmithError as error:
@@ -121,23 +125,36 @@ def objections(figures: Mapping[str, Any], limits: Limits) -> list[str]:
     return found
 
 
-def _judge(model: Predictor, variant: Predictor, samples: Samples) -> dict[str, Any]:
-    found = {
-        name: compare_models(model, variant, images)
-        for name, images in ((NORMALS, samples.normals), (DEFECTS, samples.defects), (PARITY, samples.parity))
-    }
-    scores = np.concatenate([found[NORMALS].scores, found[DEFECTS].scores])
-    labels = np.arange(len(scores)) >= len(samples.normals)
-    before, after = (float(roc_auc_score(labels, column)) for column in scores.T)
-    images = sum(len(item.scores) for item in found.values())
-    return {name: item.to_json() for name, item in found.items()} | {
+def _judge(model: Predictor, variant: Predictor, images: VariantImages) -> dict[str, Any]:
+    """Compare both models on every image, one at a time."""
+    figures: dict[str, Any] = {}
+    scores: list[tuple[float, float]] = []
+    groups = {"calibration_normals": images.normals, "held_out_defects": images.defects, "parity_images": images.parity}
+    for name, loaders in groups.items():
+        pairs, gaps, flips = [], [], 0
+        for load in loaders:
+            image = load()
+            (one,), (other,) = model.predict_prepared([image]), variant.predict_prepared([image])
+            gap = np.abs(one.anomaly_map.astype(np.float64) - other.anomaly_map)
+            pairs.append((one.score, other.score))
+            gaps.append((gap.max(), gap.mean()))
+            flips += one.is_defective != other.is_defective
+        scores += pairs
+        figures[name] = {
+            "images": len(loaders),
+            "map_difference": significant(max(largest for largest, _ in gaps)),
+            "map_difference_mean": significant(float(np.mean([mean for _, mean in gaps]))),
+            "score_difference": significant(max(abs(before - after) for before, after in pairs)),
+            "decision_flips": flips,
+        }
+    labelled = scores[: len(images.normals) + len(images.defects)]
+    labels = np.arange(len(labelled)) >= len(images.normals)
+    before, after = (float(roc_auc_score(labels, column)) for column in zip(*labelled, strict=True))
+    flips = sum(part["decision_flips"] for part in figures.values())
+    return figures | {
         "image_auroc": {"model": round(before, 6), "variant": round(after, 6), "loss": round(before - after, 6)},
-        "flip_share": round(sum(item.flips for item in found.values()) / images, 6),
+        "flip_share": round(flips / len(scores), 6),
     }
-
-
-def _loaded(images: Images) -> Iterator[FloatImage]:
-    return (load() for load in images)
 
 
 def _opened(path: Path) -> Predictor:

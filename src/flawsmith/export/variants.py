@@ -31,7 +31,7 @@ def to_fp16(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
     """The graph with its convolutions, and what lies between them, in float16; inputs and outputs stay float32.
 
     Args:
-        model: what `export_onnx` wrote; it stays as it is.
+        model: what `write_model` wrote; it stays as it is.
         images: (3, S, S) each, to look for values that float16 cannot hold. onnxruntime computes float16 in float32 on
             a CPU, so such a model would be right here and answer infinity on a GPU.
 
@@ -56,7 +56,7 @@ def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
     would answer differently on another machine.
 
     Args:
-        model: what `export_onnx` wrote; it stays as it is.
+        model: what `write_model` wrote; it stays as it is.
         images: (3, S, S) each, normal and defective, which choose the ranges of the activations.
 
     Raises:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flawsmith.evaluation.compare import ModelComparison
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.evaluation.paired import Comparison
 from flawsmith.settings import PromoteSettings
 
 
@@ -42,7 +42,7 @@ class Evidence:
 
     challenger: ModelFacts
     champion: ModelFacts | None
-    comparison: Comparison
+    comparison: ModelComparison
     labelled: bool
     parity: Sequence[str]
     gate: Sequence[str]

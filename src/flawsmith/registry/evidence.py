@@ -15,7 +15,7 @@ import numpy as np
 from flawsmith.data.images import FloatImage, read_image, resize_image
 from flawsmith.dvc import content_digest
 from flawsmith.errors import FlawsmithError
-from flawsmith.evaluation.paired import Comparison
+from flawsmith.evaluation.compare import ModelComparison
 from flawsmith.files import digest_file, read_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.registry.decision import Evidence, ModelFacts, estimates_json
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 AGAIN = "run `dvc repro` and register again"  # what helps where a proof is missing
 WARM_UP = 3  # untimed runs: the first ones allocate
 
-Compare = Callable[[Predictor, Predictor | None], tuple[Comparison, bool]]
+Compare = Callable[[Predictor, Predictor | None], tuple[ModelComparison, bool]]
 """Challenger and champion (None: first model) to their comparison on today's images, and whether these are labelled."""
 
 

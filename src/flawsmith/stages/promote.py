@@ -5,16 +5,17 @@ models are finished when they come here, so reading the test set is an evaluatio
 """
 
 import logging
+from dataclasses import replace
 
 from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
-from flawsmith.evaluation.paired import Comparison, compare_models
-from flawsmith.evaluation.scoring import normal_items
+from flawsmith.evaluation.compare import ComparedImages, ModelComparison, compare_models
+from flawsmith.evaluation.measure import EvaluationOptions
+from flawsmith.evaluation.samples import evaluation_set, normal_samples
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.registry.promotion import Outcome, promote
-from flawsmith.stages.evaluate import judged_images
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,9 @@ def run(
 ) -> Outcome:
     """Compare, decide and act for one category; arguments and errors are those of `registry.promotion.promote`."""
 
-    def compare(challenger: Predictor, champion: Predictor | None) -> tuple[Comparison, bool]:
+    def compare(challenger: Predictor, champion: Predictor | None) -> tuple[ModelComparison, bool]:
         rules, data, evaluate = layout.settings.promote, layout.data, layout.settings.evaluate
-        judged, tiling = judged_images(layout, original=True), Tiling.of(data)
+        judged, tiling = evaluation_set(layout, original=True), Tiling.of(data)
         if not judged.labelled:
             for model in (challenger, champion):
                 _demand_scale(model, data.scale)
@@ -38,19 +39,15 @@ def run(
                 champion.metadata.white_level,
                 data.white_level,
             )
-        comparison = compare_models(
-            challenger,
-            champion,
-            judged.items,
-            normal_items(layout.split().calibration, tiling, data.reading, original=judged.labelled),
-            numpy_generator(rules.seed, "promote"),
-            bootstrap=rules.bootstrap,
-            aupro_limit=evaluate.aupro_limit,
-            batch=evaluate.batch,
-            min_defect_images=rules.min_defect_images,
-            tiling=tiling if judged.labelled else None,
-            shades=judged.shades,
+        images = ComparedImages(
+            judged.samples,
+            normal_samples(layout.split().calibration, tiling, data.reading, original=judged.labelled),
+            judged.shades,
+            tiling if judged.labelled else None,
         )
+        generator = numpy_generator(rules.seed, "promote")
+        options = replace(EvaluationOptions.of(evaluate), bootstrap=rules.bootstrap)
+        comparison = compare_models(challenger, champion, images, generator, options, rules.min_defect_images)
         return comparison, judged.labelled
 
     return promote(layout, compare, version=version, reason=reason, readmit=readmit, dry_run=dry_run)

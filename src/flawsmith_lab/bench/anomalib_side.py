@@ -24,11 +24,13 @@ from flawsmith.data.tiling import Tiling
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
-from flawsmith.evaluation.assess import KEYS, Performance, measure, paired_difference
-from flawsmith.evaluation.scoring import Item, Scorer, labelled_items, normal_items, open_spools, torch_scorer
+from flawsmith.evaluation.baseline import fit_baseline
+from flawsmith.evaluation.measure import EvaluationOptions, Performance, measure, paired_difference
+from flawsmith.evaluation.metrics import KEYS
+from flawsmith.evaluation.samples import Sample, labelled_samples, normal_samples
+from flawsmith.evaluation.scoring import Scorer, torch_scorer
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
-from flawsmith.stages.evaluate import fit_baseline
 from flawsmith_lab.bench import anomalib_runner
 from flawsmith_lab.bench.measure import (
     bench_settings,
@@ -46,7 +48,7 @@ MODELS = ("patchcore", "stfpm")
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 
 
-def exchange(layout: Layout, items: Sequence[Item], folder: Path, request: dict[str, Any]) -> None:
+def exchange(layout: Layout, items: Sequence[Sample], folder: Path, request: dict[str, Any]) -> None:
     """Write what anomalib's side needs: images as bytes, the teacher's weights, the request."""
     data, split = layout.data, layout.split()
     for name, part in (("fit", split.fit[: request["limit"]]), ("calibration", split.calibration)):
@@ -95,7 +97,7 @@ def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[
     tiling = Tiling.of(data)
     if tiling.is_tiled:
         raise UserError("anomalib's side sees whole images alone; set data.scale to 0 to compare with it.")
-    items = labelled_items(layout.surface().labelled_test(), tiling, data.reading)
+    items = labelled_samples(layout.surface().labelled_test(), tiling, data.reading)
     if not items:
         raise UserError(f"{layout.surface().folder} has no labelled test set, so nothing can be compared.")
     fit, names = split.fit[: request["limit"]], request["models"]
@@ -105,7 +107,8 @@ def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[
         run_script(python, anomalib_runner.__file__, [folder], "anomalib's side")
         answer = json.loads((folder / "answer.json").read_text())
         start = time.perf_counter()
-        baseline = torch_scorer(fit_baseline(layout, list(fit)), Compute.choose(layout.settings.compute).device)
+        device = Compute.choose(layout.settings.compute).device
+        baseline = torch_scorer(fit_baseline(layout, fit, device), device)
         knn = {"fit_seconds": time.perf_counter() - start, "seconds_an_image": 0.0}
         seen = len(items) + len(split.calibration)
 
@@ -115,19 +118,13 @@ def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[
             knn["seconds_an_image"] += (time.perf_counter() - start) / seen
             return found
 
-        with open_spools(len(names) + 2) as (masks, *maps):
-            performances = measure(
-                (timed, *(replay(folder, name) for name in names)),
-                items,
-                normal_items(split.calibration, tiling, data.reading),
-                numpy_generator(settings.seed, "bootstrap"),
-                maps,
-                masks,
-                false_alarm_rate=settings.false_alarm_rate,
-                bootstrap=settings.bootstrap,
-                aupro_limit=settings.aupro_limit,
-                batch=settings.batch,
-            )
+        performances = measure(
+            (timed, *(replay(folder, name) for name in names)),
+            items,
+            normal_samples(split.calibration, tiling, data.reading),
+            numpy_generator(settings.seed, "bootstrap"),
+            EvaluationOptions.of(settings),
+        )
     common = {"category": layout.category, "teacher": layout.settings.teacher.backbone, "fit_images": len(fit),
               "anomalib": answer["anomalib"], "anomalib_torch": answer["torch"]}  # fmt: skip
     methods = {"knn": knn, **{f"anomalib-{name}": answer[name] for name in names}}

@@ -34,7 +34,7 @@ from flawsmith.detector.model import Detector, DetectorConfig
 from flawsmith.detector.teacher import Teacher
 from flawsmith.devices import CPU
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.export.onnx import export_onnx
+from flawsmith.export.onnx import export_network, write_model
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.progress import bar
@@ -140,7 +140,8 @@ def random_model(settings: Settings, size: int, path: Path) -> None:
         teacher=teacher.backbone,
         flawsmith_version=__version__,
     )
-    export_onnx(detector, metadata, settings.export.opset, path)
+    export_network(detector, size, settings.export.opset, path)
+    write_model(onnx.load(path), metadata, path)
 
 
 def own_models(chosen: argparse.Namespace, folder: Path) -> dict[int, Path]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flawsmith.evaluation.report import NAMES
+from flawsmith.evaluation.metrics import METRICS
 from flawsmith.pages import DARK, LIGHT, dress, figure_png
 from flawsmith_lab.study.results import Row
 from flawsmith_lab.study.statistics import spread
@@ -68,7 +68,7 @@ def curves_png(lines: Lines, key: str, title: str, dark: bool = False) -> bytes:
                     places, means, yerr=[bars[place] for place in places], color=colour, marker=marker, ms=5, lw=1.8,
                     capsize=3, label=label,
                 )  # fmt: skip
-        dress(axes, theme, NAMES[name][0], key, grid=True)
+        dress(axes, theme, METRICS[name].title, key, grid=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(  # outside: where data lie is not looked for
         handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False, labelcolor=theme.ink

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flawsmith.evaluation.report import NAMES
+from flawsmith.evaluation.metrics import METRICS
 from flawsmith.files import atomic_file
 from flawsmith.pages import data_uri, render
 from flawsmith_lab.study.curves import curves, curves_png, file_name, numeric_key
@@ -108,7 +108,7 @@ def _title(part: str, category: str) -> str:
 
 def _result_tables(summaries: Sequence[Summary], about: About) -> tuple[Table, ...]:
     rates = ((FALSE_ALARMS, "False alarms"), (DETECTIONS, "Found"))
-    names = [*(NAMES[key][0] for key in SHOWN), *(words for _, words in rates)]
+    names = [*(METRICS[key].title for key in SHOWN), *(words for _, words in rates)]
     values = tuple(
         (
             one.label + (f" ({one.missing} cells missing)" if one.missing else ""),
@@ -120,7 +120,7 @@ def _result_tables(summaries: Sequence[Summary], about: About) -> tuple[Table, .
     differences = tuple(
         (
             one.label,
-            NAMES[key][0],
+            METRICS[key].title,
             _signed(found.value),
             "n/a" if found.interval is None else f"{_signed(found.interval.low)} to {_signed(found.interval.high)}",
             _probability(found.test.t),

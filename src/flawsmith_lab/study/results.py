@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.metrics import KEYS
 from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith_lab.study.plan import Cell, Plan
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flawsmith.evaluation.assess import KEYS
 from flawsmith.evaluation.intervals import Estimate
+from flawsmith.evaluation.metrics import KEYS
 from flawsmith.randomness import numpy_generator
 from flawsmith_lab.study.results import MEASURED, Row
 from flawsmith_lab.study.statistics import PairedTest, Spread, bootstrap_difference, paired_test, spread

@@ -10,7 +10,7 @@ import numpy as np
 from small_settings import SMALL, Sections, write_params
 
 from flawsmith.data.images import write_png
-from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.metrics import KEYS
 from flawsmith_lab.study.plan import Cell, Request
 from flawsmith_lab.study.results import MEASURED, Row
 

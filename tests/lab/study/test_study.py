@@ -17,7 +17,7 @@ import pytest
 from study_samples import Project, create_project
 
 from flawsmith.errors import FlawsmithError
-from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.metrics import KEYS
 from flawsmith.files import digest_path, read_json, write_json
 from flawsmith_lab.study import study
 from flawsmith_lab.study.plan import PIPELINE, StageRun, build_plan

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from study_samples import make_row
 
-from flawsmith.evaluation.assess import KEYS
+from flawsmith.evaluation.metrics import KEYS
 from flawsmith_lab.study.curves import as_number, curves, numeric_key
 from flawsmith_lab.study.report import About, build_sections, write_report
 from flawsmith_lab.study.results import row_content, write_results
