@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from flawsmith import __version__, cli, doctor
+from flawsmith.cli import pipeline
+from flawsmith.cli.common import parse_overrides
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
 from flawsmith.files import write_json
 from flawsmith.settings import SECTIONS
@@ -51,7 +53,7 @@ class Recorder:
         def import_module(name: str) -> SimpleNamespace:
             return SimpleNamespace(run=lambda *arguments: self.calls.append((name, arguments)))
 
-        monkeypatch.setattr(cli, "import_module", import_module)
+        monkeypatch.setattr(pipeline, "import_module", import_module)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-@pytest.mark.parametrize("stage", cli.STAGES)
+@pytest.mark.parametrize("stage", pipeline.STAGES)
 def test_a_stage_runs_for_every_category_of_the_params(
     run: Run, recorder: Recorder, params_path: Path, stage: str
 ) -> None:
@@ -92,7 +94,7 @@ def test_demo_data_renders_the_named_surfaces(run: Run, recorder: Recorder, para
 
 
 def test_every_stage_of_the_command_line_exists() -> None:
-    for stage in [*cli.STAGES, "demo-data"]:  # looked for, not imported: that would take a minute
+    for stage in [*pipeline.STAGES, "demo-data"]:  # looked for, not imported: that would take a minute
         assert find_spec(f"flawsmith.stages.{stage.replace('-', '_')}")
 
 
@@ -121,7 +123,7 @@ def test_what_the_system_refuses_is_the_users_to_mend(
     def stage(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=stage))
+    monkeypatch.setattr(pipeline, "import_module", lambda _: SimpleNamespace(run=stage))
     code, _, err = run("distill", "--params", params_path)
     assert code == 2
     assert one_line(err).startswith(f"flawsmith: {words}")
@@ -158,7 +160,7 @@ def test_whatever_goes_wrong_ends_in_one_sentence(
     def stage(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=stage))
+    monkeypatch.setattr(pipeline, "import_module", lambda _: SimpleNamespace(run=stage))
     if debug:
         monkeypatch.setenv("FLAWSMITH_DEBUG", "1")
     code, out, err = run("distill", "--params", params_path)
@@ -181,7 +183,7 @@ def test_an_interrupt_of_the_real_command_exits_130(params_path: Path) -> None:
     code = (
         "import sys, types; from flawsmith import cli\n"
         "def stage(_): raise KeyboardInterrupt\n"
-        "cli.import_module = lambda _: types.SimpleNamespace(run=stage)\n"
+        "cli.pipeline.import_module = lambda _: types.SimpleNamespace(run=stage)\n"
         f"sys.argv = ['flawsmith', 'distill', '--params', {str(params_path)!r}]\n"
         "cli.main()"
     )
@@ -208,7 +210,7 @@ def test_bad_arguments_are_the_users_fault(run: Run, params_path: Path, argument
 
 
 def test_a_category_without_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch, params_path: Path) -> None:
-    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(run=lambda layout: layout.surface()))
+    monkeypatch.setattr(pipeline, "import_module", lambda _: SimpleNamespace(run=lambda layout: layout.surface()))
     code, _, err = run("ddpm-train", "--params", params_path, "--category", "nowhere")
     assert code == 2
     assert "data/nowhere does not exist; put the images of 'nowhere' there" in one_line(err)
@@ -239,7 +241,7 @@ def test_wrong_usage_exits_2(run: Run, arguments: list[str]) -> None:
     ],
 )
 def test_override_values_are_yaml(text: str, value: object) -> None:
-    assert cli.parse_overrides([text]) == {text.partition("=")[0]: value}
+    assert parse_overrides([text]) == {text.partition("=")[0]: value}
 
 
 def test_later_overrides_win_and_exponents_are_numbers(run: Run, recorder: Recorder, params_path: Path) -> None:
@@ -253,14 +255,14 @@ def test_version_and_help(run: Run) -> None:
     for arguments in (["--help"], ["-h"]):
         code, out, _ = run(*arguments)
         assert code == 0
-        for command in [*cli.STAGES, "demo-data", "predict", "explain", "lineage", "doctor", "fetch", "params"]:
+        for command in [*pipeline.STAGES, "demo-data", "predict", "explain", "lineage", "doctor", "fetch", "params"]:
             assert command in out
-        places = [out.index(f" {stage} ") for stage in ["demo-data", *cli.STAGES]]
+        places = [out.index(f" {stage} ") for stage in ["demo-data", *pipeline.STAGES]]
         assert places == sorted(places)  # in the order in which they run
 
 
 @pytest.mark.parametrize(
-    "command", [*cli.STAGES, "demo-data", "predict", "explain", "lineage", "doctor", "fetch", "params"]
+    "command", [*pipeline.STAGES, "demo-data", "predict", "explain", "lineage", "doctor", "fetch", "params"]
 )
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
@@ -322,10 +324,10 @@ def test_predict_does_not_import_torch(tmp_path: Path) -> None:
     assert "cannot be loaded as an ONNX model" in one_line(result.stderr)
 
 
-def test_lineage_without_a_store_says_so(run: Run, params_path: Path) -> None:
+def test_lineage_of_an_unknown_digest_names_the_remedy(run: Run, params_path: Path) -> None:
     code, _, err = run("lineage", "abcdef", "--params", params_path)
     assert code == 2
-    assert "no runs are recorded" in one_line(err)
+    assert "names no content with digest abcdef" in one_line(err)
 
 
 def test_fetch_knows_its_datasets(run: Run, params_path: Path) -> None:

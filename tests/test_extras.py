@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from flawsmith import cli, doctor, extras
+from flawsmith.cli import pipeline
+from flawsmith.cli.common import read_settings
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -59,7 +61,7 @@ def test_a_command_whose_extra_is_missing_ends_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], params_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["flawsmith", "distill", "--params", str(params_path)])
-    monkeypatch.setattr(cli, "import_module", lambda _: __import__("no_such_torch"))
+    monkeypatch.setattr(pipeline, "import_module", lambda _: __import__("no_such_torch"))
     monkeypatch.setitem(extras._PACKAGES, "no_such_torch", "torch")
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -79,7 +81,7 @@ def test_every_module_that_is_imported_belongs_to_the_package_or_an_extra(folder
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.append(node.module)
             found.update(name.partition(".")[0] for name in names)
-    foreign = found - set(sys.stdlib_module_names) - {"flawsmith", "flows"}
+    foreign = found - set(sys.stdlib_module_names) - {"flawsmith", "flawsmith_lab", "flows"}
     assert {name for name in foreign if told(name) == "None"} == set()
 
 
@@ -96,6 +98,6 @@ def test_doctor_tells_which_extras_are_there() -> None:
 def test_doctor_of_a_machine_at_the_line_looks_at_no_torch(monkeypatch: pytest.MonkeyPatch, params_path: Path) -> None:
     monkeypatch.setattr(doctor, "_installed_versions", lambda: dict.fromkeys(extras.packages_of_extras()[""], "1"))
     monkeypatch.setitem(sys.modules, "torch", None)  # type: ignore[arg-type]
-    checks = doctor.run_checks(cli._settings(params_path, {}), params_path.parent)
+    checks = doctor.run_checks(read_settings(params_path, None), params_path.parent)
     assert "fail" not in {check.status for check in checks if check.name not in ("git", "disk", "memory")}
     assert not {"torchvision", "device", "dvc", "tracking"} & {check.name for check in checks}

@@ -10,11 +10,6 @@ import typer
 from flawsmith.errors import UserError
 
 
-def _comma_list(texts: list[str] | None) -> tuple[str, ...]:
-    """Texts, each of which may be a comma list, as one list."""
-    return tuple(part.strip() for text in texts or [] for part in text.split(",") if part.strip())
-
-
 def study(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Results, report, and the store of stages.")],
     data: Annotated[
@@ -65,12 +60,12 @@ def study(
 
     Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,knn --out study
     """
-    from flawsmith.cli import parse_overrides
+    from flawsmith.cli.common import comma_list, parse_overrides
     from flawsmith_lab.study.plan import Request, parse_grid
     from flawsmith_lab.study.study import run_study
 
     try:
-        numbers = tuple(int(seed) for seed in _comma_list([seeds]))
+        numbers = tuple(int(seed) for seed in comma_list([seeds]))
     except ValueError as error:
         raise UserError(
             f"--seeds {seeds}: write whole numbers with commas between them, e.g. --seeds 0,1,2."
@@ -79,10 +74,10 @@ def study(
         params=params,
         out=out,
         data=data,
-        categories=_comma_list(categories),
+        categories=comma_list(categories),
         seeds=numbers,
-        methods=_comma_list(methods) or ("flawsmith", "knn"),
-        parts=_comma_list(part) or ("all",),
+        methods=comma_list(methods) or ("flawsmith", "knn"),
+        parts=comma_list(part) or ("all",),
         replaced=parse_overrides(overrides or []),
         grid=parse_grid(grid or []),
         reference=reference,
