@@ -53,13 +53,13 @@ def category(root: Path, normals: int = 10) -> Dataset:
 
 
 def labelled(root: Path) -> Dataset:
-    surface = category(root)
-    picture(surface.folder / "test" / "good" / "000.png")
-    picture(surface.folder / "test" / "scratch" / "000.png")
+    bottle = category(root)
+    picture(bottle.folder / "test" / "good" / "000.png")
+    picture(bottle.folder / "test" / "scratch" / "000.png")
     mask = np.zeros((SIZE, SIZE), np.bool_)
     mask[2:4, 2:4] = True
-    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", mask)
-    return surface
+    write_png(bottle.folder / "ground_truth" / "scratch" / "000_mask.png", mask)
+    return bottle
 
 
 def test_normals_are_images_sorted_by_name(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_normals_are_images_sorted_by_name(tmp_path: Path) -> None:
         folder, ["b.JPG", "a.png", "c.jpeg", "d.bmp", "e.tif", "f.TIFF", "notes.txt", ".hidden.png", "Thumbs.db"]
     )
     (folder / "g.png").mkdir()
-    surface = Dataset(tmp_path / "bottle")
-    assert [path.name for path in surface.normals()] == ["a.png", "b.JPG", "c.jpeg", "d.bmp", "e.tif", "f.TIFF"]
-    assert surface.category == "bottle"
+    bottle = Dataset(tmp_path / "bottle")
+    assert [path.name for path in bottle.normals()] == ["a.png", "b.JPG", "c.jpeg", "d.bmp", "e.tif", "f.TIFF"]
+    assert bottle.category == "bottle"
 
 
 @pytest.mark.parametrize("build", [lambda folder: None, lambda folder: folder.mkdir(parents=True)])
@@ -101,7 +101,9 @@ def test_the_split_is_deterministic_disjoint_and_complete(
             Dataset(folder).split(fraction, seed)
         return
     fit, calibration = split_names(folder, fraction, seed)
-    assert (fit, calibration) == split_names(folder, fraction, seed)
+    elsewhere = category(tmp_path_factory.mktemp("elsewhere"), count).folder
+    assert (fit, calibration) == split_names(elsewhere, fraction, seed)
+    assert count < 40 or (fit, calibration) != split_names(folder, fraction, seed + 1)
     assert not fit & calibration
     assert len(fit | calibration) == count
     assert len(calibration) == expected
@@ -118,21 +120,15 @@ def test_adding_an_image_moves_at_most_one_other(
     assert len(fit & calibration_after) + len(calibration & fit_after) <= 1
 
 
-def test_another_seed_is_another_split_and_the_place_does_not_matter(tmp_path: Path) -> None:
-    one, other = category(tmp_path / "one", 40).folder, category(tmp_path / "elsewhere", 40).folder
-    assert split_names(one, 0.2, 0) == split_names(other, 0.2, 0)
-    assert split_names(one, 0.2, 0) != split_names(one, 0.2, 1)
-
-
 def test_the_labelled_test_set(tmp_path: Path) -> None:
-    surface = labelled(tmp_path)
-    found = surface.labelled_test()
+    bottle = labelled(tmp_path)
+    found = bottle.labelled_test()
     assert [(item.path.name, item.defect, item.is_defective) for item in found] == [
         ("000.png", "good", False),
         ("000.png", "scratch", True),
     ]
     assert found[0].mask_path is None
-    assert found[1].mask_path == surface.folder / "ground_truth" / "scratch" / "000_mask.png"
+    assert found[1].mask_path == bottle.folder / "ground_truth" / "scratch" / "000_mask.png"
     image, mask = load_labelled(found[0], Tiling(SIZE))
     assert image.shape == (3, SIZE, SIZE)
     assert not mask.any()
@@ -177,9 +173,6 @@ def test_the_rule_of_the_halves_is_the_documented_one() -> None:
     ranked = sorted(images, key=lambda image: hashlib.sha256(f"dent/{image.path.stem}".encode()).hexdigest())
     assert set(labelled_part(images, "research")) == set(ranked[::2])
     assert set(labelled_part(images, "report")) == set(ranked[1::2])
-
-
-def test_images_of_one_stem_are_parted_and_an_unknown_part_is_refused() -> None:
     twins = [LabelledImage(Path("test/dent") / name, "dent", None) for name in ("a.jpg", "a.png")]
     assert labelled_part(twins, "research") + labelled_part(twins, "report") == tuple(twins)
     with pytest.raises(ValueError, match="'half'"):
@@ -194,96 +187,97 @@ def test_settings_know_the_same_parts(params_path: Path) -> None:
 
 
 def test_no_test_folder_is_no_labelled_test_set(tmp_path: Path) -> None:
-    surface = category(tmp_path)
-    assert surface.labelled_test() == ()
-    (surface.folder / "test" / "good").mkdir(parents=True)
-    assert surface.labelled_test() == ()
-
-
-def test_masks_may_have_another_suffix_or_the_images_own_name(tmp_path: Path) -> None:
-    surface = labelled(tmp_path)
-    folder = surface.folder / "ground_truth" / "scratch"
-    (folder / "000_mask.png").rename(folder / "000.png")
-    assert surface.labelled_test()[1].mask_path == folder / "000.png"
-    (folder / "000.png").rename(folder / "000_mask.bmp")
-    assert surface.labelled_test()[1].mask_path == folder / "000_mask.bmp"
+    bottle = category(tmp_path)
+    assert bottle.labelled_test() == ()
+    (bottle.folder / "test" / "good").mkdir(parents=True)
+    assert bottle.labelled_test() == ()
 
 
 def test_an_image_without_a_mask_has_a_verdict_alone(tmp_path: Path) -> None:
-    surface = labelled(tmp_path)
-    (surface.folder / "ground_truth" / "scratch" / "000_mask.png").unlink()
-    good, bad = surface.labelled_test()
+    bottle = labelled(tmp_path)
+    (bottle.folder / "ground_truth" / "scratch" / "000_mask.png").unlink()
+    good, bad = bottle.labelled_test()
     assert (good.has_pixel_labels, bad.is_defective, bad.has_pixel_labels) == (True, True, False)
     assert not load_labelled(bad, Tiling(SIZE))[1].any()
 
 
 @pytest.mark.parametrize("folder", ["OK", "ok", "Good", "normal", "PASS"])
 def test_good_parts_have_many_names(tmp_path: Path, folder: str) -> None:
-    surface = labelled(tmp_path)
-    (surface.folder / "test" / "good").rename(surface.folder / "test" / folder)
-    found = {item.shown_name: item.defect for item in surface.labelled_test()}
+    bottle = labelled(tmp_path)
+    (bottle.folder / "test" / "good").rename(bottle.folder / "test" / folder)
+    found = {item.shown_name: item.defect for item in bottle.labelled_test()}
     assert found == {f"{folder}/000.png": GOOD, "scratch/000.png": "scratch"}
 
 
 @pytest.mark.parametrize(
-    "name", ["000_mask.PNG", "000.png", "000.TIF", "000_label.bmp", "000_GT.png", "000_Mask.jpg", "000-mask.png"]
+    "name",
+    [
+        "000_mask.bmp",
+        "000_mask.PNG",
+        "000.png",
+        "000.TIF",
+        "000_label.bmp",
+        "000_GT.png",
+        "000_Mask.jpg",
+        "000-mask.png",
+    ],
 )
 def test_masks_are_found_by_common_names_in_any_case(tmp_path: Path, name: str) -> None:
-    surface = labelled(tmp_path)
-    folder = surface.folder / "ground_truth" / "scratch"
+    bottle = labelled(tmp_path)
+    folder = bottle.folder / "ground_truth" / "scratch"
     (folder / "000_mask.png").rename(folder / name)
-    assert surface.labelled_test()[1].mask_path == folder / name
+    assert bottle.labelled_test()[1].mask_path == folder / name
 
 
 def test_masks_of_no_image_are_refused_or_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     errors._told.clear()
-    surface = labelled(tmp_path)
-    folder = surface.folder / "ground_truth" / "scratch"
+    bottle = labelled(tmp_path)
+    folder = bottle.folder / "ground_truth" / "scratch"
     (folder / "000_mask.png").rename(folder / "mask_of_000.png")
     with pytest.raises(UserError, match=r"mask_of_000\.png is the mask of no image in test \(1 such in all\)"):
-        surface.labelled_test()
+        bottle.labelled_test()
     picture(folder / "000_mask.png", 255)
-    assert surface.labelled_test()[1].mask_path == folder / "000_mask.png"
+    assert bottle.labelled_test()[1].mask_path == folder / "000_mask.png"
     assert "mask_of_000.png is the mask of no image" in caplog.text
     (folder / "001_mask.gif").touch()
-    surface.labelled_test()
+    bottle.labelled_test()
     assert "1 passed over (1 .gif); a mask is one of .png, " in caplog.text
 
 
 @pytest.mark.parametrize(("removed", "missing"), [("good", "test/good"), ("scratch", "test/<defect>")])
 def test_a_one_sided_test_set_is_refused(tmp_path: Path, removed: str, missing: str) -> None:
-    surface = labelled(tmp_path)
-    (surface.folder / "test" / removed / "000.png").unlink()
+    bottle = labelled(tmp_path)
+    (bottle.folder / "test" / removed / "000.png").unlink()
     with pytest.raises(UserError, match=f"without any image in {missing}"):
-        surface.labelled_test()
+        bottle.labelled_test()
 
 
-def test_an_empty_mask_is_refused(tmp_path: Path) -> None:
-    surface = labelled(tmp_path)
-    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.zeros((SIZE, SIZE), np.bool_))
-    with pytest.raises(UserError, match=r"000_mask\.png marks no pixel; correct it, or remove it"):
-        load_labelled(surface.labelled_test()[1], Tiling(SIZE))
-
-
-def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
-    surface = labelled(tmp_path)
-    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", np.ones((4, 6), np.bool_))
-    with pytest.raises(UserError, match="is 6 x 4 pixels but its image is 8 x 8"):
-        load_labelled(surface.labelled_test()[1], Tiling(SIZE))
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (np.zeros((SIZE, SIZE), np.bool_), r"000_mask\.png marks no pixel; correct it, or remove it"),
+        (np.ones((4, 6), np.bool_), "is 6 x 4 pixels but its image is 8 x 8"),
+    ],
+)
+def test_an_empty_mask_or_one_of_another_shape_is_refused(tmp_path: Path, mask: np.ndarray, said: str) -> None:
+    bottle = labelled(tmp_path)
+    write_png(bottle.folder / "ground_truth" / "scratch" / "000_mask.png", mask)
+    with pytest.raises(UserError, match=said):
+        load_labelled(bottle.labelled_test()[1], Tiling(SIZE))
 
 
 def test_a_mask_of_the_same_proportions_is_scaled_and_what_is_odd_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     errors._told.clear()
-    surface = labelled(tmp_path)
+    bottle = labelled(tmp_path)
     half = np.full((SIZE // 2, SIZE // 2), 2, np.uint8)
     half[0] = 0
-    write_png(surface.folder / "ground_truth" / "scratch" / "000_mask.png", half)
+    write_png(bottle.folder / "ground_truth" / "scratch" / "000_mask.png", half)
     expected = np.ones((SIZE, SIZE), np.bool_)
     expected[:2] = False
     for _ in range(2):
-        np.testing.assert_array_equal(load_labelled(surface.labelled_test()[1], Tiling(SIZE))[1], expected)
+        np.testing.assert_array_equal(load_labelled(bottle.labelled_test()[1], Tiling(SIZE))[1], expected)
     assert len(caplog.messages) == 3
     for words in ("every value but 0 marks a defect", "has not its image's size", "marks 75% of its image"):
         assert words in caplog.text
@@ -298,16 +292,16 @@ def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:
 
 
 def test_the_size_limit_reaches_every_reader(tmp_path: Path) -> None:
-    surface = labelled(tmp_path)
-    for item in surface.labelled_test():
+    bottle = labelled(tmp_path)
+    for item in bottle.labelled_test():
         with pytest.raises(UserError, match="over the limit of 6"):
             load_labelled(item, Tiling(SIZE), reading=Reading(63))
     with pytest.raises(UserError, match="over the limit of 6"):
-        load_images([surface.labelled_test()[0].path], SIZE, reading=Reading(63))
+        load_images([bottle.labelled_test()[0].path], SIZE, reading=Reading(63))
     for scale in (0.0, 0.5):
         data = replace(tiled_data(scale), max_megapixels=63e-6)
         with pytest.raises(UserError, match="over the limit of 6"):
-            list(iter_tiles(plan_tiles([surface.labelled_test()[0].path], data), data))
+            list(iter_tiles(plan_tiles([bottle.labelled_test()[0].path], data), data))
 
 
 def tiled_data(scale: float, **changes: object) -> DataSettings:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tempfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -59,55 +60,14 @@ def check_float_image(image: np.ndarray, height: int = H, width: int = W) -> Non
     assert image.max() <= 1
 
 
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff", ".PNG"])
-def test_lossless_colour(tmp_path: Path, suffix: str) -> None:
-    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(RGB)))
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".PNG", ".bmp"])
+@pytest.mark.parametrize("pixels", [RGB, GRAY, DEEP], ids=["rgb", "gray", "deep"])
+def test_lossless_files_come_in_to_the_bit(tmp_path: Path, suffix: str, pixels: np.ndarray) -> None:
+    if suffix == ".bmp":
+        pixels = pixels.astype(np.uint8)  # it holds no more
+    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(pixels)))
     check_float_image(image)
-    np.testing.assert_array_equal(image, as_float(RGB))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
-def test_lossless_gray_is_repeated(tmp_path: Path, suffix: str) -> None:
-    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(GRAY)))
-    np.testing.assert_array_equal(image, as_float(GRAY))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bit_gray_comes_on_the_levels_of_eight(tmp_path: Path, suffix: str) -> None:
-    image = read_image(save(tmp_path / f"a{suffix}", Image.fromarray(DEEP)))
-    check_float_image(image)
-    np.testing.assert_array_equal(image, rounded(as_float(DEEP)))
-
-
-def test_big_endian_sixteen_bit_tiff(tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    path.write_bytes(big_endian_tiff(DEEP))
-    np.testing.assert_array_equal(read_image(path), rounded(as_float(DEEP)))
-
-
-def big_endian_tiff(pixels: np.ndarray) -> bytes:
-    """A minimal uncompressed `MM` TIFF with 16 bits a sample, which Pillow does not write itself."""
-    height, width = pixels.shape
-    data = pixels.astype(">u2").tobytes()
-    entries = [
-        (256, 4, width), (257, 4, height), (258, 3, 16), (259, 3, 1), (262, 3, 1),
-        (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data)),
-    ]  # fmt: skip
-    directory = struct.pack(">H", len(entries))
-    for tag, kind, value in entries:
-        directory += struct.pack(">HHI", tag, kind, 1)
-        directory += struct.pack(">I", value) if kind == 4 else struct.pack(">HH", value, 0)
-    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + directory + struct.pack(">I", 0)
-
-
-def test_sixteen_bit_colour_png(tmp_path: Path) -> None:
-    deep = np.random.default_rng(2).integers(0, 65536, (H, W, 3), dtype=np.uint16)
-    path = tmp_path / "a.png"
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
-    path.write_bytes(png(W, H, 16, (b"IDAT", zlib.compress(rows))))
-    image = read_image(path)
-    check_float_image(image)
-    np.testing.assert_array_equal(image, rounded(as_float(deep)))  # Pillow alone keeps the high byte, and cuts
+    np.testing.assert_array_equal(image, rounded(as_float(pixels)))  # 16 bits on the levels of 8
 
 
 def png(width: int, height: int, bits: int, *chunks: tuple[bytes, bytes], colours: int = 2) -> bytes:
@@ -214,19 +174,12 @@ def test_float_tiff(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image, np.repeat(rounded(values)[None], 3, axis=0))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_float_tiff_with_nan_or_infinity(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.1, 1.1, 255.0])
+def test_float_tiff_that_does_not_lie_in_its_range(tmp_path: Path, bad: float) -> None:
     values = np.full((H, W), 0.5, np.float32)
     values[1, 1] = bad
-    with pytest.raises(UserError, match=r"a\.tif holds NaN or infinite pixels"):
-        read_image(save(tmp_path / "a.tif", Image.fromarray(values)))
-
-
-@pytest.mark.parametrize("bad", [-0.1, 1.1, 255.0])
-def test_float_tiff_out_of_range(tmp_path: Path, bad: float) -> None:
-    values = np.full((H, W), bad, np.float32)
-    with pytest.raises(UserError, match=r"a\.tif has values outside its range"):
-        read_image(save(tmp_path / "a.tif", Image.fromarray(values)))
+    reason = "has values outside its range" if np.isfinite(bad) else "holds NaN or infinite pixels"
+    assert reason in refused(save(tmp_path / "a.tif", Image.fromarray(values)))
 
 
 def test_the_first_frame_of_several_counts(tmp_path: Path) -> None:
@@ -265,10 +218,13 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, form: str, kep
     assert "cannot be read as an image" in refused(path)
 
 
-@pytest.mark.parametrize("content", [b"\0" * 5000, b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 100])
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"no image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 100,
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"])  # fmt: skip
 def test_other_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
+    assert "cannot be read as an image" in refused(path)
+    Image.fromarray(RGB).save(path, format="GIF")  # only the four formats are decoded
     assert "cannot be read as an image" in refused(path)
 
 
@@ -306,25 +262,13 @@ def test_a_bomb_of_text_is_refused(tmp_path: Path) -> None:
 
 @given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
 def test_what_is_written_is_read_back_bit_for_bit(pixels: np.ndarray) -> None:
-    with Scratch() as path:
+    with tempfile.TemporaryDirectory() as folder:  # hypothesis runs many examples inside one tmp_path
+        path = Path(folder) / "a.png"
         write_png(path, pixels)
         image = read_image(path)
         np.testing.assert_array_equal(to_uint8(image), pixels)
         write_png(path, image)
         np.testing.assert_array_equal(read_image(path), image)
-
-
-class Scratch:
-    """A path that does not outlive one example (hypothesis runs many inside one tmp_path)."""
-
-    def __enter__(self) -> Path:
-        import tempfile
-
-        self._folder = tempfile.TemporaryDirectory()
-        return Path(self._folder.name) / "a.png"
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
 
 
 @given(st.floats(0, 1, width=32), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
@@ -383,16 +327,6 @@ def test_outline_surrounds_the_mask_and_spares_it() -> None:
     assert not draw_outline(image, np.zeros_like(mask), (255, 0, 200)).any()
 
 
-def test_a_file_is_known_by_its_content_and_only_the_four_formats_are_decoded(tmp_path: Path) -> None:
-    path = tmp_path / "image.png"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
-    with pytest.raises(UserError, match="cannot be read as an image"):
-        read_image(path)
-    Image.fromarray(RGB).save(path, format="GIF")
-    with pytest.raises(UserError, match="cannot be read as an image"):
-        read_image(path)
-
-
 def tiff(
     pixels: bytes,
     bits: int,
@@ -429,6 +363,7 @@ def packed(values: np.ndarray) -> bytes:
     ("content", "white"),
     [
         (tiff(TWELVE.tobytes(), 16), 4095),
+        (tiff(TWELVE.astype(">u2").tobytes(), 16, order=">"), 4095),
         (tiff(packed(TWELVE), 12), 0),  # the header tells
         (tiff((4095 - TWELVE).tobytes(), 16, photometric=0), 4095),  # zero is white
         (tiff((65535 - GRAY.astype("<u2") * 257).tobytes(), 16, photometric=0), 0),
@@ -469,22 +404,19 @@ def test_strips_that_are_missing_are_damage(tmp_path: Path) -> None:
     assert "strips of its pixels are missing" in refused(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("top", [4095, 65535])
 @pytest.mark.parametrize("colours", [2, 4, 6], ids=["rgb", "gray-alpha", "rgba"])
-def test_colours_of_more_than_eight_bits_are_scaled_like_gray(tmp_path: Path, colours: int) -> None:
+def test_colours_of_more_than_eight_bits_are_scaled_like_gray(tmp_path: Path, colours: int, top: int) -> None:
     """12 bits in 16: the high byte, which Pillow keeps, would have 16 levels."""
-    deep = np.rint((GRAY if colours == 4 else RGB).reshape(H, W, -1) / 255 * 4095).astype(">u2")
+    shown = GRAY if colours == 4 else RGB
+    deep = np.rint(shown.reshape(H, W, -1) / 255 * top).astype(">u2")
     alpha = np.full((H, W, 1), 65535, ">u2")
     rows = deep if colours == 2 else np.concatenate([deep, alpha], axis=2)
     body = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
     (tmp_path / "a.png").write_bytes(png(W, H, 16, (b"IDAT", body), colours=colours))
-    image = read_image(tmp_path / "a.png", Reading(white_level=4095))
-    np.testing.assert_array_equal(image, as_float(GRAY if colours == 4 else RGB))
-
-
-def test_colours_of_a_sixteen_bit_tiff_are_scaled_like_gray(tmp_path: Path) -> None:
-    deep = np.rint(RGB / 255 * 4095).astype("<u2")
-    (tmp_path / "a.tif").write_bytes(tiff(deep.tobytes(), 16, photometric=2, samples=3))
-    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", Reading(white_level=4095)), as_float(RGB))
+    (tmp_path / "a.tif").write_bytes(tiff(deep.astype("<u2").tobytes(), 16, photometric=2, samples=3))
+    for name in ("a.png", "a.tif") if colours == 2 else ("a.png",):
+        np.testing.assert_array_equal(read_image(tmp_path / name, Reading(white_level=top)), as_float(shown))
 
 
 def test_values_say_how_deep_a_file_is(tmp_path: Path) -> None:

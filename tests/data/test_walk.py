@@ -100,19 +100,19 @@ def test_images_in_folders_by_date_are_used_and_told_apart(tmp_path: Path) -> No
     touch(tmp_path, *days, *(f"train/good/{n}.png" for n in range(4)))
     touch(tmp_path, "test/good/day/1.png", "test/dent/day/1.png", "test/dent/1.png")
     touch(tmp_path, "ground_truth/dent/day/1_mask.png", "ground_truth/dent/1_mask.png")
-    surface = Dataset(tmp_path)
-    split = surface.split(0.25, 0)
+    dataset = Dataset(tmp_path)
+    split = dataset.split(0.25, 0)
     assert len({normal_name(path) for path in (*split.fit, *split.calibration)}) == 12
     assert {path.parent.name for path in split.calibration} != {"good"}
-    assert [(image.defect, image.name, image.mask_path) for image in surface.labelled_test()] == [
+    assert [(image.defect, image.name, image.mask_path) for image in dataset.labelled_test()] == [
         ("dent", "1.png", tmp_path / "ground_truth/dent/1_mask.png"),
         ("dent", "day/1.png", tmp_path / "ground_truth/dent/day/1_mask.png"),
         ("good", "day/1.png", None),
     ]
     touch(tmp_path, "test/dent/night/2.png", "test/dent/night/1.png", "ground_truth/dent/2_mask.png")
-    by_name = {image.name: image.mask_path for image in surface.labelled_test() if image.is_defective}
+    by_name = {image.name: image.mask_path for image in dataset.labelled_test() if image.is_defective}
     assert by_name["night/2.png"] == tmp_path / "ground_truth/dent/2_mask.png"  # no other image is called so
     assert by_name["night/1.png"] is None
     touch(tmp_path, "test/stray.png")
     with pytest.raises(UserError, match=r"stray\.png lies in no folder of a type"):
-        surface.labelled_test()
+        dataset.labelled_test()
