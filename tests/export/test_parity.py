@@ -1,7 +1,7 @@
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy_detector import Exported
 
 from flawsmith.errors import FlawsmithError
-from flawsmith.export.latency import measure_latency
+from flawsmith.export import latency
 from flawsmith.export.parity import Difference, certificate, compare, measure_parity, objections, time_predictor
 from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Prediction, Predictor
@@ -130,6 +130,17 @@ def test_latency_is_measured_in_turns_at_each_batch(exported: Exported, monkeypa
     for batch, figure in figures.items():
         assert 0 < figure["p50_ms"] <= figure["p95_ms"]
         assert figure["images_per_second"] == pytest.approx(int(batch) * 1000 / figure["p50_ms"], rel=0.2)
-    quick, slow = measure_latency([lambda: None, lambda: time.sleep(0.002)], 4)
-    assert len(quick) == len(slow) == 4
-    assert quick.max() < 2 <= slow.min()
+
+
+def test_calls_are_timed_in_turns_without_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = [0.0], {"one": 0, "two": 0}
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+
+    def call(name: str, milliseconds: float) -> None:
+        clock[0] += 0.001 * milliseconds if asked[name] >= latency.WARM_UP else 100
+        assert asked["one"] - asked["two"] == (name == "two")
+        asked[name] += 1
+
+    found = latency.measure_latency([partial(call, "one", 2), partial(call, "two", 5)], 7)
+    np.testing.assert_allclose(found, [[2] * 7, [5] * 7])
+    assert latency.measure_latency([], 3).shape == (0, 3)

@@ -1,17 +1,12 @@
 """Which certificates are proofs, and what a model's speed is."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from toy_onnx import write_toy
 
-from flawsmith.inference.predictor import Predictor
-from flawsmith.registry import evidence
-from flawsmith.registry.evidence import gate_objections, measure_latency, parity_objections
+from flawsmith.registry.evidence import gate_objections, parity_objections
 
 DIGEST = "d" * 64
 PICTURE = np.full((3, 32, 32), 0.5, np.float32)
@@ -96,33 +91,3 @@ def test_a_failed_gate_names_its_critical_failures_alone() -> None:
 @pytest.mark.parametrize("unproven", [{}, {"passed": False}, {"passed": "true"}, {"passed": None}, {"passed": 1}])
 def test_a_gate_that_does_not_plainly_say_passed_has_not_passed(unproven: dict[str, Any]) -> None:
     assert gate_objections(unproven) == ("the quality gate failed: no expectation was checked",)
-
-
-def test_latency_is_one_figure_a_model_in_their_order(tmp_path: Path) -> None:
-    small, large = (Predictor(write_toy(tmp_path / f"{size}.onnx", input_size=size), threads=1) for size in (32, 768))
-    quick, slow = measure_latency([small, large], PICTURE, runs=5)
-    assert 0 < quick < slow
-    assert measure_latency([], PICTURE, runs=3) == []
-
-
-class Recorder:
-    """A predictor that notes when it was asked and makes time pass on a clock of its own."""
-
-    def __init__(self, name: str, log: list[str], clock: list[float], seconds: Callable[[int], float]) -> None:
-        self.name, self.log, self.clock, self.seconds = name, log, clock, seconds
-
-    def predict(self, images: list[Any]) -> None:
-        self.clock[0] += self.seconds(self.log.count(self.name))
-        self.log.append(self.name)
-
-
-def test_models_are_timed_in_turns_without_the_first_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    clock = [0.0]
-    monkeypatch.setattr(evidence.time, "perf_counter", lambda: clock[0])
-    warm_up = evidence.WARM_UP
-    one = Recorder("one", log, clock, lambda run: 100.0 if run < warm_up else 0.002)
-    two = Recorder("two", log, clock, lambda run: 100.0 if run < warm_up else 0.001 * (run - warm_up))
-    found = measure_latency([one, two], PICTURE, runs=101)  # type: ignore[list-item]
-    assert log == ["one", "two"] * (warm_up + 101)
-    assert found == pytest.approx([2.0, 95.0])

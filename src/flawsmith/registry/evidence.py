@@ -4,9 +4,9 @@ Each `..._objections` says in words what speaks against a certificate as proof; 
 """
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from flawsmith.data.images import FloatImage, read_image, resize_image
 from flawsmith.dvc import content_digest
 from flawsmith.errors import FlawsmithError
 from flawsmith.evaluation.compare import ModelComparison
+from flawsmith.export.latency import measure_latency
 from flawsmith.files import digest_file, read_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.registry.decision import Evidence, ModelFacts, estimates_json
@@ -25,7 +26,6 @@ from flawsmith.registry.store import Version
 log = logging.getLogger(__name__)
 
 AGAIN = "run `dvc repro` and register again"  # what helps where a proof is missing
-WARM_UP = 3  # untimed runs: the first ones allocate
 
 Compare = Callable[[Predictor, Predictor | None], tuple[ModelComparison, bool]]
 """Challenger and champion (None: first model) to their comparison on today's images, and whether these are labelled."""
@@ -70,7 +70,8 @@ def gather(
     log.info("Models are compared on %s.", predictors[0].provider)
     comparison, labelled = compare(predictors[0], predictors[1] if champion else None)
     image = _known_normal(challenger.folder, predictors[0].metadata.scale)
-    latencies = measure_latency(predictors, image, latency_runs)
+    times = measure_latency([partial(one.predict, [image]) for one in predictors], latency_runs)  # (models, runs)
+    latencies = np.percentile(times, 95, axis=1).tolist()
     facts = [
         ModelFacts(one.version.number, one.version.digest, one.model.stat().st_size / 1e6, latency)
         for one, latency in zip(both, latencies, strict=True)
@@ -109,17 +110,6 @@ def evidence_json(evidence: Evidence) -> dict[str, Any]:
         "differences": estimates_json(comparison.differences),
         "differences_by_defect": estimates_json(comparison.defect_differences),
     }
-
-
-def measure_latency(predictors: Sequence[Predictor], image: FloatImage, runs: int) -> list[float]:
-    """p95 of one image in milliseconds for each model, timed in turns so that a busy machine slows all alike."""
-    times: list[list[float]] = [[] for _ in predictors]
-    for _ in range(WARM_UP + runs):
-        for predictor, seconds in zip(predictors, times, strict=True):
-            start = time.perf_counter()
-            predictor.predict([image])
-            seconds.append(time.perf_counter() - start)
-    return [1000 * float(np.percentile(seconds[WARM_UP:], 95)) for seconds in times]
 
 
 def _known_normal(folder: Path, scale: float) -> FloatImage:
