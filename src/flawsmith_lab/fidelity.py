@@ -37,7 +37,8 @@ from flawsmith.evaluation.samples import evaluation_set
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.settings import load_settings
-from flawsmith_lab.bench.measure import guarded, markdown
+from flawsmith_lab.bench.measure import guarded
+from flawsmith_lab.markdown import markdown
 
 Features = NDArray[np.floating]  # (n, D), a row a crop
 

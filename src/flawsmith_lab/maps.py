@@ -33,7 +33,8 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.sequences import batched
 from flawsmith.settings import load_settings
-from flawsmith_lab.bench.measure import guarded, markdown
+from flawsmith_lab.bench.measure import guarded
+from flawsmith_lab.markdown import markdown
 
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 

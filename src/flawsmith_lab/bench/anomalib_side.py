@@ -39,10 +39,10 @@ from flawsmith_lab.bench.measure import (
     first_category,
     guarded,
     machine,
-    markdown,
     parser,
     run_script,
 )
+from flawsmith_lab.markdown import markdown
 
 MODELS = ("patchcore", "stfpm")
 SHOWN = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")

@@ -40,7 +40,8 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.progress import bar
 from flawsmith.settings import Settings
 from flawsmith_lab.bench import latency_peers, latency_worker
-from flawsmith_lab.bench.measure import bench_settings, describe, finish, guarded, machine, markdown, run_script
+from flawsmith_lab.bench.measure import bench_settings, describe, finish, guarded, machine, run_script
+from flawsmith_lab.markdown import markdown
 
 OURS, PEERS = "flawsmith", ("efficientad", "patchcore")
 PRECISIONS = ("fp32", "int8")

@@ -209,11 +209,6 @@ def run_script(python: Path, script: str | None, arguments: Sequence[object], wh
     return done.stdout
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table as Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
 def finish(content: Mapping[str, Any]) -> None:
     """Print the result as one line of JSON, the last of stdout."""
     print(json.dumps(content, allow_nan=False), flush=True)

@@ -2,9 +2,9 @@
 
     python -m flawsmith_lab.bench.synthesis [--category C] [--data DIR]        (make bench-synthesis)
 
-Three questions: triplets a second and synthesis's share of a run; the achieved share of matmul speed in a training step
-of the denoiser; what it saves to sample a window around the mask instead of the image. The project is only read:
-everything is written into a temporary folder. The last line of stdout is JSON.
+Three questions: triplets a second; the achieved share of matmul speed in a training step of the denoiser; what it saves
+to sample a window around the mask instead of the image. The project is only read: everything is written into a
+temporary folder. The last line of stdout is JSON.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from flawsmith.files import read_json
 from flawsmith.layout import Layout
 from flawsmith.sequences import evenly
 from flawsmith.settings import DdpmTrainSettings, section_values
-from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
+from flawsmith.stages import ddpm_train, synthesize
 from flawsmith.synthesis.generate import Candidate, Workshop
 from flawsmith.training import ResumePoint
 from flawsmith_lab.bench.measure import (
@@ -50,20 +50,7 @@ TRIPLETS_PER_SECOND, EFFICIENCY, FLOPS_RATIO = 5.0, 0.5, 10.0  # targets, at 256
 TRAIN_STEPS = 12  # timed steps of the denoiser's training; the first ones warm up
 WARM_UP = 2
 COMPARED = 4  # triplets sampled both in their window and in the whole image
-FEW = 32  # triplets of a shortened run
-PARTS = (1 / 40, 1 / 10)  # of the detector's steps: two short trainings tell what a step and the rest cost
-DISTILL_STEPS = ("student_steps", "head_steps", "locator_steps")
-# Diffusion, whatever the params say, and bounds that no triplet can break: a denoiser trained for a moment makes poor
-# ones, which cost the same.
-OVERRIDES: Mapping[str, Any] = {
-    "synthesize.texture": "diffusion",
-    "validate.min_triplets": 1,
-    "validate.mask_area": [0.0, 1.0],
-    "validate.min_change_inside": 0.0,
-    "validate.min_visible_share": 0.0,
-    "validate.max_change_outside": 1.0,
-    "validate.max_duplicate_share": 1.0,
-}
+OVERRIDES = {"synthesize.texture": "diffusion"}  # whatever the params say
 
 
 def training_speed(
@@ -177,43 +164,6 @@ def _side(candidate: Candidate) -> int:
     return candidate.outline.window[2]
 
 
-def extrapolate(parts: Sequence[float], seconds: Sequence[float]) -> float:
-    """Estimate the seconds of the whole from those of two parts of it; never less than the longer part's."""
-    (one, other), (first, second) = parts, seconds
-    slope = (second - first) / (other - one)
-    return max(second, second + slope * (1 - other))
-
-
-def run_seconds(layout: Layout, step_seconds: float, rate: float, compute: Compute, brief: int) -> dict[str, float]:
-    """Estimate the seconds of every stage of one run with the shipped settings; the stages' own functions are timed.
-
-    `evaluate` and `export` do not depend on a number of steps and run whole. The rest runs shortened: ddpm-train for
-    `brief` steps, to which the missing ones are added; validate on the triplets that are there; distill twice for a few
-    steps. `rate` is triplets a second.
-    """
-    settings = layout.settings
-    triplets = settings.synthesize.triplets
-    few = min(triplets, FEW)
-
-    def timed(stage: Any, section: str = "", **values: Any) -> float:
-        changed = {section: replace(getattr(settings, section), **values)} if section else {}
-        return seconds_of(lambda: stage.run(replace(layout, settings=replace(settings, **changed))), compute.device)
-
-    train = timed(ddpm_train, "ddpm_train", steps=brief)
-    timed(synthesize, "synthesize", triplets=few)
-    loading = seconds_of(lambda: synthesize.build_workshop(layout, compute), compute.device)
-    check = timed(validate)
-    steps = [{key: max(1, round(part * getattr(settings.distill, key))) for key in DISTILL_STEPS} for part in PARTS]
-    return {
-        "ddpm-train": train + max(0, settings.ddpm_train.steps - brief) * step_seconds,
-        "synthesize": loading + triplets / rate,
-        "validate": check * triplets / few,
-        "distill": extrapolate(PARTS, [timed(distill, "distill", **short) for short in steps]),
-        "evaluate": timed(evaluate),
-        "export": timed(export),
-    }
-
-
 def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:
     """Put a denoiser where synthesize looks for it: the project's, if it fits the settings, or one trained briefly."""
     settings = layout.settings.ddpm_train
@@ -228,8 +178,8 @@ def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:
 
 def report(found: Mapping[str, Any]) -> str:
     """Write the figures in words."""
-    ddpm, local, run = found["ddpm"], found["local_against_whole"], found["run_seconds"]
-    lines = [
+    ddpm, local = found["ddpm"], found["local_against_whole"]
+    lines = (
         f"{found['category']} at {found['image_size']} px; denoiser: {found['denoiser']}; {describe(found['machine'])}",
         f"synthesis: {found['triplets_per_second']:.2f} triplets/s (best chunk "
         f"{found['triplets_per_second_best']:.2f}), {found['accepted']:.0%} of the candidates could be seen",
@@ -239,13 +189,7 @@ def report(found: Mapping[str, Any]) -> str:
         f"sampling in windows {local['windows']}: {local['local_gflop']:.2f} GFLOP a defect, in the whole image "
         f"{local['whole_gflop']:.2f}: {local['flops_ratio']:.1f} times; {local['compared']} of them took "
         f"{local['local_seconds']:.2f} and {local['whole_seconds']:.2f} s",
-    ]
-    if run:
-        parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in run.items())
-        lines.append(
-            f"a run would take {sum(run.values()) / 60:.1f} minutes ({parts}): "
-            f"synthesis {found['synthesis_share']:.0%} of it"
-        )
+    )
     return "\n".join(lines)
 
 
@@ -255,7 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--steps", type=int, default=TRAIN_STEPS, help="timed training steps of the denoiser")
     options.add_argument("--chunks", type=int, default=2, help="timed chunks of 4 batches of candidates")
     options.add_argument("--compared", type=int, default=COMPARED, help="triplets sampled in the whole image too")
-    options.add_argument("--no-run", action="store_true", help="leave out the share of a run: half the time")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="flawsmith-bench-") as scratch:
         layout = prepare(chosen, Path(scratch), OVERRIDES)
@@ -271,11 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workshop = synthesize.build_workshop(layout, compute)
             found |= {"ddpm": ddpm, **synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chosen.chunks)}
             found["local_against_whole"] = local_against_whole(workshop, chosen.compared)
-        found["run_seconds"] = {}
-        if not chosen.no_run:
-            rate = found["triplets_per_second"]
-            found["run_seconds"] = run_seconds(layout, ddpm["step_seconds"], rate, compute, chosen.steps)
-            found["synthesis_share"] = found["run_seconds"]["synthesize"] / sum(found["run_seconds"].values())
     targets = [
         Target("triplets per second", found["triplets_per_second"], TRIPLETS_PER_SECOND),
         Target("training step over matmul speed", found["ddpm"]["efficiency"], EFFICIENCY),

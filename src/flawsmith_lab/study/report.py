@@ -8,13 +8,21 @@ from pathlib import Path
 from flawsmith.evaluation.metrics import METRICS
 from flawsmith.files import atomic_file
 from flawsmith.pages import data_uri, render
+from flawsmith_lab.markdown import markdown
 from flawsmith_lab.study.curves import curves, curves_png, file_name, numeric_key
 from flawsmith_lab.study.plan import METHODS, STAGES
 from flawsmith_lab.study.results import DETECTIONS, FALSE_ALARMS, Row
 from flawsmith_lab.study.statistics import ALPHA, PairedTest, Spread, spread
 from flawsmith_lab.study.summary import Summary, summarise
 
-SHOWN = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
+SHOWN = {
+    **{
+        key: METRICS[key].title
+        for key in ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "aupro")
+    },
+    FALSE_ALARMS: "False alarms",
+    DETECTIONS: "Found",
+}
 COMPARED = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
 
 
@@ -49,24 +57,27 @@ class Section:
 
 
 def write_report(out: Path, rows: Sequence[Row], about: About) -> None:
-    """report.md, report.html and curves/*.png."""
-    sections = build_sections(rows, about)
+    """Write report.md, report.html and curves/*.png."""
+    sections, lines = build_sections(rows, about), introduction(rows, about)
+    text = ["# Study", f"```\n{about.command}\n```", *lines]
     for section in sections:
+        text.append(f"## {section.title}")
         if section.picture is not None:
             with atomic_file(out / section.picture[2]) as path:
                 path.write_bytes(section.picture[0])
-    lines = introduction(rows, about)
-    with atomic_file(out / "report.md") as path:
-        path.write_text(_markdown(sections, lines, about), encoding="utf-8")
+            text.append(f"![{section.title}]({section.picture[2]})")
+        for table in section.tables:
+            text += [markdown(table.header, table.rows), *filter(None, [table.note])]
     page = render(
         Path(__file__).with_name("report.html"), {"uri": data_uri}, sections=sections, lines=lines, about=about
     )
-    with atomic_file(out / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
+    for name, content in (("report.md", "\n\n".join(text) + "\n"), ("report.html", page)):
+        with atomic_file(out / name) as path:
+            path.write_text(content, encoding="utf-8")
 
 
 def introduction(rows: Sequence[Row], about: About) -> tuple[str, ...]:
-    """How the figures came about and how to read them, in sentences."""
+    """Say how the figures came about and how to read them."""
     failed = sum(not row.is_done for row in rows)
     methods = dict.fromkeys(row.cell.method for row in rows)
     return (
@@ -88,7 +99,7 @@ def build_sections(rows: Sequence[Row], about: About) -> tuple[Section, ...]:
     sections = []
     for part, category in dict.fromkeys((one.part, one.category) for one in summaries):
         here = [one for one in summaries if (one.part, one.category) == (part, category)]
-        sections.append(Section(_title(part, category), _result_tables(here, about)))
+        sections.append(Section(_title(part, category), tuple(_result_tables(here, about))))
     key = numeric_key(about.grid)
     for part, category in dict.fromkeys((row.cell.part, row.cell.category) for row in rows) if key else ():
         lines = curves([row for row in rows if (row.cell.part, row.cell.category) == (part, category)], key or "")
@@ -97,8 +108,14 @@ def build_sections(rows: Sequence[Row], about: About) -> tuple[Section, ...]:
             light, dark = (curves_png(lines, key or "", title, shade) for shade in (False, True))
             sections.append(Section(title, (), (light, dark, f"curves/{file_name(part, category, key or '')}")))
     sections.append(Section("Time and memory", (_cost_table(rows),)))
-    failures = _failure_table(rows)
-    return (*sections, Section("Cells without a result", (failures,))) if failures.rows else tuple(sections)
+    failures = tuple(
+        (f"{row.cell.category}: {row.cell.label}, seed {row.cell.seed}, {row.cell.part}", row.failed_stage, row.failure)
+        for row in rows
+        if not row.is_done
+    )
+    if failures:
+        sections.append(Section("Cells without a result", (Table(("Cell", "Stage", "Reason"), failures),)))
+    return tuple(sections)
 
 
 def _title(part: str, category: str) -> str:
@@ -106,21 +123,20 @@ def _title(part: str, category: str) -> str:
     return f"{category or 'Over all categories'}, {images}"
 
 
-def _result_tables(summaries: Sequence[Summary], about: About) -> tuple[Table, ...]:
-    rates = ((FALSE_ALARMS, "False alarms"), (DETECTIONS, "Found"))
-    names = [*(METRICS[key].title for key in SHOWN), *(words for _, words in rates)]
+def _result_tables(summaries: Sequence[Summary], about: About) -> list[Table]:
     values = tuple(
         (
             one.label + (f" ({one.missing} cells missing)" if one.missing else ""),
-            *(_spread(one.metrics[key]) for key in (*SHOWN, *(key for key, _ in rates))),
+            *(_spread(one.metrics[key]) for key in SHOWN),
         )
         for one in summaries
     )
-    tables = [Table(("Row", *names), values, "False alarms and Found: shares of good and defective images flagged.")]
+    note = "False alarms and Found: shares of good and defective images flagged."
+    tables = [Table(("Row", *SHOWN.values()), values, note)]
     differences = tuple(
         (
             one.label,
-            METRICS[key].title,
+            SHOWN[key],
             _signed(found.value),
             "n/a" if found.interval is None else f"{_signed(found.interval.low)} to {_signed(found.interval.high)}",
             _probability(found.test.t),
@@ -142,15 +158,14 @@ def _result_tables(summaries: Sequence[Summary], about: About) -> tuple[Table, .
             for one in summaries
         )
         tables.append(Table(("Image AUROC by defect", *defects), shares))
-    return tuple(tables)
+    return tables
 
 
 def power_note(tests: Sequence[PairedTest]) -> str:
     """Say so where there are too few pairs for any result to be significant."""
-    weak = [test for test in tests if not test.can_be_significant]
-    if not weak:
+    fewest = min(tests, key=lambda test: test.n)
+    if fewest.can_be_significant:
         return ""
-    fewest = min(weak, key=lambda test: test.n)
     if fewest.n < 2:
         return "With fewer than 2 pairs of (category, seed) there is no test; run more seeds or categories."
     return (
@@ -178,47 +193,13 @@ def _cost_table(rows: Sequence[Row]) -> Table:
         "Mean seconds of a stage over seeds (process start included) and its highest resident memory in MiB; a stage "
         "that rows share counts in full in each, so a row's sum is what it would cost alone. "
         f"Device: {devices or 'none'}; threads: {threads or 'none'}."
-        + (
-            f" {resumed} of these stages went on from a checkpoint: their seconds lack what was done before."
-            * (resumed > 0)
-        )
+        + (" A stage went on from a checkpoint; its seconds lack what was done before." if resumed else "")
     )
     return Table(("Row", *stages, "sum"), tuple(found), note)
 
 
 def _cost(seconds: Sequence[float], megabytes: Sequence[float]) -> str:
     return f"{spread(seconds).mean:.1f} s, {max(megabytes):.0f} MB" if seconds else ""
-
-
-def _failure_table(rows: Sequence[Row]) -> Table:
-    failed = tuple(
-        (
-            f"{row.cell.category}: {row.cell.label}, seed {row.cell.seed}, {row.cell.part}",
-            row.failed_stage or "not run",
-            row.failure,
-        )
-        for row in rows
-        if not row.is_done
-    )
-    return Table(("Cell", "Stage", "Reason"), failed)
-
-
-def _markdown(sections: Sequence[Section], lines: Sequence[str], about: About) -> str:
-    text = ["# Study", "", "```", about.command, "```", ""]
-    for line in lines:
-        text += [line, ""]
-    for section in sections:
-        text += [f"## {section.title}", ""]
-        if section.picture is not None:
-            text += [f"![{section.title}]({section.picture[2]})", ""]
-        for table in section.tables:
-            text += [_markdown_row(table.header), _markdown_row(["---"] * len(table.header))]
-            text += [*map(_markdown_row, table.rows), "", *([table.note, ""] if table.note else [])]
-    return "\n".join(text).rstrip() + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _spread(value: Spread) -> str:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +16,7 @@ from flawsmith.errors import UserError
 from flawsmith.synthesis.generate import Candidate, Defect
 from flawsmith.synthesis.masks import MaskDraw
 from flawsmith_lab.bench.measure import MatmulSpeed, Target, bench_settings, count_flops, first_category
-from flawsmith_lab.bench.synthesis import extrapolate, in_whole_image, main
-
-
-@given(st.floats(0, 100), st.floats(0, 1000))
-def test_a_whole_is_extrapolated_from_two_of_its_parts(fixed: float, rest: float) -> None:
-    parts = (0.1, 0.3)
-    assert extrapolate(parts, [fixed + part * rest for part in parts]) == pytest.approx(fixed + rest)
-
-
-def test_noise_in_the_parts_never_makes_the_whole_cheaper_than_a_part() -> None:
-    assert extrapolate((0.1, 0.3), (5.0, 4.0)) == 4.0
+from flawsmith_lab.bench.synthesis import in_whole_image, main
 
 
 @given(st.integers(1, 4), st.integers(1, 3))
@@ -89,15 +78,10 @@ def test_without_a_name_the_first_category_of_the_folder_is_measured(tmp_path: P
     assert first_category(None, "other") == "other"
 
 
-def measured(params: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    main(["--params", str(params), "--steps", "2", "--chunks", "1", "--compared", "1", *options])
-    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return found
-
-
 def test_the_command_measures_and_ends_with_json(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(params, capsys, "--no-run")
-    assert (found["image_size"], found["run_seconds"]) == (64, {})
+    main(["--params", str(params), "--steps", "2", "--chunks", "1", "--compared", "1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["image_size"] == 64
     assert found["triplets_per_second"] > 0
     assert found["ddpm"]["step_gflop"] > 0
     local = found["local_against_whole"]
@@ -107,10 +91,3 @@ def test_the_command_measures_and_ends_with_json(params: Path, capsys: pytest.Ca
     for target in found["targets"].values():
         assert target["met"] == (target["value"] >= target["target"])
     assert not (params.parent / "artifacts").exists()  # the project is only read
-
-
-@pytest.mark.slow
-def test_a_whole_run_is_estimated(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(params, capsys)
-    assert set(found["run_seconds"]) == {"ddpm-train", "synthesize", "validate", "distill", "evaluate", "export"}
-    assert 0 < found["synthesis_share"] < 1
