@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flawsmith.connection import check_store, tracking_uri
 from flawsmith.dvc import content_digest
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
@@ -20,11 +21,9 @@ from flawsmith.settings import Settings, load_settings
 from flawsmith.tracking import (
     FLUSH_SECONDS,
     RunFinder,
-    check_store,
     current_actor,
     current_flow_run,
     stage_run,
-    tracking_uri,
 )
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -104,31 +103,6 @@ def test_a_run_holds_params_metrics_figures_and_the_digest_of_its_output(layout:
     assert run_info.data.tags["flawsmith.provider"] == "cpu"
     assert run_info.data.tags["flawsmith.output"] == content_digest(output)
     assert len(list((layout.root / "mlruns" / "tile").rglob("figure.png"))) == 1  # beside the default store
-
-
-def test_git_revision_is_recorded_and_changes_are_told_from_outputs(layout: Layout) -> None:
-    def git(*arguments: str) -> str:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@example.com")
-        done = subprocess.run(
-            ["git", *identity, *arguments], cwd=layout.root, check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    git("init", "-q")
-    write(layout.root / "code.py", "1")
-    write(layout.root / "dvc.lock", "1")
-    git("add", "code.py", "dvc.lock")
-    git("commit", "-qm", "start")
-    write(layout.root / "dvc.lock", "2")
-    with stage_run(layout, "one", {}):
-        pass
-    write(layout.root / "code.py", "2")
-    with stage_run(layout, "two", {}):
-        pass
-    tags = {run.data.tags["flawsmith.stage"]: run.data.tags for run in runs_of(layout)}
-    assert tags["one"]["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
-    assert tags["one"]["flawsmith.git_dirty"] == "false"
-    assert tags["two"]["flawsmith.git_dirty"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -248,11 +222,6 @@ def test_an_empty_name_of_an_actor_counts_as_none(monkeypatch: pytest.MonkeyPatc
     assert current_actor() == f"ada@{socket.gethostname()}"
 
 
-def test_checking_a_store_creates_none(tmp_path: Path) -> None:
-    assert check_store(tmp_path).startswith("sqlite:///")
-    assert not (tmp_path / "mlflow.db").exists()
-
-
 def switched_off(settings: Settings) -> Settings:
     return replace(settings, tracking=replace(settings.tracking, mode="off"))
 
@@ -280,26 +249,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.mark.parametrize("scheme", ["http", "postgresql"])
-def test_a_dead_port_is_a_quick_and_clear_error(layout: Layout, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
-    uri = f"{scheme}://user:secret@127.0.0.1:{free_port()}/x"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"tracking\.mode: off") as caught, stage_run(layout, "distill", {}):
-        pytest.fail("the stage must not start")
-    assert time.monotonic() - start < 10
-    assert uri.replace("secret", "***") in str(caught.value)
-    assert "secret" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot be used"):
-        check_store(layout.root)
-
-
-def test_a_file_store_is_refused(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (layout.root / "mlruns").as_uri())
-    with pytest.raises(UserError, match="cannot be used"), stage_run(layout, "distill", {}):
-        pass
 
 
 @pytest.fixture(scope="module")

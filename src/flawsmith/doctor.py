@@ -311,7 +311,7 @@ def _probe_folder(name: str, folder: Path) -> Check:
 def _probe_tracking(settings: Settings, root: Path) -> Check:
     if settings.tracking.mode == "off":
         return Check("tracking", "ok", "off: nothing is recorded")
-    from flawsmith.tracking import check_store
+    from flawsmith.connection import check_store
 
     try:
         return Check("tracking", "ok", check_store(root))

@@ -6,9 +6,7 @@ DVC is run as its command, as a person would run it, so that what a flow does ca
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +19,7 @@ import yaml
 
 from flawsmith.errors import DISK_FULL, FlawsmithError, QualityGateError, UserError
 from flawsmith.files import digest_file, digest_json, read_json
+from flawsmith.git import run_git
 from flawsmith.processes import Finished, stream
 from flawsmith.settings import Settings
 
@@ -43,7 +42,6 @@ ADVICE = re.compile(
 STORE_DOWN = "The MLflow tracking store"  # how flawsmith.tracking begins the sentence about a store out of reach
 UNEXPECTED = "flawsmith: unexpected "
 FIRST_SIGNAL = 128  # a shell's exit status for a command killed by signal N is 128 + N
-GIT_SECONDS = 120
 
 
 class InfrastructureError(FlawsmithError):
@@ -372,50 +370,28 @@ def publish(root: Path, category: str, data_root: str, branch: str, message: str
         InfrastructureError: the push failed.
     """
     reference = f"refs/heads/{branch}"
-    head = _git(root, "rev-parse", "HEAD")
-    if _git(root, "symbolic-ref", "--quiet", "HEAD", fails=True) == reference:
+    head = run_git(root, "rev-parse", "HEAD")
+    if run_git(root, "symbolic-ref", "--quiet", "HEAD", fails=True) == reference:
         raise UserError(f"Branch `{branch}` is checked out here, so it cannot be published to; name another one.")
-    tip = _git(root, "rev-parse", "--quiet", "--verify", f"{reference}^{{commit}}", fails=True)
+    tip = run_git(root, "rev-parse", "--quiet", "--verify", f"{reference}^{{commit}}", fails=True)
     candidates = [Path("dvc.lock"), Path(data_root, f"{category}.dvc"), *small_outputs(root, category)]
     paths = [str(path) for path in candidates if (root / path).is_file()]
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-        _git(root, "read-tree", head, environment=index)
-        _git(root, "update-index", "--add", "--", *paths, environment=index)
-        tree = _git(root, "write-tree", environment=index)
-    if tip and tree == _git(root, "rev-parse", f"{tip}^{{tree}}"):
+        run_git(root, "read-tree", head, environment=index)
+        run_git(root, "update-index", "--add", "--", *paths, environment=index)
+        tree = run_git(root, "write-tree", environment=index)
+    if tip and tree == run_git(root, "rev-parse", f"{tip}^{{tree}}"):
         return None
     parents = [tip] if tip else []
-    if not tip or _git(root, "merge-base", head, tip, fails=True) != head:
+    if not tip or run_git(root, "merge-base", head, tip, fails=True) != head:
         parents.append(head)
     options = [text for parent in parents for text in ("-p", parent)]
-    commit = _git(root, "commit-tree", tree, *options, "-m", message)
-    _git(root, "update-ref", "-m", message, reference, commit, tip)  # an empty old value: must not exist yet
-    if _git(root, "remote", "get-url", "origin", fails=True):
+    commit = run_git(root, "commit-tree", tree, *options, "-m", message)
+    run_git(root, "update-ref", "-m", message, reference, commit, tip)  # an empty old value: must not exist yet
+    if run_git(root, "remote", "get-url", "origin", fails=True):
         try:
-            _git(root, "push", "--quiet", "origin", f"{reference}:{reference}")
+            run_git(root, "push", "--quiet", "origin", f"{reference}:{reference}")
         except UserError as error:
             raise InfrastructureError(f"Branch `{branch}` could not be pushed to origin: {error}") from error
     return commit
-
-
-def _git(root: Path, *arguments: str, fails: bool = False, environment: Mapping[str, str] | None = None) -> str:
-    """What git prints; with `fails`, an empty text instead of an error."""
-    who = {"NAME": "flawsmith", "EMAIL": "flawsmith@localhost"}
-    values = {
-        **os.environ,
-        **{f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in who.items()},
-        "GIT_TERMINAL_PROMPT": "0",
-        **(environment or {}),
-    }
-    try:
-        finished = subprocess.run(
-            ["git", *arguments], cwd=root, env=values, capture_output=True, text=True, timeout=GIT_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"`git {arguments[0]}` cannot be run in {root}: {error}.") from error
-    if finished.returncode == 0:
-        return finished.stdout.strip()
-    if fails:
-        return ""
-    raise UserError(f"`git {arguments[0]}` failed in {root}: {' '.join(finished.stderr.split())}")

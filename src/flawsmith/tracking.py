@@ -1,4 +1,4 @@
-"""Stage runs in MLflow: the one module that meets MLflow's tracking.
+"""Stage runs in MLflow: recorded while a stage runs, and found again by what it left.
 
     with stage_run(layout, "distill", params) as run:
         run.log_metrics({"loss": loss}, step)
@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +22,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from flawsmith import dvc
+from flawsmith.connection import (
+    connect,
+    local_uri,
+    short_reason,
+    sqlite_file,
+    store_errors,
+    tracking_uri,
+    without_password,
+)
 from flawsmith.errors import UserError
+from flawsmith.git import git_state
 from flawsmith.layout import Layout
 from flawsmith.processes import is_main_process
 from flawsmith.sequences import batched
@@ -42,10 +50,8 @@ REVISION = "mlflow.source.git.commit"  # MLflow's own key: its UI shows it as th
 # set by an orchestrator for the stages it starts: the id of its run, and in words who acts
 FLOW_RUN_VARIABLE, ACTOR_VARIABLE = "FLAWSMITH_FLOW_RUN", "FLAWSMITH_ACTOR"
 
-PROBE_SECONDS = 4.0
 FLUSH_SECONDS = 10.0  # a long stage can be watched while it runs
 MAX_TAG, MAX_PARAM, MAX_PARAMS_A_BATCH, MAX_METRICS_A_BATCH = 8000, 6000, 100, 1000  # MLflow's limits
-DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class StageRun:
@@ -189,7 +195,7 @@ class _MlflowRun(StageRun):
         try:
             yield
         except (MlflowException, OSError) as error:
-            logger.warning("%s of stage %s not recorded: %s", what, self._stage, _reason(error, self._uri))
+            logger.warning("%s of stage %s not recorded: %s", what, self._stage, short_reason(error, self._uri))
 
 
 @dataclass(frozen=True)
@@ -214,8 +220,8 @@ class RunFinder:
     def __init__(self, root: Path, settings: Settings) -> None:
         self._prefix = settings.tracking.experiment_prefix
         self._clients: dict[str, Any] = {}  # by what is told of the store
-        for uri in dict.fromkeys((tracking_uri(root), _local_uri(root))):
-            database = _sqlite_file(uri)
+        for uri in dict.fromkeys((tracking_uri(root), local_uri(root))):
+            database = sqlite_file(uri)
             if settings.tracking.mode == "off" or (database and not database.is_file()):
                 continue
             try:
@@ -270,19 +276,6 @@ def _record(run: Any, store: str) -> Run:
     )
 
 
-def tracking_uri(root: Path) -> str:
-    """Where runs are recorded: MLFLOW_TRACKING_URI if set, else `mlflow.db` in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _local_uri(root)
-
-
-def _local_uri(root: Path) -> str:
-    return f"sqlite:///{(root / 'mlflow.db').resolve().as_posix()}"
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
 def current_flow_run() -> str:
     """The id of the orchestrator's run that this process belongs to, "" if none."""
     return os.environ.get(FLOW_RUN_VARIABLE, "")
@@ -297,92 +290,6 @@ def current_actor() -> str:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (OSError, KeyError):  # a container's user without a name
         return f"uid {os.getuid()}@{socket.gethostname()}"
-
-
-def check_store(root: Path) -> str:
-    """The tracking URI (without its password), if the store answers within seconds; a SQLite file is not created.
-
-    Raises:
-        UserError: it does not answer.
-    """
-    uri = tracking_uri(root)
-    database = _sqlite_file(uri)
-    if database is None or database.is_file():
-        connect(uri)
-    elif not os.access(database.parent, os.W_OK):
-        raise UserError(f"{database} cannot be created; make its folder writable or set MLFLOW_TRACKING_URI.")
-    return without_password(uri)
-
-
-def connect(uri: str) -> Any:
-    """An MLflow client whose store has answered once, within seconds.
-
-    Raises:
-        UserError: it does not answer, or MLflow is not installed.
-    """
-    for key, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's own 7 take minutes
-    }.items():
-        os.environ.setdefault(key, value)
-    parts = urlsplit(uri)
-    port = DATABASE_PORTS.get(parts.scheme.partition("+")[0])
-    try:
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
-    except ImportError as error:
-        raise UserError(
-            f"MLflow cannot be imported ({error}); `pip install 'flawsmith[pipeline]'`, or set `tracking.mode: off`."
-        ) from error
-    try:
-        if port and parts.hostname:  # SQLAlchemy's store would try a dead one for minutes
-            socket.create_connection((parts.hostname, parts.port or port), timeout=PROBE_SECONDS).close()
-        if database := _sqlite_file(uri):
-            database.parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
-    except (MlflowException, OSError, ImportError) as error:
-        raise _unreachable(uri, error) from error
-    return client
-
-
-@contextmanager
-def store_errors(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into one sentence that names the store and the remedy.
-
-    Raises:
-        UserError: in their place.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        raise _unreachable(uri, error) from error
-
-
-def _unreachable(uri: str, error: BaseException) -> UserError:
-    return UserError(
-        f"The MLflow tracking store {without_password(uri)} cannot be used ({_reason(error, uri)}); start the server, "
-        "correct MLFLOW_TRACKING_URI, or set `tracking.mode: off` in params.yaml."
-    )
-
-
-def _reason(error: BaseException, uri: str) -> str:
-    """The innermost cause in one line; MLflow wraps it in several, some of which repeat the URI with its password."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace(uri, without_password(uri))[:300]
-
-
-def without_password(uri: str) -> str:
-    """The URI as it may be shown."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def _experiment(client: Any, uri: str, layout: Layout) -> str:
@@ -434,30 +341,3 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _clean(name: str) -> str:
     """A name MLflow accepts: letters, digits and `_ - . : /` and spaces."""
     return re.sub(r"[^\w.\- :/]", "_", name)[:250]
-
-
-def git_state(root: Path) -> tuple[str, bool]:
-    """The checked-out revision ("unknown" without one), and whether tracked files differ from it.
-
-    dvc.lock and artifacts/ are left out: `dvc repro` itself rewrites them between stages.
-    """
-    try:
-        revision = _git(root, "rev-parse", "HEAD").strip()
-        excluded = (":(exclude)dvc.lock", ":(exclude)artifacts")
-        return revision, bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded).strip())
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or no commit yet
-        return "unknown", False
-
-
-def has_revision(root: Path, revision: str) -> bool:
-    """Whether the repository at `root` holds this commit."""
-    try:
-        _git(root, "cat-file", "-e", f"{revision}^{{commit}}")
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout

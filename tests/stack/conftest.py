@@ -189,7 +189,7 @@ def bare(make_checkout: Callable[..., Any]) -> Bare:
     """As after `make repro` in a fresh clone: no server, the runs are in the project's own store."""
     checkout = make_checkout("bare", categories=SURFACES)
     # a new store costs seconds, once in a project's life
-    checkout.run("python", "-c", "from flawsmith.tracking import connect; connect('sqlite:///mlflow.db')")
+    checkout.run("python", "-c", "from flawsmith.connection import connect; connect('sqlite:///mlflow.db')")
     begun = time.monotonic()
     checkout.run("dvc", "repro", f"export@{SURFACES[0]}")
     seconds = time.monotonic() - begun

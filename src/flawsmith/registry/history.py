@@ -7,13 +7,13 @@ from typing import Any
 
 from flawsmith.errors import UserError
 from flawsmith.files import read_json
+from flawsmith.git import has_revision
 from flawsmith.layout import Layout
 from flawsmith.lineage import SHOWN
 from flawsmith.registry.evidence import lineage_objections
 from flawsmith.registry.ledger import Trail
 from flawsmith.registry.package import DRAWN_LINEAGE, LINEAGE
 from flawsmith.registry.store import ALIAS, PREFIX, Registry, Version
-from flawsmith.tracking import has_revision
 
 
 def history(layout: Layout) -> dict[str, Any]:

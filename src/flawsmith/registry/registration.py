@@ -11,6 +11,7 @@ from flawsmith import __version__
 from flawsmith.dvc import lock_digest
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file, read_json
+from flawsmith.git import git_state
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.lineage import Lineage, read_lineage
@@ -18,7 +19,7 @@ from flawsmith.registry import package
 from flawsmith.registry.evidence import ddpm_standing, parity_objections
 from flawsmith.registry.store import CONTENT, CONTENT_DIGEST, LINEAGE_TAG, MAX_TAG, PREFIX, Version, open_registry
 from flawsmith.settings import section_values
-from flawsmith.tracking import current_actor, current_flow_run, git_state, stage_run
+from flawsmith.tracking import current_actor, current_flow_run, stage_run
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flawsmith.connection import connect, store_errors, tracking_uri, without_password
 from flawsmith.errors import UserError
 from flawsmith.layout import Layout
 from flawsmith.registry.ledger import Entry, Trail, replay
-from flawsmith.tracking import connect, store_errors, tracking_uri, without_password
 
 ALIAS = "champion"
 PREFIX = "flawsmith"  # of every registered model; also of the tags

@@ -22,8 +22,8 @@ from typing import Any
 
 from flawsmith.errors import FlawsmithError
 from flawsmith.files import digest_path, write_json
+from flawsmith.git import git_state
 from flawsmith.progress import Bar, bar
-from flawsmith.tracking import git_state
 from flawsmith_lab.bench.latency_worker import peak_mb
 from flawsmith_lab.study.plan import KNN, Cell, Plan, Request, StageRun, build_plan, code_digest
 
