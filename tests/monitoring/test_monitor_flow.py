@@ -99,6 +99,7 @@ def test_drift_is_published_and_emits_the_event(client: SyncPrefectClient, start
     assert Path("artifacts/plate/monitor/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_without_drift_there_is_no_event(client: SyncPrefectClient, start: Start, shoot: Shoot) -> None:
     shoot("new", 25)
     state = start("new")

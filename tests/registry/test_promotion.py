@@ -572,33 +572,19 @@ def test_what_ran_before_the_servers_were_there_becomes_champion(early: Plant) -
     assert "no run recorded here" in render_lineage(chain)
 
 
-def test_a_file_changed_by_hand_is_named_and_refused_until_it_is_as_it_was(early: Plant) -> None:
+def test_a_model_behind_which_a_file_was_changed_is_refused_until_it_is_as_it_was(early: Plant) -> None:
     layout = early.layout
     verdict = layout.stage("validate") / "verdict.json"
-    for path in (
-        verdict,
-        layout.stage("evaluate") / "metrics.json",
-        layout.stage("export") / "model.onnx",
-        next((layout.stage("synthesize") / "mask").iterdir()),
-        next((layout.root / "data" / "plate" / "train" / "good").iterdir()),
-    ):
-        content = path.read_bytes()
-        path.unlink()  # DVC links its cache, or shares blocks with it
-        path.write_bytes(content + b" ")
-        chain = read_lineage(layout.root, layout.settings, layout.stage("export") / "model.onnx")
-        named = [name for name, _ in chain.changed]
-        assert not chain.complete
-        assert any(path.relative_to(layout.root).is_relative_to(name) for name in named), (path, named)
-        if path == verdict:
-            register(layout)
-            done = promote(layout)
-            assert done.outcome == "refused"
-            assert "validate/verdict.json is not what dvc.lock says of `validate@plate`" in done.reason
-            assert "run `dvc repro export@plate` and register again" in done.reason
-        path.write_bytes(content)
-    (layout.root / "code.py").write_text("code = 2\n")  # newer code makes no origin untrue
-    again = register(layout)
-    assert again.created
+    content = verdict.read_bytes()
+    verdict.unlink()  # DVC links its cache, or shares blocks with it
+    verdict.write_bytes(content + b" ")
+    register(layout)
+    done = promote(layout)
+    assert done.outcome == "refused"
+    assert "validate/verdict.json is not what dvc.lock says of `validate@plate`" in done.reason
+    assert "run `dvc repro export@plate` and register again" in done.reason
+    verdict.write_bytes(content)
+    assert register(layout).created
     assert promote(layout).outcome == "promoted"
 
 

@@ -194,68 +194,27 @@ def base64_text(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def test_a_posted_image_gets_score_verdict_and_map(server: Server, registered: Registered, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_mlflows_server_answers_as_predict_does(server: Server, registered: Registered, tmp_path: Path) -> None:
+    """Beside `test_in_this_process`: over HTTP, in base64, by a process without torch."""
     answer = server.post({"dataframe_records": [{"image": base64_text(DEFECTIVE)}, {"image": base64_text(GOOD)}]})
     assert answer.status == 200
-    defective, good = answer.body["predictions"]
-    assert defective == registered.expected(DEFECTIVE, tmp_path)  # the map too, to the last bit
-    assert good == registered.expected(GOOD, tmp_path)
-    assert (defective["verdict"], good["verdict"]) == ("defective", "good")
-    assert defective["score"] > defective["threshold"] == 0.5 > good["score"]
-    (region,) = defective["regions"]
-    assert abs(region["x"] - 30) <= 2
-    assert abs(region["y"] - 10) <= 2
-    assert np.shape(defective["anomaly_map"]) == (SIZE, SIZE)
-    assert good["regions"] == []
-
-
-def test_the_map_as_a_picture_or_not_at_all(server: Server, registered: Registered, tmp_path: Path) -> None:
+    expected = [registered.expected(content, tmp_path) for content in (DEFECTIVE, GOOD)]
+    assert answer.body["predictions"] == expected  # the map too, to the last bit
     rows = {"columns": ["image"], "data": [[base64_text(DEFECTIVE)]]}
-    expected = registered.expected(DEFECTIVE, tmp_path)
-    answer = server.post({"dataframe_split": rows, "params": {"map": "png"}})
-    (prediction,) = answer.body["predictions"]
-    coded = prediction.pop("anomaly_map")
-    with Image.open(io.BytesIO(base64.b64decode(coded["png"]))) as picture:
-        levels = np.asarray(picture, np.float64)
-    values = coded["low"] + levels / 65535 * (coded["high"] - coded["low"])
-    assert np.abs(values - expected["anomaly_map"]).max() <= (coded["high"] - coded["low"]) / 65535
-    assert prediction == {key: value for key, value in expected.items() if key != "anomaly_map"}
+    del expected[0]["anomaly_map"]
     answer = server.post({"dataframe_split": rows, "params": {"map": "none"}})
-    assert answer.body == {"predictions": [prediction]}
-
-
-@pytest.mark.parametrize(
-    ("request_body", "said"),
-    [
-        (
-            {"dataframe_records": [{"image": base64_text(GOOD)}, {"image": base64_text(GOOD[:200])}]},
-            "The image of row 1 cannot be read as an image",
-        ),
-        ({"dataframe_records": [{"image": base64_text(b"no picture")}]}, "The image of row 0 cannot be read"),
-        ({"dataframe_records": [{"image": ""}]}, "The image of row 0 cannot be read"),
-        (
-            {"dataframe_records": [{"image": base64_text(encoded(np.zeros((101, 100), np.uint8)))}]},
-            "The image of row 0 has 100 x 101 pixels, over the limit of 0.01 megapixels",
-        ),
+    assert answer.body == {"predictions": expected[:1]}
+    for body, said in (
+        ({"dataframe_records": [{"image": base64_text(GOOD[:200])}]}, "The image of row 0 cannot be read as an image"),
         ({"dataframe_records": [{"picture": base64_text(GOOD)}]}, "image"),
         ({"dataframe_records": [{"image": 7}]}, "image"),
-        (
-            {"dataframe_records": [{"image": base64_text(GOOD)}], "params": {"map": "tiff"}},
-            "`map` is 'tiff'; it must be one of array, png, none.",
-        ),
         ({"pictures": []}, "dataframe_records"),
-    ],
-)
-def test_what_cannot_be_scored_is_refused(server: Server, request_body: Any, said: str) -> None:
-    answer = server.post(request_body)
-    assert answer.status == 400, answer
-    assert said in answer.body["message"]
-    assert "Traceback" not in json.dumps(answer.body)
-    good = server.post({"dataframe_records": [{"image": base64_text(GOOD)}], "params": {"map": "none"}})
-    assert good.status == 200  # and the next one is served
-
-
-def test_the_serving_process_has_no_torch(server: Server) -> None:
+    ):
+        answer = server.post(body)
+        assert answer.status == 400, answer
+        assert said in answer.body["message"]
+        assert "Traceback" not in json.dumps(answer.body)
     maps = Path(f"/proc/{server.process}/maps").read_text()
     assert "onnxruntime" in maps  # it is the process that scores
     assert "libtorch" not in maps
@@ -273,14 +232,51 @@ def test_a_fresh_process_runs_the_code_inside_the_version(registered: Registered
 
 
 def test_in_this_process(loaded: Any, registered: Registered, tmp_path: Path) -> None:
-    rows = pd.DataFrame({"image": [DEFECTIVE, encoded(plate(), "TIFF")]})
-    first, second = loaded.predict(rows)
+    rows = pd.DataFrame({"image": [DEFECTIVE, encoded(plate(), "TIFF"), GOOD]})
+    first, second, good = loaded.predict(rows)
     assert first == second == registered.expected(DEFECTIVE, tmp_path)
+    assert (first["verdict"], good["verdict"], good["regions"]) == ("defective", "good", [])
+    assert first["score"] > first["threshold"] == 0.5 > good["score"]
+    (region,) = first["regions"]
+    assert abs(region["x"] - 30) <= 2
+    assert abs(region["y"] - 10) <= 2
+    assert np.shape(first["anomaly_map"]) == (SIZE, SIZE)
     sixteen = encoded(np.full((8, 8), 40_000, np.uint16))
     (answer,) = loaded.predict(pd.DataFrame({"image": [sixteen]}), params={"map": "none"})
     assert answer["score"] == pytest.approx(round(40_000 / 257) / 255, rel=1e-6)  # on the levels of 8 bits
-    with pytest.raises(mlflow.MlflowException, match="The image of row 0 is NoneType, not the bytes of an image file"):
-        loaded.predict(pd.DataFrame({"image": [None]}))
+
+
+def test_the_map_as_a_picture(loaded: Any, registered: Registered, tmp_path: Path) -> None:
+    expected = registered.expected(DEFECTIVE, tmp_path)
+    (prediction,) = loaded.predict(pd.DataFrame({"image": [DEFECTIVE]}), params={"map": "png"})
+    coded = prediction.pop("anomaly_map")
+    with Image.open(io.BytesIO(base64.b64decode(coded["png"]))) as picture:
+        levels = np.asarray(picture, np.float64)
+    values = coded["low"] + levels / 65535 * (coded["high"] - coded["low"])
+    assert np.abs(values - expected["anomaly_map"]).max() <= (coded["high"] - coded["low"]) / 65535
+    assert prediction == {key: value for key, value in expected.items() if key != "anomaly_map"}
+
+
+@pytest.mark.parametrize(
+    ("images", "kind", "said"),
+    [
+        ([GOOD, GOOD[:200]], "none", "The image of row 1 cannot be read as an image"),
+        ([b"no picture"], "none", "The image of row 0 cannot be read"),
+        ([b""], "none", "The image of row 0 cannot be read"),
+        ([None], "none", "The image of row 0 is NoneType, not the bytes of an image file"),
+        (
+            [encoded(np.zeros((101, 100), np.uint8))],
+            "none",
+            "The image of row 0 has 100 x 101 pixels, over the limit of 0.01 megapixels",
+        ),
+        ([GOOD], "tiff", "`map` is 'tiff'; it must be one of array, png, none."),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(loaded: Any, images: list[Any], kind: str, said: str) -> None:
+    with pytest.raises(mlflow.MlflowException) as error:
+        loaded.predict(pd.DataFrame({"image": images}), params={"map": kind})
+    assert said in str(error.value)
+    assert error.value.get_http_status_code() == 400
 
 
 def test_a_model_that_answers_with_nan_is_not_the_clients_fault(
@@ -308,28 +304,23 @@ def test_no_pickle_inside_the_version(registered: Registered) -> None:
     assert not [path for path in files if path.read_bytes()[:2] in (b"\x80\x03", b"\x80\x04", b"\x80\x05")]
 
 
-@pytest.mark.parametrize("uri", [f"models:/{NAME}/1", URI])
 @pytest.mark.parametrize(
     ("name", "file", "content"),
     [
         ("docs", "index.html", "quality/docs/index.html"),
-        ("other", "index.html", "other/docs/index.html"),
         ("other/index.html", "", "other/docs/index.html"),
         ("report", "", "report.html"),
+        ("model", "", "model.onnx"),
     ],
 )
 def test_one_artifact_is_fetched_alone(
-    registered: Registered, tmp_path: Path, uri: str, name: str, file: str, content: str
+    registered: Registered, tmp_path: Path, name: str, file: str, content: str
 ) -> None:
-    fetched = fetch_artifact(uri, name, tmp_path)
-    assert (fetched / file).read_text() == content
+    fetched = fetch_artifact(URI, name, tmp_path)
+    assert (fetched / file).read_bytes() == (registered.folder / content).read_bytes()
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == 1
-
-
-def test_an_artifact_that_is_not_there(registered: Registered, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no artifact `parity` \(it holds docs, model, other, report\)"):
         fetch_artifact(URI, "parity", tmp_path)
-    assert fetch_artifact(URI, "model", tmp_path).read_bytes() == registered.onnx.read_bytes()
 
 
 def test_a_model_inside_a_folder_is_not_stored_twice(registered: Registered, tmp_path: Path) -> None:
