@@ -26,10 +26,19 @@ METADATA = ModelMetadata(
 )
 
 
-def write_toy(path: Path, gain: float = 1.0, weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3), **metadata: Any) -> Path:
+def write_toy(
+    path: Path,
+    gain: float = 1.0,
+    weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
+    batch: str | int = "batch",
+    image_name: str = "image",
+    properties: dict[str, str] | None = None,
+    **metadata: Any,
+) -> Path:
     """A model whose map is `gain` times the weighted sum of the channels, its score `gain` times the sum's largest.
 
-    With a gain of -1 every answer is that of a gain of 1, negated. Keywords change the metadata, input size included.
+    With a gain of -1 every answer is that of a gain of 1, negated. Keywords change the metadata, input size included;
+    `properties` replace them.
     """
     chosen = replace(METADATA, **metadata)
     size = chosen.input_size
@@ -41,21 +50,21 @@ def write_toy(path: Path, gain: float = 1.0, weights: Sequence[float] = (1 / 3, 
     }
     graph = helper.make_graph(
         [
-            helper.make_node("Mul", ["image", "weights"], ["weighted"]),
+            helper.make_node("Mul", [image_name, "weights"], ["weighted"]),
             helper.make_node("ReduceSum", ["weighted", "channel"], ["level"], keepdims=1),
             helper.make_node("Mul", ["level", "gain"], ["anomaly_map"]),
             helper.make_node("ReduceMax", ["level", "all"], ["top"], keepdims=0),
             helper.make_node("Mul", ["top", "gain"], ["score"]),
         ],
         "toy",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [helper.make_tensor_value_info(image_name, TensorProto.FLOAT, [batch, 3, size, size])],
         [
-            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, ["batch", 1, size, size]),
-            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
+            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, [batch, 1, size, size]),
+            helper.make_tensor_value_info("score", TensorProto.FLOAT, [batch]),
         ],
         initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, chosen.to_properties())
+    helper.set_model_props(model, chosen.to_properties() if properties is None else properties)
     onnx.save(model, path)
     return path

@@ -1,35 +1,16 @@
-"""A model whose answers are known: the map is the image's brightness, the score its largest value."""
+"""A model whose map is the image's brightness and whose score the map's largest value; the command in this process."""
 
+import logging
+import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from subprocess import CompletedProcess
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from toy_onnx import METADATA, SIZE
+from toy_onnx import METADATA, write_toy
 
+from flawsmith import cli
 from flawsmith.inference.metadata import ModelMetadata
-
-
-def brightness_model(batch: str | int = "batch", image_name: str = "image") -> onnx.ModelProto:
-    axes = [numpy_helper.from_array(np.array(value), name) for name, value in (("channel", [1]), ("all", [1, 2, 3]))]
-    graph = helper.make_graph(
-        [
-            helper.make_node("ReduceMean", [image_name, "channel"], ["anomaly_map"], keepdims=1),
-            helper.make_node("ReduceMax", ["anomaly_map", "all"], ["score"], keepdims=0),
-        ],
-        "brightness",
-        [helper.make_tensor_value_info(image_name, TensorProto.FLOAT, [batch, 3, SIZE, SIZE])],
-        [
-            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, [batch, 1, SIZE, SIZE]),
-            helper.make_tensor_value_info("score", TensorProto.FLOAT, [batch]),
-        ],
-        initializer=axes,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 @pytest.fixture(scope="session")
@@ -39,21 +20,26 @@ def metadata() -> ModelMetadata:
 
 @pytest.fixture
 def write_model(tmp_path: Path) -> Callable[..., Path]:
-    """Write a brightness model; keywords change its metadata, `properties` replaces all of it."""
-
-    def write(
-        properties: dict[str, str] | None = None, batch: str | int = "batch", image_name: str = "image", **changes: Any
-    ) -> Path:
-        model = brightness_model(batch, image_name)
-        chosen = replace(METADATA, **changes).to_properties() if properties is None else properties
-        helper.set_model_props(model, chosen)
-        path = tmp_path / "model.onnx"
-        path.write_bytes(model.SerializeToString())
-        return path
-
-    return write
+    """Write a model; keywords as `write_toy`'s."""
+    return lambda **changes: write_toy(tmp_path / "model.onnx", **changes)
 
 
 @pytest.fixture
 def model(write_model: Callable[..., Path]) -> Path:
     return write_model()
+
+
+@pytest.fixture
+def predict(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., "CompletedProcess[str]"]:
+    """Call `flawsmith predict ...` in this process."""
+
+    def call(*arguments: object) -> "CompletedProcess[str]":
+        monkeypatch.setattr(sys, "argv", ["flawsmith", "predict", *map(str, arguments)])
+        monkeypatch.setattr(logging.getLogger("flawsmith"), "handlers", [])  # theirs write to this test's stderr
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return CompletedProcess(sys.argv, int(caught.value.code or 0), *capfd.readouterr())
+
+    return call

@@ -18,15 +18,26 @@ DARK, BRIGHT = 40, 220
 PATIENCE = 120.0  # seconds for a process on a busy machine
 
 
-def plate(path: Path, bright: bool = False, size: tuple[int, int] = (64, 48), shade: int = DARK) -> Path:
+def plate(
+    path: Path,
+    bright: bool = False,
+    size: tuple[int, int] = (64, 48),
+    shade: int = DARK,
+    mode: str = "RGB",
+    **save: Any,
+) -> Path:
     """A dark plate, `size` = (width, height); a bright one has a bright field: a defect to the toy models."""
     width, height = size
     pixels = np.full((height, width, 3), shade, np.uint8)
     if bright:
         pixels[height // 4 : height // 2, : width // 2] = BRIGHT
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).convert(mode).save(path, **save)
     return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def clip(
@@ -70,12 +81,6 @@ def command(*arguments: object) -> list[str]:
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def call(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, check=False, env=environment(), **options
-    )
 
 
 def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":

@@ -1,11 +1,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from toy_onnx import METADATA
 
 from flawsmith.data.images import on_levels, resize_image
 from flawsmith.errors import FlawsmithError, UserError
@@ -84,7 +86,7 @@ def test_a_model_with_another_interface_is_refused(write_model: Callable[..., Pa
     with pytest.raises(UserError, match=r"not \(batch, 3, side, side\)"):
         Predictor(write_model(batch=1))
     with pytest.raises(UserError, match=r"not \(batch, 3, 64, 64\)"):
-        Predictor(write_model(input_size=64))
+        Predictor(write_model(properties=replace(METADATA, input_size=64).to_properties()))
 
 
 @pytest.mark.parametrize("arguments", [{"threads": 0}, {"threshold": float("nan")}, {"pixel_threshold": float("inf")}])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from line_samples import call, clip, plate, start, wait_until
+from line_samples import clip, files_of, plate, start, wait_until
 
 from flawsmith.data.images import FloatImage
 from flawsmith.errors import UserError
@@ -207,10 +207,6 @@ def test_a_long_source_is_not_walked_through_ahead_of_the_model(monkeypatch: pyt
     assert most <= 2 * 300 // 100 + 2
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_files_are_the_same_for_any_number_of_workers(model: Path, tmp_path: Path) -> None:
     for index in range(20):
         plate(tmp_path / "in" / f"{index:02}.png", bright=index % 3 == 0, size=(20 + index, 30))
@@ -240,9 +236,8 @@ def test_an_interrupt_leaves_nothing_half_written(model: Path, tmp_path: Path, n
     process.stdin.flush()
     assert "a.png" in process.stdout.readline()
     wait_until(lambda: any(tmp_path.glob(".*.tmp/overlays")), "an overlay")
-    second = call(model, image, "--out", "out", cwd=tmp_path)
-    assert second.returncode == 2
-    assert second.stderr.startswith("flawsmith: Another run writes out now; ")
+    with pytest.raises(UserError, match=r"Another run writes .*out now"):
+        predict_folder(Predictor(model), [image], tmp_path / "out", PredictOptions())
     process.send_signal(number)
     assert process.wait(60) == (130 if number == signal.SIGINT else 143)
     assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]

@@ -1,6 +1,5 @@
 """Where a model computes, with onnxruntimes that offer what this machine does not have."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from line_samples import call, environment, plate
+from line_samples import environment
 
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.inference import providers
@@ -150,16 +149,6 @@ def test_a_damaged_model_is_not_blamed_on_the_provider(tmp_path: Path, monkeypat
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(UserError, match="cannot be loaded as an ONNX model"):
         Network(tmp_path / "model.onnx", provider="cuda")
-
-
-def test_the_command_says_where_it_computed_and_so_do_its_results(model: Path, tmp_path: Path) -> None:
-    plate(tmp_path / "a.png")
-    done = call(model, tmp_path / "a.png", "--out", tmp_path / "out", "--provider", "cpu")
-    assert "Computed on cpu." in done.stdout
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["model"]["provider"] == "cpu"
-    done = call(model, tmp_path / "a.png", "--out", tmp_path / "out", "--provider", "gpu")
-    assert done.returncode == 2
-    assert "must be one of auto" in done.stderr
 
 
 def test_nothing_is_left_in_the_home_folder_and_nobody_is_called(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from flawsmith.inference.draw import caption_parts, draw_prediction
 from flawsmith.inference.metadata import PREFIX, ModelMetadata
+from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Prediction, Predictor, flags, is_defective, region_threshold
 from flawsmith.inference.serialise import describe
 from flawsmith.inference.writers import Pictures
@@ -38,7 +39,7 @@ def test_a_region_is_shown_in_a_defective_image_alone_and_everywhere(
     assert (answer["peak_x"], answer["peak_y"]) == (17, 17)  # the peak is told of every image
 
     image = np.full((3, 64, 64), 0.5, np.float32)
-    Pictures(tmp_path, predictor, overlays=False, masks=True).add("a.png", image, prediction)
+    Pictures(tmp_path, predictor, PredictOptions(overlays=False, masks=True)).add("a.png", image, prediction)
     with Image.open(tmp_path / "masks" / "a.png") as mask:
         assert np.asarray(mask).any() == has_region
     unmarked = Prediction(score, prediction.is_defective, np.minimum(prediction.anomaly_map, 0))
@@ -94,9 +95,9 @@ def test_a_typical_normal_part_lies_at_0_and_an_older_file_has_a_scale_too(
     properties = metadata.to_properties()
     del properties[f"{PREFIX}typical_score"]
     assert "typical_score" in {item.name for item in fields(ModelMetadata)}
-    older = Predictor(write_model(properties))  # threshold 0.5
+    older = Predictor(write_model(properties=properties))  # threshold 0.5
     assert [older.relative_score(score) for score in (0.0, 0.5, 1.0)] == [0, 1, 2]
-    assert Predictor(write_model(properties), threshold=0.25).relative_score(0.25) == 1
+    assert Predictor(write_model(properties=properties), threshold=0.25).relative_score(0.25) == 1
 
 
 @given(st.floats(-1e300, 1e300), st.integers(-2, 2))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from line_samples import call, clip, json_lines, plate, start
+from line_samples import clip, json_lines, plate, start
 
 from flawsmith.data.images import READING
 from flawsmith.data.walk import SUFFIXES
@@ -152,30 +152,29 @@ def test_results_come_as_lines_come(model: Path, tmp_path: Path) -> None:
 
 def test_a_stream_leaves_a_folder_too(model: Path, tmp_path: Path) -> None:
     first, second = plate(tmp_path / "in" / "a.png"), plate(tmp_path / "in" / "a.jpg", bright=True)
-    listed = "".join(f"{path}\n" for path in (first, second, first))
-    out = tmp_path / "out"
-    done = call(model, "-", "--out", out, "--masks", "--format", "jsonl,csv", "--fail-on-defect", input=listed)
-    assert done.returncode == 3
+    reading = stream_of("".join(f"{path}\n" for path in (first, second, first)).encode())
+    out, options = tmp_path / "out", PredictOptions(masks=True, formats=("jsonl", "csv"))
+    report = predict_folder(Predictor(model), [Path("-")], out, options, stdin=reading)
+    os.close(reading)
+    assert (report.good, report.defective, report.exit_code(fail_on_defect=True)) == (2, 1, 3)
     rows = json_lines(out / "results.jsonl")
     assert [row["file"] for row in rows] == [str(first), str(second), str(first)]
     for row in rows:
         assert (out / row["overlay"]).is_file()
         assert row["overlay"] == f"overlays{row['file']}.png"
         assert (out / row["mask"]).is_file()
-    assert done.stdout.startswith("3 images used: 2 good, 1 defective.")
 
 
-def test_dots_in_a_streams_paths_lead_nowhere_else(model: Path, tmp_path: Path) -> None:
+def test_dots_in_a_streams_paths_lead_nowhere_else(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plate(tmp_path / "a.png")
     (tmp_path / "sub").mkdir()
-    done = call(model, "-", "--out", "out", cwd=tmp_path / "sub", input="../a.png\n")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path / "sub")
+    reading = stream_of(b"../a.png\n")
+    assert predict_folder(Predictor(model), [Path("-")], Path("out"), PredictOptions(), stdin=reading).good == 1
+    os.close(reading)
     assert (tmp_path / "sub" / "out" / "overlays" / "__" / "a.png.png").is_file()
-
-
-def test_a_stream_stands_alone(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stands alone"):
-        predict_folder(Predictor(model), [Path("-"), tmp_path], tmp_path / "out", PredictOptions())
 
 
 def test_every_kth_frame_of_a_video_is_scored(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A hot folder with real processes: slow copies, renames, restarts, kills, broken files, signals."""
+"""A hot folder: slow copies, renames, restarts, kills, broken files, signals. One watch is a real process."""
 
 import json
 import os
@@ -15,19 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from line_samples import BRIGHT, DARK, call, environment, json_lines, plate, start, wait_until
+from line_samples import BRIGHT, DARK, environment, files_of, json_lines, plate, start, wait_until
 from PIL import Image
 
 import flawsmith.inference.journal as journal_module
 import flawsmith.inference.watch as watch_module
 from flawsmith.data.images import Reading
 from flawsmith.errors import UserError
+from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.journal import FORGET, Journal
-from flawsmith.inference.options import PredictOptions
+from flawsmith.inference.options import PredictOptions, PredictReport
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.watch import watch_folder
 
-POLL = 0.1
+POLL = 0.05
+UNTIL_IDLE = PredictOptions(poll=0.01, idle=0.1)
 
 
 @pytest.fixture
@@ -38,35 +40,47 @@ def line(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def watching(model: Path, line: Path, out: Path, *options: object) -> Iterator["subprocess.Popen[str]"]:
-    """A real watch; ends by SIGTERM with exit status 0 unless the test ended it otherwise."""
+def watching(model: Path, line: Path, out: Path) -> Iterator[threading.Thread]:
+    """A watch in a thread, until the block ends."""
+    stop, options = threading.Event(), PredictOptions(poll=POLL)
+    thread = threading.Thread(target=watch_folder, args=(Predictor(model), line, out, options, stop))
+    thread.start()
+    try:
+        wait_until(lambda: (out / "results.jsonl").exists() or not thread.is_alive(), "the watch to begin")
+        yield thread
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def watch_process(model: Path, line: Path, out: Path, *options: object) -> Iterator["subprocess.Popen[str]"]:
+    """A watch in a process of its own, killed at the end of the block if it still runs."""
     process = start(model, "--watch", line, "--out", out, "--poll", POLL, *options)
     try:
         wait_until(lambda: (out / "results.jsonl").exists() or process.poll() is not None, "the watch to begin")
         yield process
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode in (0, -signal.SIGKILL), err
-        assert "Traceback" not in err
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
+
+
+def watch_once(model: Path, line: Path, out: Path, **options: Any) -> PredictReport:
+    """Watch until nothing new has come for a moment."""
+    return watch_folder(Predictor(model), line, out, PredictOptions(**{"poll": 0.02, "idle": 0.3, **options}))
 
 
 def verdicts(out: Path) -> list[tuple[str, str]]:
     return [(row["file"], row["verdict"]) for row in json_lines(out / "results.jsonl")]
 
 
-def files_of(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_images_are_scored_as_they_arrive_once_each(model: Path, line: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_images_are_scored_as_they_arrive_once_each(
+    model: Path, line: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "out"
     plate(line / "before.png")
-    with watching(model, line, out, "--masks", "--jsonl", "-") as process:
+    with watch_process(model, line, out, "--masks", "--jsonl", "-") as process:
         wait_until(lambda: len(verdicts(out)) == 1, "the image that lay there")
         plate(line / "shift1" / "a.png", bright=True)
         (line / "notes.txt").write_text("passed over")
@@ -75,14 +89,15 @@ def test_images_are_scored_as_they_arrive_once_each(model: Path, line: Path, tmp
         time.sleep(5 * POLL)  # looks that find nothing new
         os.utime(line / "before.png")  # touched, not changed
         time.sleep(5 * POLL)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         followed, err = process.communicate(timeout=120)
     assert process.returncode == 0
+    assert "Traceback" not in err
     assert verdicts(out) == [("before.png", "good"), ("shift1/a.png", "defective")]
     assert [json.loads(row) for row in followed.splitlines()] == json_lines(out / "results.jsonl")
     assert "2 images used, 2 passed over (1 hidden, 1 .txt): 1 good, 1 defective." in err
     pictures = {f"{kind}/{name}.png" for kind in ("overlays", "masks") for name in ("before.png", "shift1/a.png")}
-    assert files_of(out) - {".lock"} == {"results.jsonl", "model.json", *pictures}
+    assert files_of(out).keys() - {".lock"} == {"results.jsonl", "model.json", *pictures}
     row = json_lines(out / "results.jsonl")[1]
     assert (row["overlay"], row["mask"]) == ("overlays/shift1/a.png.png", "masks/shift1/a.png.png")
     with Image.open(out / row["mask"]) as mask:
@@ -99,20 +114,16 @@ def test_a_slow_copy_is_waited_for_and_a_rename_is_not_missed(model: Path, line:
     noise[:40] = BRIGHT
     Image.fromarray(noise).save(tmp_path / "big.png")
     content = (tmp_path / "big.png").read_bytes()
-    with watching(model, line, out) as process:
+    with watching(model, line, out):
         with (line / "slow.png").open("wb") as stream:
             for begin in range(0, len(content), len(content) // 25):
                 stream.write(content[begin : begin + len(content) // 25])
                 stream.flush()
                 time.sleep(POLL / 2)
                 assert not any(name == "slow.png" for name, _ in verdicts(out))
-            stream.write(b"")
         (line / ".part").write_bytes(content)
         (line / ".part").rename(line / "renamed.png")
         wait_until(lambda: len(verdicts(out)) == 2, "both")
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
-        assert process.returncode == 0
     assert sorted(verdicts(out)) == [("renamed.png", "defective"), ("slow.png", "defective")]
 
 
@@ -155,27 +166,28 @@ def test_a_broken_file_gets_one_line_and_the_watch_goes_on(model: Path, line: Pa
         assert row["error"].startswith(f"{row['file']} cannot be read as an image")
 
 
-def test_linked_folders_are_watched_and_links_to_nothing_told(model: Path, line: Path, tmp_path: Path) -> None:
+def test_linked_folders_are_watched_and_links_to_nothing_told(
+    model: Path, line: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plate(tmp_path / "nas" / "c.png")
     (line / "cam2").symlink_to(tmp_path / "nas")
     (line / "gone.png").symlink_to("nowhere.png")
     (line / "d.gif").touch()
-    done = call(model, "--watch", line, "--out", tmp_path / "out", "--watch-idle", 1, "--poll", POLL)
-    assert [name for name, _ in verdicts(tmp_path / "out")] == ["cam2/c.png"]
-    assert done.stdout.startswith("1 image used, 1 passed over (1 .gif), 1 unreadable: ")
-    assert done.stderr.count("gone.png is a link to nothing; the rest is watched.") == 1
+    report = watch_once(model, line, tmp_path / "out")
+    assert verdicts(tmp_path / "out") == [("cam2/c.png", "good")]
+    assert (report.good, report.unreadable, report.passed_over) == (1, 1, {".gif": 1})
+    assert report.exit_code() == 0
+    assert caplog.text.count("gone.png is a link to nothing; the rest is watched.") == 1
 
 
 def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in "abc":
         plate(line / f"{name}.png")
-    idle = ("--watch-idle", 1, "--poll", POLL)
-    assert call(model, "--watch", line, "--out", out, *idle).returncode == 0
+    assert watch_once(model, line, out).total == 3
     assert [name for name, _ in verdicts(out)] == ["a.png", "b.png", "c.png"]
     before = (out / "results.jsonl").read_bytes()
-    again = call(model, "--watch", line, "--out", out, *idle)
-    assert again.stdout.startswith("0 images used")
+    assert watch_once(model, line, out).total == 0
     assert (out / "results.jsonl").read_bytes() == before
     plate(line / "d.png")  # what came while nobody watched, ...
     old = (line / "a.png").stat()
@@ -186,35 +198,31 @@ def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: 
     (line / "c.png").write_bytes(content)  # ... or by itself, ...
     plate(line / "a.png", shade=DARK + 1)
     os.utime(line / "a.png", ns=(old.st_atime_ns, old.st_mtime_ns))  # ... or with its old time
-    done = call(model, "--watch", line, "--out", out, *idle, "--fail-on-defect")
-    assert done.returncode == 3
+    assert watch_once(model, line, out).exit_code(fail_on_defect=True) == 3
     assert (out / "results.jsonl").read_bytes().startswith(before)
     assert sorted(verdicts(out)[3:]) == [("a.png", "good"), ("b.png", "defective"), ("d.png", "good")]
 
 
 def test_a_kill_in_the_middle_loses_and_doubles_no_line(model: Path, line: Path, tmp_path: Path) -> None:
-    """Killed with -9 again and again, at whatever it was doing; torn last lines are taken back."""
+    """Killed with -9 twice, at whatever it was doing; a torn last line is taken back."""
     out = tmp_path / "out"
     names = [f"{index:03}.png" for index in range(60)]
     for index, name in enumerate(names):
         plate(line / name, bright=index % 7 == 0, shade=DARK + index)
-    for kill in range(4):
+    for kill in range(2):
         before = len(json_lines(out / "results.jsonl"))
-        with watching(model, line, out, "--batch", 4, "--masks") as process:
+        with watch_process(model, line, out, "--batch", 4, "--masks") as process:
             wait_until(lambda seen=before: len(json_lines(out / "results.jsonl")) >= seen + 5, "some lines")  # type: ignore[misc]
-            process.kill()
-            process.wait()
         assert process.returncode == -signal.SIGKILL
-        if kill % 2:
+        if kill:
             with (out / "results.jsonl").open("ab") as stream:
                 stream.write(b'{"file": "torn.png", "verd')
-    done = call(model, "--watch", line, "--out", out, "--poll", POLL, "--watch-idle", 1, "--masks")
-    assert done.returncode == 0, done.stderr
+    watch_once(model, line, out, masks=True)
     rows = json_lines(out / "results.jsonl")
     assert sorted(row["file"] for row in rows) == names
     assert {row["file"] for row in rows if row["verdict"] == "defective"} == set(names[::7])
     assert b"torn" not in (out / "results.jsonl").read_bytes()
-    assert files_of(out / "masks") == files_of(out / "overlays") == {f"{name}.png" for name in names}
+    assert files_of(out / "masks").keys() == files_of(out / "overlays").keys() == {f"{name}.png" for name in names}
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
@@ -255,23 +263,21 @@ def test_a_file_that_is_taken_away_leaves_no_line(
 
 def test_the_folder_may_vanish_and_come_back(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with watching(model, line, out) as process:
+    with watching(model, line, out) as thread:
         shutil.rmtree(line)
         time.sleep(5 * POLL)
-        assert process.poll() is None
+        assert thread.is_alive()
         plate(line / "a.png")
         wait_until(lambda: len(verdicts(out)) == 1, "the folder's return")
 
 
 def test_it_ends_after_its_time_with_results_inside_the_watched_folder(model: Path, line: Path) -> None:
     plate(line / "a.png")
-    began = time.monotonic()
-    done = call(model, "--watch", line, "--out", line / "out", "--watch-for", 4, "--poll", POLL)
-    assert done.returncode == 0
-    assert time.monotonic() - began < 90
+    watch_once(model, line, line / "out", idle=None, seconds=1.0)
     assert verdicts(line / "out") == [("a.png", "good")]  # overlays are no arrivals
 
 
+@pytest.mark.slow
 def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) -> None:
     for index in range(200):
         (line / f"{index}.txt").touch()
@@ -291,11 +297,11 @@ def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) 
 
 
 def test_two_watches_never_share_their_results(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with watching(model, line, out):
-        second = call(model, "--watch", line, "--out", out, "--watch-for", 1)
-    assert second.returncode == 2
-    assert "Another watch writes into" in second.stderr
+    with (
+        watching(model, line, tmp_path / "out"),
+        pytest.raises(UserError, match="Another watch writes into"),
+    ):
+        watch_once(model, line, tmp_path / "out")
 
 
 def test_results_of_something_else_are_left_alone(
@@ -303,14 +309,15 @@ def test_results_of_something_else_are_left_alone(
 ) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
+    watch_folder(Predictor(model), line, out, UNTIL_IDLE)
     lines = (out / "results.jsonl").read_bytes()
     other = Predictor(write_model(detector_digest="cd" * 32))
     with pytest.raises(UserError, match="results of another model"):
         watch_folder(other, line, out, PredictOptions(poll=0.01, seconds=0.1))
     with pytest.raises(UserError, match="another model or threshold"):
         watch_folder(Predictor(model, threshold=0.9), line, out, PredictOptions(poll=0.01, seconds=0.1))
-    assert call(model, line, "--out", out).returncode == 2  # a plain predict would replace the journal
+    with pytest.raises(UserError, match="name a new folder"):  # a plain predict would replace the journal
+        predict_folder(other, [line], out, PredictOptions())
     assert (out / "results.jsonl").read_bytes() == lines
     for mine in (line, tmp_path):
         with pytest.raises(UserError, match=r"holds the watched folder"):
@@ -327,10 +334,10 @@ def test_results_of_something_else_are_left_alone(
 def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
+    watch_folder(Predictor(model), line, out, UNTIL_IDLE)
     known = json.loads((out / "model.json").read_text())
     (out / "model.json").write_text(json.dumps(known | {"provider": "cuda"}))
-    report = watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
+    report = watch_folder(Predictor(model), line, out, UNTIL_IDLE)
     assert report.total == 0
     assert json.loads((out / "model.json").read_text()) == known
 
@@ -338,7 +345,7 @@ def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: P
 def test_a_damaged_journal_is_named_and_not_touched(model: Path, line: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1))
+    watch_folder(Predictor(model), line, out, UNTIL_IDLE)
     content = b"\x00\x00\n" + (out / "results.jsonl").read_bytes() + b"torn"
     (out / "results.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"results\.jsonl is damaged in line 1"):
