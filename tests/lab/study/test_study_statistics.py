@@ -14,25 +14,16 @@ values = st.floats(-1, 1).map(lambda value: round(value, 6))
 differences = st.lists(values, min_size=1, max_size=9)
 
 
-@given(st.lists(values, min_size=1, max_size=9))
-def test_a_row_against_itself_is_no_difference(metrics):
-    test = paired_test([one - one for one in metrics])
-    assert (test.mean, test.t, test.wilcoxon) == (0.0, 1.0, 1.0)
-
-
 @given(differences)
-def test_swapping_the_rows_turns_the_sign_and_keeps_the_p_values(found):
+def test_swapping_the_rows_turns_the_sign_and_keeps_the_p_values_which_are_probabilities(found):
     one, other = paired_test(found), paired_test([-value for value in found])
     assert one.mean == pytest.approx(-other.mean, abs=1e-12)
     assert one.wilcoxon == pytest.approx(other.wilcoxon)
     assert one.t == pytest.approx(other.t, nan_ok=True)
-
-
-@given(differences)
-def test_p_values_are_probabilities_and_the_stated_smallest_is_one(found):
-    test = paired_test(found)
-    assert test.smallest - 1e-12 <= test.wilcoxon <= 1
-    assert math.isnan(test.t) or 0 <= test.t <= 1
+    assert one.smallest - 1e-12 <= one.wilcoxon <= 1
+    assert math.isnan(one.t) or 0 <= one.t <= 1
+    same = paired_test([0 * value for value in found])
+    assert (same.mean, same.t, same.wilcoxon) == (0.0, 1.0, 1.0)
 
 
 @given(st.integers(1, 10))
@@ -43,14 +34,10 @@ def test_the_smallest_p_is_reached_when_all_pairs_agree(n):
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=9, unique=True), st.data())
-def test_without_ties_wilcoxon_is_scipys_exact_one(sizes, data):
+def test_the_tests_are_scipys(sizes, data):
     signs = data.draw(st.lists(st.sampled_from([-1, 1]), min_size=len(sizes), max_size=len(sizes)))
     found = [sign * size / 1000 for sign, size in zip(signs, sizes, strict=True)]
     assert paired_test(found).wilcoxon == pytest.approx(stats.wilcoxon(found, method="exact").pvalue)
-
-
-def test_the_t_test_is_scipys():
-    found = [0.02, 0.03, -0.01, 0.05]
     assert paired_test(found).t == pytest.approx(stats.ttest_1samp(found, 0).pvalue)
 
 
@@ -79,14 +66,7 @@ def test_more_seeds_on_the_same_images_do_not_narrow_the_interval(seeds, resampl
     draws = [generator.normal(0.1, 0.02, resamples) for _ in range(seeds)]
     joined = over_seeds(draws)
     assert joined.mean() == pytest.approx(np.mean(draws))
-    widths = [np.ptp(one) for one in draws]
-    assert np.ptp(joined) == pytest.approx(np.mean(widths))
-
-
-@given(st.integers(0, 1000))
-def test_resamples_that_all_seeds_share_are_averaged_as_they_are(seed):
-    draws = np.random.default_rng(seed).normal(size=40)
-    assert np.allclose(over_seeds([draws, draws + 1]), np.sort(draws) + 0.5)
+    assert np.ptp(joined) == pytest.approx(np.mean([np.ptp(one) for one in draws]))
 
 
 def test_independent_categories_do_narrow_the_interval():
@@ -95,20 +75,16 @@ def test_independent_categories_do_narrow_the_interval():
     assert over_categories(draws, generator).std() == pytest.approx(0.5, rel=0.1)
 
 
-def test_a_row_against_itself_has_an_interval_of_zero():
-    found = bootstrap_difference(0.0, [[np.zeros(50), np.zeros(50)], [np.zeros(50)]], np.random.default_rng(0))
-    assert found == (0.0, 0.0, 0.0)
-
-
 def test_a_difference_beyond_the_images_noise_is_seen_and_one_within_is_not():
     generator = np.random.default_rng(2)
     seeds = [generator.normal(0.05, 0.01, 1000) for _ in range(3)]
-    low = bootstrap_difference(0.05, [seeds], generator)
-    assert low is not None
-    assert low.low > 0
-    found = bootstrap_difference(0.005, [[one - 0.045 for one in seeds]], generator)
-    assert found is not None
-    assert found.low < 0 < found.high
+    seen, hidden = (
+        bootstrap_difference(value, [[one - 0.05 + value for one in seeds]], generator) for value in (0.05, 0.005)
+    )
+    assert seen is not None
+    assert hidden is not None
+    assert seen.low > 0
+    assert hidden.low < 0 < hidden.high
 
 
 @pytest.mark.parametrize("draws", [[], [[]], [[np.zeros(5)], []], [[np.zeros(5), np.zeros(6)]]])
