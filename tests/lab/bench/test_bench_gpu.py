@@ -44,13 +44,6 @@ def test_a_preset_that_cannot_be_used_is_named(tmp_path: Path, content: str, com
         read_overlay(path)
 
 
-def test_a_missing_preset_and_an_unknown_key_are_named(tmp_path: Path, params: Path) -> None:
-    with pytest.raises(UserError, match="name a preset with --overlay"):
-        read_overlay(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match=r"unknown key `ddpm-train\.stepz`"):
-        bench_settings(params, "brushed_metal", None, {"ddpm-train.stepz": 3})
-
-
 def test_stages_run_in_the_pipelines_order_and_each_is_timed(
     params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,15 +29,6 @@ def test_every_client_is_answered_and_a_full_queue_is_no_error(
     assert found["model_exchanges"] == 1
 
 
-def test_the_model_may_stay_in_its_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = write_toy(tmp_path / "model.onnx")
-    image = tmp_path / "a.png"
-    write_png(image, np.zeros((40, 40, 3), np.uint8))
-    main([str(model), str(image), "--clients", "2", "--seconds", "1", "--without-exchange"])
-    found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert (found["model_exchanges"], found["errors"]) == (0, 0)
-
-
 def test_growth_sees_a_leak_and_no_single_peak() -> None:
     assert growth([100.0] * 30 + [400.0] + [100.0] * 29) == 0
     assert growth([100.0 + sample for sample in range(60)]) == pytest.approx(40)

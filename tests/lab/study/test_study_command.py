@@ -71,11 +71,7 @@ def test_what_is_not_named_has_a_default(call, asked):
     [
         (("--seeds", "one"), "--seeds one: write whole numbers"),
         (("--methods", "magic"), "--methods magic: there is no such one"),
-        (("--categories", "bolts"), "bolts does not exist"),
         (("--grid", "distill.batch"), "write it as section.key=value,value"),
-        (("--grid", "distill.bach=1,2"), "did you mean `batch`"),
-        (("--part", "half"), "--part half"),
-        (("--reference", "best"), "--reference best: no such row"),
     ],
 )
 def test_a_bad_call_ends_in_one_sentence_before_anything_is_written(call, tmp_path, arguments, words):
