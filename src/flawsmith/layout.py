@@ -77,7 +77,7 @@ class Layout:
 
     def kept_statistics(self) -> Path:
         """The file that keeps what was seen of the category's images."""
-        return self.root / "artifacts" / self.category / ".cache" / "statistics.npz"
+        return self.root / "artifacts" / self.category / ".cache" / "statistics.npy"
 
     def stage(self, name: str) -> Path:
         """The folder a stage writes; its name is the stage's."""

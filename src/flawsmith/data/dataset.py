@@ -15,6 +15,7 @@ as one likes, and a report half for final figures alone.
 import hashlib
 import logging
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -330,16 +331,13 @@ def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
 def even_shares(available: Sequence[int], limit: int) -> list[int]:
     """Share `limit` among givers as evenly as what is `available` from each allows; a remainder of less than one each
     is taken from evenly spaced givers."""
-    shares = [0] * len(available)
-    left, open_ = min(limit, sum(available)), [place for place, count in enumerate(available) if count]
-    while left >= len(open_) > 0:
-        step = min(left // len(open_), min(available[place] - shares[place] for place in open_))
-        for place in open_:
-            shares[place] += step
-        left -= step * len(open_)
-        open_ = [place for place in open_ if shares[place] < available[place]]
-    for number in range(left):
-        shares[open_[number * len(open_) // left]] += 1
+    limit = min(limit, sum(available))
+    levels = range(max(available, default=0) + 1)
+    level = bisect_right(levels, limit, key=lambda level: sum(min(count, level) for count in available)) - 1
+    shares = [min(count, level) for count in available]
+    open_ = [place for place, count in enumerate(available) if count > level]
+    for place in evenly(len(open_), limit - sum(shares), start=0.0):
+        shares[open_[place]] += 1
     return shares
 
 

@@ -9,7 +9,6 @@ Statistics are kept in a file by the digest of each image's content, so that eve
 """
 
 import os
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ FLAT = 0.002  # deviation over brightest value; a real image of anything has mor
 WORKERS = 4
 NAMED = 5  # files that a sentence names
 
+ROW = [("maker", "U64"), ("file", "U128"), ("pixels", "U32"), ("deviation", "f8"), ("thumb", "i1", (THUMB, THUMB))]
 Group = tuple[Path, ...]
 
 
@@ -215,26 +215,18 @@ def _load(kept: Path | None) -> dict[str, ImageStatistics]:
     if kept is None or not kept.is_file():
         return {}
     try:
-        with np.load(kept, allow_pickle=False) as content:
-            if str(content["maker"]) != source_digest():
-                return {}
-            columns = (content["digests"].tolist(), content["pixels"].tolist(), content["deviations"].tolist())
-            rows = zip(*columns, content["thumbs"], strict=True)
-            return {digest: ImageStatistics(pixels, deviation, thumb) for digest, pixels, deviation, thumb in rows}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        rows = [row for row in np.load(kept, allow_pickle=False) if row["maker"] == source_digest()]
+        return {
+            str(row["file"]): ImageStatistics(str(row["pixels"]), float(row["deviation"]), row["thumb"]) for row in rows
+        }
+    except (OSError, ValueError, IndexError, EOFError, TypeError):
         return {}
 
 
 def _save(kept: Path, known: dict[str, ImageStatistics]) -> None:
-    content = {
-        "maker": np.array(source_digest()),
-        "digests": np.array(list(known)),
-        "pixels": np.array([one.pixels for one in known.values()]),
-        "deviations": np.array([one.deviation for one in known.values()]),
-        "thumbs": np.stack([one.thumb for one in known.values()]),
-    }
+    rows = [(source_digest(), file, one.pixels, one.deviation, one.thumb) for file, one in known.items()]
     try:
         with atomic_file(kept) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **content)
+            np.save(stream, np.array(rows, ROW), allow_pickle=False)
     except (OSError, UserError):
         pass  # it saves time and decides nothing: where it cannot be written, images are measured again

@@ -4,7 +4,7 @@ Integrity (files, sizes, pixels, duplicates) binds every triplet and is critical
 synthesis draws its defects at random and a few odd ones do no harm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,61 +51,46 @@ def ddpm_rules(settings: ValidateSettings) -> tuple[Rule, ...]:
 
 def rules(settings: ValidateSettings) -> tuple[Rule, ...]:
     """The suite for every triplet, in order of what to look at first when several fail."""
-    true = {
-        "in_manifest": "every triplet on disk is listed in the manifest",
-        "on_disk": "every triplet of the manifest has its three files",
-        "decodable": "all three files of a triplet are readable images",
-        "size_agrees": "normal, defect and mask have the size data.image_size",
-        "finite": "no pixel is NaN or infinite",
-    }
-    mostly = settings.mostly
     return (
         Rule("triplet_count", "row count", "critical", "there are enough triplets", low=settings.min_triplets),
         Rule("triplet_id_unique", "unique", "critical", "the manifest lists a triplet once", "triplet_id"),
-        *(Rule(name, "true", "critical", meaning, name) for name, meaning in true.items()),
-        _bounds(
-            "mask_area", "critical", "the mask marks something, but no large part of the image", *settings.mask_area
-        ),
-        _bounds("change_inside", "critical", "the defect changes the pixels of its mask", settings.min_change_inside),
-        _bounds(
-            "visible_share",
-            "critical",
-            "most of the mask has visibly changed",
-            settings.min_visible_share,
-            mostly=mostly,
-        ),
-        _bounds("change_outside", "critical", "nothing changed away from the mask", high=settings.max_change_outside),
-        _bounds(
-            "duplicates", "critical", "no defect image occurs twice", high=0, mostly=1 - settings.max_duplicate_share
-        ),
-        # A bound is silent about a missing value, so each measure must be there.
+        *(Rule(name, "true", "critical", meaning, name) for name, meaning in INTEGRITY.items()),
+        *_ranges(settings, "critical"),
+        # A range is silent about a missing value, so each measure must be there.
         *(
             Rule(f"{name}_measured", "not null", "critical", f"{name} could be measured", name)
             for name in (*MEASURED, "duplicates")
         ),
-        _bounds(
-            "foreground_overlap",
-            "warning",
-            "the defect lies on the part",
-            settings.min_foreground_overlap,
-            mostly=mostly,
-        ),
-        _bounds("ssim", "warning", "the defect is neither invisible nor another image", *settings.ssim, mostly=mostly),
-        _bounds(
-            "components", "warning", "the mask is no scatter of specks", high=settings.max_components, mostly=mostly
-        ),
+        *_ranges(settings, "warning"),
     )
 
 
-def _bounds(
-    column: str,
-    severity: Severity,
-    meaning: str,
-    low: float | None = None,
-    high: float | None = None,
-    mostly: float = 1.0,
-) -> Rule:
-    return Rule(column, "range", severity, meaning, column, low, high, mostly)
+INTEGRITY = {
+    "in_manifest": "every triplet on disk is listed in the manifest",
+    "on_disk": "every triplet of the manifest has its three files",
+    "decodable": "all three files of a triplet are readable images",
+    "size_agrees": "normal, defect and mask have the size data.image_size",
+    "finite": "no pixel is NaN or infinite",
+}
+
+
+def _ranges(settings: ValidateSettings, wanted: Severity) -> Iterator[Rule]:
+    """The rules of one severity that keep a measure within bounds."""
+    usual, few = settings.mostly, 1 - settings.max_duplicate_share
+    inside, seen, overlap = settings.min_change_inside, settings.min_visible_share, settings.min_foreground_overlap
+    table: tuple[tuple[str, Severity, str, float | None, float | None, float], ...] = (
+        ("mask_area", "critical", "the mask marks something, but no large part of the image", *settings.mask_area, 1),
+        ("change_inside", "critical", "the defect changes the pixels of its mask", inside, None, 1),
+        ("visible_share", "critical", "most of the mask has visibly changed", seen, None, usual),
+        ("change_outside", "critical", "nothing changed away from the mask", None, settings.max_change_outside, 1),
+        ("duplicates", "critical", "no defect image occurs twice", None, 0, few),
+        ("foreground_overlap", "warning", "the defect lies on the part", overlap, None, usual),
+        ("ssim", "warning", "the defect is neither invisible nor another image", *settings.ssim, usual),
+        ("components", "warning", "the mask is no scatter of specks", None, settings.max_components, usual),
+    )
+    for name, severity, meaning, low, high, mostly in table:
+        if severity == wanted:
+            yield Rule(name, "range", severity, meaning, name, low, high, mostly)
 
 
 @dataclass(frozen=True)
