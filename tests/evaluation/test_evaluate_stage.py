@@ -16,6 +16,7 @@ from torch import nn
 from flawsmith.data.images import read_image, write_png
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.evaluation import report
 from flawsmith.evaluation.metrics import KEYS
 from flawsmith.export.onnx import export_network, write_model
 from flawsmith.files import write_json
@@ -80,6 +81,7 @@ def layout(tmp_path, params_path, monkeypatch):
     write_json(made.stage("validate") / "verdict.json", {"expectations": [warned], "ddpm": "Not ready: 31 %."})
     monkeypatch.setattr(evaluate, "load_detector", lambda folder: ToyDetector().eval())
     monkeypatch.setattr(evaluate, "export_network", export_once)
+    monkeypatch.setattr(report, "figure_png", lambda figure: b"png")  # test_outputs draws them
     fitted: list[list[Path]] = []
     monkeypatch.setattr(evaluate, "fit_baseline", lambda where, paths, device: (fitted.append(paths), ToyDetector())[1])
     return made, fitted
@@ -115,7 +117,7 @@ def test_labelled_surface_leaves_its_files(layout):
     add_test_set(made.root)
     evaluate.run(made)
     out = made.stage("evaluate")
-    content = json.loads((out / "metrics.json").read_text())
+    content = metrics_of(made)
     assert content["labelled"] is True
     assert content["image_auroc"] == content["image_auroc_ci"][0] == 1  # the toy's defects are plain
     assert content["n_good"] == content["n_defective"] == 5
@@ -131,18 +133,18 @@ def test_labelled_surface_leaves_its_files(layout):
         assert values == {key: pytest.approx(source[key], abs=1e-4) for key in KEYS}
     assert len(list((out / "parity").iterdir())) == 8
     assert fitted == [list(made.split().fit)]
-    report = (out / "report.html").read_text()
-    assert str(made.root) not in report
-    assert "passed the quality gate with warnings (ddpm_ready). Not ready: 31 %." in report
+    page = (out / "report.html").read_text()
+    assert str(made.root) not in page
+    assert "passed the quality gate with warnings (ddpm_ready). Not ready: 31 %." in page
+
+
+def metrics_of(layout, stage="evaluate"):
+    return json.loads((layout.stage(stage) / "metrics.json").read_text())
 
 
 def set_settings(layout, **evaluate_settings):
     settings = replace(layout.settings, evaluate=replace(layout.settings.evaluate, **evaluate_settings))
     return replace(layout, settings=settings)
-
-
-def scored_files(folder):
-    return set(pd.read_csv(folder / "scores.csv")["file"])
 
 
 def test_a_half_is_judged_alone_and_every_output_says_so(layout):
@@ -152,26 +154,16 @@ def test_a_half_is_judged_alone_and_every_output_says_so(layout):
     for part, size in (("research", 3), ("report", 2), ("all", 5)):
         evaluate.run(set_settings(made, part=part))
         out = made.stage("evaluate")
-        content = json.loads((out / "metrics.json").read_text())
+        content = metrics_of(made)
         assert (content["part"], content["n_good"], content["n_defective"]) == (part, size, size)
         for text in (content["scored_on"], (out / "report.html").read_text(), (out / "roc.csv").read_text()):
             assert (f"{part} half" in text) == (part != "all")
-        seen[part] = scored_files(out)
+        seen[part] = set(pd.read_csv(out / "scores.csv")["file"])
     assert not seen["research"] & seen["report"]
     assert seen["research"] | seen["report"] == seen["all"]
 
 
-def test_a_half_without_one_class_names_the_key(layout):
-    made, _ = layout
-    add_test_set(made.root)
-    for index in range(1, 5):
-        (made.root / f"data/tiles/test/dent/{index:03d}.png").unlink()
-    evaluate.run(set_settings(made, part="research"))
-    with pytest.raises(UserError, match=r"report half .* lacks .*evaluate\.part"):
-        evaluate.run(set_settings(made, part="report"))
-
-
-def test_a_type_of_one_image_is_missing_from_the_report_half_and_nothing_breaks(layout):
+def test_a_half_may_lack_a_type_but_no_class(layout):
     made, _ = layout
     add_test_set(made.root)
     image, mask = pixels(300, defect=True)
@@ -179,7 +171,11 @@ def test_a_type_of_one_image_is_missing_from_the_report_half_and_nothing_breaks(
     write_png(made.root / "data/tiles/ground_truth/scratch/000_mask.png", mask)
     for part, types in (("research", {"dent", "scratch"}), ("report", {"dent"})):
         evaluate.run(set_settings(made, part=part))
-        assert set(json.loads((made.stage("evaluate") / "metrics.json").read_text())["by_defect"]) == types
+        assert set(metrics_of(made)["by_defect"]) == types
+    for index in range(1, 5):
+        (made.root / f"data/tiles/test/dent/{index:03d}.png").unlink()
+    with pytest.raises(UserError, match=r"report half .* lacks .*evaluate\.part"):
+        evaluate.run(set_settings(made, part="report"))
 
 
 def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
@@ -190,7 +186,7 @@ def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
     assert fitted[0] == fitted[1]
     beside, alone = made.stage("evaluate"), made.stage("knn")
     assert {path.name for path in alone.iterdir()} == {"metrics.json", "draws.npz", "scores.csv"}
-    content, both = (json.loads((folder / "metrics.json").read_text()) for folder in (alone, beside))
+    content, both = metrics_of(made, "knn"), metrics_of(made)
     ours_alone = ("baseline", "over_baseline", "training_precision")
     assert content == {key: value for key, value in both.items() if key not in ours_alone}
     assert content.items() >= both["baseline"].items()
@@ -201,44 +197,27 @@ def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
             np.testing.assert_array_equal(one[key], other[key])
     scores = [pd.read_csv(folder / "scores.csv")[["file", "defect", "score", "verdict"]] for folder in (alone, beside)]
     assert scores[0].equals(scores[1])
-
-
-def test_the_baseline_alone_needs_no_model(layout):
-    made, _ = layout
-    add_test_set(made.root)
-    shutil.rmtree(made.root / "artifacts")
+    shutil.rmtree(made.root / "artifacts")  # no model is needed
     evaluate.run_baseline(made)
-    assert json.loads((made.stage("knn") / "metrics.json").read_text())["image_auroc"] == 1
+    assert metrics_of(made, "knn") == content
 
 
 def test_unlabelled_surface_is_scored_on_held_out_triplets_and_says_so(layout):
     made, fitted = layout
-    sources = add_triplets(made)
-    evaluate.run(made)
-    content = json.loads((made.stage("evaluate") / "metrics.json").read_text())
-    assert content["labelled"] is False
-    assert content["part"] == "all"
-    assert (content["n_good"], content["n_defective"]) == (2, 2)  # the fit triplet is not among them
-    assert "Not measured on real defects" in (made.stage("evaluate") / "report.html").read_text()
-    # what the held-out triplets were made from must be new to the baseline too
-    assert {path.name for path in fitted[0]} == set(sources) - {sources[0], sources[1]}
-
-
-def test_shades_are_no_missed_defects_and_stand_apart(layout):
-    made, fitted = layout
     sources = add_triplets(made, shades=3)
     evaluate.run(made)
-    out = made.stage("evaluate")
-    content = json.loads((out / "metrics.json").read_text())
-    assert (content["n_good"], content["n_defective"]) == (2, 2)
+    content, page = metrics_of(made), (made.stage("evaluate") / "report.html").read_text()
+    assert (content["labelled"], content["part"]) == (False, "all")
+    assert (content["n_good"], content["n_defective"]) == (2, 2)  # neither the fit triplet nor shades are among them
     assert content["test_detection_rate"] == content["image_auroc"] == 1
     assert (content["shades"]["n"], content["shades"]["flagged_rate"]) == (3, 0)
-    assert "3 held-out shades are left out of every figure" in (out / "report.html").read_text()
-    assert sources[3] not in {path.name for path in fitted[0]}  # a shade's source is held out all the same
-
+    assert "Not measured on real defects" in page
+    assert "3 held-out shades are left out of every figure" in page
+    # what the held-out triplets were made from, shades too, must be new to the baseline
+    assert {path.name for path in fitted[0]} == set(sources) - {sources[0], sources[1], sources[3]}
     add_test_set(made.root)
     evaluate.run(made)
-    assert "shades" not in json.loads((out / "metrics.json").read_text())
+    assert "shades" not in metrics_of(made)
 
 
 def test_held_out_shades_alone_can_stand_in_for_nothing(layout):
@@ -273,7 +252,7 @@ def test_the_detector_is_scored_by_the_exported_network_and_gives_the_scores_the
     assert tags == {"provider": "cpu"}
     assert "(computed on cpu)" in caplog.text
     out = made.stage("evaluate")
-    content = json.loads((out / "metrics.json").read_text())
+    content = metrics_of(made)
     metadata = ModelMetadata(
         category="tiles",
         threshold=content["threshold"],

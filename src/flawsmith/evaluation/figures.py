@@ -4,6 +4,7 @@ Nothing here decides anything. PNG bytes carry no time and no version, so equal 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,19 +16,27 @@ from flawsmith.evaluation.measure import Performance
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.pages import Corner, Theme, dress, new_figure
 
-Panel = tuple[str, Callable[[Performance], Curve], str, str, str]
-"""Title, the curve drawn, the metric in its legend, the x label and the y label of one panel."""
+
+class Panel(NamedTuple):
+    """One panel of a figure: the curve drawn, the metric named in its legend, and its axes."""
+
+    title: str
+    curve: Callable[[Performance], Curve]
+    metric: str
+    x: str
+    y: str
+
 
 IMAGES = "defective images flagged"
 PIXELS = "defect pixels flagged"
 IMAGE_PANELS: tuple[Panel, ...] = (
-    ("Images: ROC (area)", lambda of: of.image_curve, "image_auroc", "good images flagged", IMAGES),
-    ("Images: precision-recall (average precision)", lambda of: of.image_curve, "image_ap", IMAGES, "precision"),
+    Panel("Images: ROC (area)", lambda of: of.image_curve, "image_auroc", "good images flagged", IMAGES),
+    Panel("Images: precision-recall (average precision)", lambda of: of.image_curve, "image_ap", IMAGES, "precision"),
 )
 PIXEL_PANELS: tuple[Panel, ...] = (
-    ("Pixels: ROC (area)", lambda of: of.pixel_curve, "pixel_auroc", "normal pixels flagged", PIXELS),
-    ("Pixels: precision-recall (average precision)", lambda of: of.pixel_curve, "pixel_ap", PIXELS, "precision"),
-    ("Regions: overlap (AUPRO)", lambda of: of.region_curve, "aupro", "normal pixels flagged",
+    Panel("Pixels: ROC (area)", lambda of: of.pixel_curve, "pixel_auroc", "normal pixels flagged", PIXELS),
+    Panel("Pixels: precision-recall (average precision)", lambda of: of.pixel_curve, "pixel_ap", PIXELS, "precision"),
+    Panel("Regions: overlap (AUPRO)", lambda of: of.region_curve, "aupro", "normal pixels flagged",
      "mean overlap with a region"),
 )  # fmt: skip
 
@@ -74,13 +83,12 @@ def draw_histogram(result: Assessment, title: str, theme: Theme) -> Figure:
 
 
 def _draw_panel(axes: Axes, panel: Panel, result: Assessment, theme: Theme) -> None:
-    title, curve_of, key, x, y = panel
+    by_recall = panel.y == "precision"
     for performance, label, colour, width, dashes in (
         (result.baseline, "kNN baseline", theme.baseline, 1.6, "--"),
         (result.detector, "detector", theme.detector, 2.2, "-"),
     ):
-        curve, value = curve_of(performance), performance.values[key].value
-        by_recall = y == "precision"
+        curve, value = panel.curve(performance), performance.values[panel.metric].value
         across, up = _precision_steps(curve) if by_recall else (curve.false_positive_rate, curve.recall)
         axes.plot(
             across,
@@ -92,8 +100,8 @@ def _draw_panel(axes: Axes, panel: Panel, result: Assessment, theme: Theme) -> N
             drawstyle="steps-pre" if by_recall else "default",
             alpha=0.95,
         )
-    corner: Corner = "lower left" if y == "precision" else "lower right"
-    dress(axes, theme, title, x, y, grid=True, legend=corner)
+    corner: Corner = "lower left" if by_recall else "lower right"
+    dress(axes, theme, panel.title, panel.x, panel.y, grid=True, legend=corner)
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.02)
 
