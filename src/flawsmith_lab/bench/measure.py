@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flawsmith.demo.render import KINDS
@@ -71,37 +69,14 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-class MatmulSpeed:
-    """FLOP/s of a large square matrix product in the precision that training uses; `measure` adds one sample."""
-
-    def __init__(self, compute: Compute, side: int | None = None) -> None:
-        self.device = compute.device
-        self.side = side or MATMUL_SIDE[self.device.type]
-        kind = torch.bfloat16 if compute.precision == BFLOAT16 else torch.float32
-        generator = torch.Generator().manual_seed(0)
-        self._factors: list[Tensor] = [
-            torch.randn((self.side, self.side), generator=generator).to(self.device, kind) for _ in range(2)
-        ]
-        self.samples: list[float] = []
-        self._multiply()  # the first call starts threads and chooses a kernel
-
-    def _multiply(self) -> None:
-        torch.matmul(*self._factors)
-
-    def measure(self) -> float:
-        """FLOP/s of one product."""
-        self.samples.append(2 * self.side**3 / seconds_of(self._multiply, self.device))
-        return self.samples[-1]
-
-    @property
-    def best(self) -> float:
-        """What the machine allows when nobody disturbs."""
-        return max(self.samples)
-
-    @property
-    def median(self) -> float:
-        """What it allowed mostly."""
-        return median(self.samples)
+def matmul(compute: Compute, side: int | None = None) -> Callable[[], float]:
+    """Make a measure of FLOP/s: of one large square matrix product in the precision that training uses."""
+    size = side or MATMUL_SIDE[compute.device.type]
+    kind = torch.bfloat16 if compute.precision == BFLOAT16 else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn((size, size), generator=generator).to(compute.device, kind) for _ in range(2))
+    torch.matmul(one, other)  # the first call starts threads and chooses a kernel
+    return lambda: 2 * size**3 / seconds_of(lambda: torch.matmul(one, other), compute.device)
 
 
 def machine(compute: Compute) -> dict[str, Any]:
