@@ -62,6 +62,11 @@ def test_the_bytes_decide_whatever_they_are_called(server: Server, kind: str) ->
     assert server.ask(body=DEFECTIVE, kind=kind).json == server.ask(body=DEFECTIVE).json
 
 
+def test_a_type_that_is_no_image_is_refused(server: Server) -> None:
+    for kind in ("application/json", "text/plain"):
+        assert server.ask(body=b"hello", kind=kind).status == 415
+
+
 def test_an_image_in_a_form(server: Server) -> None:
     body, kind = form(DEFECTIVE, field="anything")
     assert server.ask(body=body, kind=kind).json == server.ask(body=DEFECTIVE).json
@@ -151,11 +156,12 @@ def malformed() -> Iterator[tuple[bytes, str]]:
     yield two.replace(b"--edge--\r\n", b"") + two, kind
 
 
-def test_500_malformed_requests_are_answered_and_none_brings_the_server_down(server: Server) -> None:
-    seen: dict[int, int] = {}
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_malformed_requests_are_answered_and_none_brings_the_server_down(server: Server, every: int) -> None:
     cases = list(malformed())
     assert len(cases) >= 500
-    for number, (body, kind) in enumerate(cases):
+    seen = set()
+    for number, (body, kind) in enumerate(cases[::every]):
         reply = server.ask(body=body, kind=kind)
         assert reply.status == 200 or 400 <= reply.status < 500, (number, kind, reply)
         if reply.status != 200:
@@ -163,9 +169,9 @@ def test_500_malformed_requests_are_answered_and_none_brings_the_server_down(ser
             assert sentence.endswith((".", ")")), sentence
             assert "/tmp" not in sentence  # noqa: S108 no path of ours is told
             assert "\n" not in sentence
-        seen[reply.status] = seen.get(reply.status, 0) + 1
+        seen.add(reply.status)
     assert server.process.poll() is None
-    assert set(seen) >= {200, 400, 415, 422}
+    assert seen >= {200, 400, 422}
     assert server.ask(body=DEFECTIVE).json["verdict"] == "defective"
     assert server.metric("flawsmith_admitted") == 0
 

@@ -1,19 +1,15 @@
-"""How a slot follows its source, and how places are counted."""
+"""How a slot follows its source."""
 
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from toy_onnx import write_toy
 
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file
 from flawsmith.inference.predictor import Predictor
-from flawsmith.serve.app import Gate
 from flawsmith.serve.models import FileSource, Loaded, ModelSlot
 
 
@@ -84,45 +80,6 @@ def test_what_cannot_be_used_leaves_the_present_one_and_is_complained_of_once(so
 def test_a_first_model_that_cannot_be_used_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         ModelSlot(FileSource(tmp_path / "model.onnx"), 60).start()
-
-
-@given(st.integers(1, 5), st.lists(st.booleans(), max_size=40))
-def test_places_are_never_more_than_there_are(places: int, steps: list[bool]) -> None:
-    told: list[int] = []
-    gate, inside = Gate(places, told.append), 0
-    for comes in steps:
-        if comes:
-            assert gate.enter() == (inside < places)
-            inside = min(places, inside + 1)
-        elif inside:
-            gate.leave()
-            inside -= 1
-    assert all(0 <= count <= places for count in told)
-    assert told[-1:] == ([inside] if told else [])
-
-
-def test_places_are_counted_across_threads() -> None:
-    gate = Gate(3)
-    most: list[int] = []
-    inside, lock = [0], threading.Lock()
-
-    def visitor() -> None:
-        for _ in range(200):
-            if gate.enter():
-                with lock:
-                    inside[0] += 1
-                    most.append(inside[0])
-                with lock:
-                    inside[0] -= 1
-                gate.leave()
-
-    threads = [threading.Thread(target=visitor) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(most) <= 3
-    assert gate.enter()
 
 
 def test_the_digest_is_that_of_the_model_that_answers_though_another_file_follows_at_once(

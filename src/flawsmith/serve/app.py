@@ -12,13 +12,13 @@ import asyncio
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import swagger_ui_bundle
 from fastapi import FastAPI, Query, Request
@@ -26,23 +26,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
-from pydantic.json_schema import SkipJsonSchema
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from flawsmith.data.images import decode_image
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.inference.draw import draw_prediction
 from flawsmith.inference.serialise import describe, encode_map, encode_png
+from flawsmith.serve.body import Refusal, discard, read_image_bytes
 from flawsmith.serve.models import Loaded, ModelSlot
+from flawsmith.serve.schema import REQUEST_BODY, RESPONSES, Answer
 from flawsmith.serve.telemetry import Telemetry
 
 PREDICT = "/v1/predict"
-FORM, BINARY = "multipart/form-data", "application/octet-stream"
-CURL = "application/x-www-form-urlencoded"  # what `curl --data-binary @part.png` calls the bytes it sends
 PAGE = Path(__file__).with_name("page.html")
 # The page is one file, with its style and script inside and nothing from elsewhere.
 POLICY = (
@@ -70,96 +66,6 @@ class Limits:
     seconds: float = 10.0
 
 
-class Region(BaseModel):
-    """A connected area above the pixel threshold, in pixels of the image, origin top left."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: float
-    peak: float
-    peak_x: int
-    peak_y: int
-    polygon: list[tuple[float, float]]
-
-
-class Model(BaseModel):
-    """Which model answered."""
-
-    category: str
-    version: str
-    digest: str
-    provider: str
-
-
-class Picture(BaseModel):
-    """The anomaly map as 16-bit gray PNG in base64: a value is `low + pixel / 65535 * (high - low)`."""
-
-    png: str
-    low: float
-    high: float
-
-
-class Answer(BaseModel):
-    """The verdict on one image: defective if `score` lies above `threshold`, which is `relative_score` above 1. Regions
-    are those of a defective image alone."""
-
-    verdict: Literal["good", "defective"]
-    score: float
-    threshold: float
-    relative_score: float
-    peak_x: int
-    peak_y: int
-    peak_value: float
-    width: int
-    height: int
-    region_count: int
-    regions: list[Region]
-    model: Model
-    anomaly_map: Picture | SkipJsonSchema[None] = None
-    overlay: str | SkipJsonSchema[None] = None
-
-
-class Problem(BaseModel):
-    """Why there is no verdict, in one sentence."""
-
-    error: str
-
-
-class Refusal(Exception):  # noqa: N818 an answer, not a fault of ours
-    """An answer other than a verdict."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-class Gate:
-    """Counts who is inside. Thread-safe: workers let go of their place from their own thread."""
-
-    def __init__(self, places: int, on_change: Callable[[int], None] = lambda inside: None) -> None:
-        self._places, self._on_change = places, on_change
-        self._inside = 0
-        self._lock = threading.Lock()
-
-    def enter(self) -> bool:
-        """Take a place; False if there is none."""
-        return self._move(1)
-
-    def leave(self) -> None:
-        """Give it back."""
-        self._move(-1)
-
-    def _move(self, step: int) -> bool:
-        with self._lock:
-            if self._inside + step > self._places:
-                return False
-            self._inside += step
-            self._on_change(self._inside)
-            return True
-
-
 @dataclass
 class Service:
     """What an app's handlers share."""
@@ -168,43 +74,44 @@ class Service:
     limits: Limits
     telemetry: Telemetry
     draining: bool = False
-    gate: Gate = field(init=False)
-    pool: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gate = Gate(self.limits.workers + self.limits.queue, self.telemetry.admitted.set)
         self.pool = ThreadPoolExecutor(self.limits.workers, thread_name_prefix="judge")
+        self._places = threading.BoundedSemaphore(self.limits.workers + self.limits.queue)
 
     async def answer(self, request: Request, with_map: bool, with_overlay: bool) -> dict[str, Any]:
-        """Read, judge, describe.
+        """Read, judge and describe the image of a request.
 
         Raises:
-            Refusal: for each reason not to.
+            Refusal: there is no place, no image in time, no model, or no verdict in time.
         """
-        if not self.gate.enter():
-            await _discard(request, self.limits.max_bytes)
+        if not self._places.acquire(blocking=False):
+            await discard(request, self.limits.max_bytes)
             raise Refusal(429, "All workers are busy and the queue is full; try again in a second.")
-        leave: Callable[[], None] | None = self.gate.leave
-        reading = True
+        self.telemetry.admitted.inc()
+        task: Future[dict[str, Any]] | None = None
         try:
             async with asyncio.timeout(self.limits.seconds):
-                content = await _image_bytes(request, self.limits.max_bytes)
+                content = await read_image_bytes(request, self.limits.max_bytes)
                 loaded = self.slot.current
                 if loaded is None:
                     raise Refusal(503, "There is no model yet; try again in a second.")
-                reading = False
                 task = self.pool.submit(self._judge, loaded, content, with_map, with_overlay)
                 # a worker cannot be stopped: its place is free when it is done, not when we no longer wait for it
-                task.add_done_callback(lambda _: self.gate.leave())
-                leave = None
+                task.add_done_callback(lambda _: self._leave())
                 return await asyncio.wrap_future(task)
         except TimeoutError:
-            if reading:
+            if task is None:
                 raise Refusal(408, f"The image did not arrive within {self.limits.seconds:g} seconds.") from None
             raise Refusal(504, f"There was no verdict within {self.limits.seconds:g} seconds.") from None
         finally:
-            if leave is not None:
-                leave()
+            if task is None:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Give a place back, from any thread."""
+        self.telemetry.admitted.dec()
+        self._places.release()
 
     def _judge(self, loaded: Loaded, content: bytes, with_map: bool, with_overlay: bool) -> dict[str, Any]:
         predictor = loaded.predictor
@@ -256,8 +163,8 @@ def create_app(slot: ModelSlot, limits: Limits, telemetry: Telemetry) -> FastAPI
         PREDICT,
         response_model=Answer,
         response_model_exclude_none=True,
-        responses={status: {"model": Problem, "description": words} for status, words in _REFUSALS.items()},
-        openapi_extra=_REQUEST_BODY,
+        responses=RESPONSES,
+        openapi_extra=REQUEST_BODY,
         summary="Judge one image",
     )
     async def predict(
@@ -315,34 +222,6 @@ def create_app(slot: ModelSlot, limits: Limits, telemetry: Telemetry) -> FastAPI
     return app
 
 
-_REFUSALS: dict[int | str, str] = {
-    400: "No image in the request, or a damaged form.",
-    408: "The image did not arrive in time.",
-    413: "The body is too large.",
-    415: "The content type is no image's.",
-    422: "The image cannot be read, or has too many pixels.",
-    429: "All workers are busy and the queue is full.",
-    503: "There is no model yet.",
-    504: "There was no verdict in time.",
-}
-_BYTES = {"schema": {"type": "string", "format": "binary"}}
-_REQUEST_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **dict.fromkeys(("image/png", "image/jpeg", "image/bmp", "image/tiff", BINARY), _BYTES),
-            FORM: {
-                "schema": {
-                    "type": "object",
-                    "properties": {"image": {"type": "string", "format": "binary"}},
-                    "required": ["image"],
-                }
-            },
-        },
-    }
-}
-
-
 async def _on_http_error(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     sentence = error.detail if isinstance(error, HTTPException) else str(error)
@@ -353,68 +232,3 @@ async def _on_bad_query(_request: Request, error: Exception) -> Response:
     found = error.errors() if isinstance(error, RequestValidationError) else []
     words = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
     return JSONResponse({"error": f"The request is not understood ({words})."}, 422)
-
-
-async def _image_bytes(request: Request, limit: int) -> bytes:
-    """The image of a request, from its body or its form."""
-    kind = request.headers.get("content-type", BINARY).partition(";")[0].strip().lower()
-    if kind not in (FORM, BINARY, CURL) and not kind.startswith("image/"):
-        await _discard(request, limit)
-        raise Refusal(415, f"{kind or 'No type'} is no image; send image/* or {BINARY}, or a form ({FORM}).")
-    body = await _body(request, limit)
-    content = await _from_form(request, body) if kind == FORM else body
-    if not content:
-        raise Refusal(400, "The request holds no image; send the bytes of a PNG, JPEG, BMP or TIFF file.")
-    return content
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    parts, size = [], int(declared) if declared.isdigit() else 0
-    if size <= limit:
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                break
-            parts.append(chunk)
-    if size > limit:
-        await _discard(request, limit)
-        raise Refusal(413, f"The body is larger than {limit:,} bytes; send a smaller image.")
-    return b"".join(parts)
-
-
-async def _from_form(request: Request, body: bytes) -> bytes:
-    """The one file of a multipart form that was read already: the parser by itself knows no limit of the whole."""
-
-    async def once() -> AsyncIterator[bytes]:
-        yield body
-        yield b""
-
-    try:
-        form = await MultiPartParser(request.headers, once(), max_files=1, max_fields=8).parse()  # type: ignore[arg-type]
-    except MultiPartException as error:
-        raise Refusal(400, f"The form is damaged ({error.message}).") from None
-    except (KeyError, ValueError) as error:
-        raise Refusal(400, f"The form is damaged ({error}).") from None
-    try:
-        files = [value for value in form.values() if isinstance(value, UploadFile)]
-        if len(files) != 1:
-            raise Refusal(400, "The form holds no file; send the image as its one file: `curl -F image=@part.png`.")
-        return await files[0].read()
-    finally:
-        await form.close()  # its files may lie on disk
-
-
-async def _discard(request: Request, limit: int) -> None:
-    """Read what a client is sending and forget it, up to a limit: if we closed before it had sent all, its system might
-    throw our answer away."""
-    size = 0
-    try:
-        async with asyncio.timeout(2):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    return
-    except (TimeoutError, ClientDisconnect, RuntimeError):  # RuntimeError: the stream was read before
-        return
