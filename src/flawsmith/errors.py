@@ -37,7 +37,7 @@ DISK_FULL = os.strerror(errno.ENOSPC)
 _LOCKS = "the file system cannot lock files", "name a place on another one"
 _RIGHTS = "the rights to do so are missing", "change them, or name another place"
 _FULL = "the disk is full", "free space there, or name a place on another disk"
-# what the system may refuse for a reason that the user can remove: why, and the remedy
+# refusals whose reason the user can remove: why, and the remedy
 _REFUSALS = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -57,14 +57,14 @@ _REFUSALS = {
     errno.ENOSYS: _LOCKS,
 }
 _OF_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# how libraries that write for themselves tell of a full disk
+# how libraries with writers of their own report a full disk
 _TOLD_FULL = re.compile(
     rf"{re.escape(DISK_FULL)}|os error {errno.ENOSPC}\b|^\d+ requested and \d+ written|disk is full", re.MULTILINE
 )
 
 
 def refusal(error: BaseException) -> UserError | None:
-    """The sentence for a file or folder that the system refuses to read or write; None if it is something else."""
+    """Turn the system's refusal to read or write a file or folder into one sentence; None for any other error."""
     number = _number(error)
     if number not in _REFUSALS:
         return None
@@ -91,8 +91,10 @@ def tell_once(key: str, sentence: str) -> None:
 
 @contextmanager
 def name_file(path: Path, temporary: Path) -> Iterator[None]:
-    """Let an error in writing name `path`, where the system names nothing, or the `temporary` path that stands for it
-    meanwhile; what a library says of a full disk in its own way becomes an OSError."""
+    """Let an error in writing name `path`, also where it names nothing, or the `temporary` path that stands for it.
+
+    A full disk that a library reports in its own words becomes an OSError.
+    """
     try:
         yield
     except FlawsmithError:
@@ -110,12 +112,12 @@ def name_file(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error that it raised for a file, or of a full disk in other words."""
+    """The errno of an error about a file, or of a full disk that a library reports in its own words; else None."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
         if _TOLD_FULL.search(str(error)):
             return errno.ENOSPC
         before = error.__cause__ or error.__context__  # torch.save ends a file that it could not write, and fails again
         return number if before is not None and (number := _number(before)) in _OF_ALL else None
-    # a network's errors are of this class too, but name no file and have numbers of their own
+    # network errors are OSErrors too, but are about no file
     return number if not isinstance(error, ConnectionError | TimeoutError) else None

@@ -1,7 +1,7 @@
 """Writing that is never seen half-done, and digests that know nothing of time or place.
 
-What is not in place yet lies under a short hidden name that ends in `.tmp`: a digest stands for the name it will get,
-so that a long one fits too, and ignore files pass it over.
+What is not in place yet has a short hidden name that ends in `.tmp`, which ignore files pass over. The name holds a
+digest of the final one, so that long names fit too.
 """
 
 import csv
@@ -44,8 +44,8 @@ def atomic_folder(path: Path, keep_on: type[BaseException] | tuple[type[BaseExce
     """Yield an empty folder that replaces `path` if the block succeeds, and vanishes if it fails.
 
     `keep_on` names exceptions after which the folder is put in place all the same (a gate's report must be readable).
-    Of a link its target is replaced. A mount point, or a folder whose parent may not be written, cannot be exchanged
-    as a whole: it is filled file by file, and what was there goes when all is in place.
+    If `path` is a link, its target is replaced. A mount point, or a folder in a read-only parent, cannot be exchanged
+    as a whole: it is filled file by file, and old files go when all new ones are in place.
 
     Raises:
         UserError: another run writes `path` now.
@@ -67,9 +67,9 @@ def atomic_folder(path: Path, keep_on: type[BaseException] | tuple[type[BaseExce
 
 @contextmanager
 def sole_writer(path: Path) -> Iterator["_Place"]:
-    """Keep all others from writing the folder `path` while the block runs; the thread that holds it may enter again.
+    """Keep others from writing the folder `path` while the block runs; the thread that holds it may enter again.
 
-    What a killed run left there is cleared first, and what it had moved aside is put back.
+    First, what a killed run left there is removed, and what it had moved aside is put back.
 
     Raises:
         UserError: another run writes it now.
@@ -103,8 +103,8 @@ def sole_writer(path: Path) -> Iterator["_Place"]:
 
 
 def restore(path: Path) -> None:
-    """Put the folder `path`, or the one that holds it, back if a run was killed after it had moved it aside, and before
-    it put the new one in. For whoever reads it and does not find it."""
+    """Put the folder `path`, or its parent, back if a run was killed between moving the old one aside and putting the
+    new one in. For readers that do not find it."""
     for folder in (path, path.parent):
         if _Place.of(folder).is_away():
             with suppress(UserError), sole_writer(folder):  # whoever writes it now has put it back
@@ -116,7 +116,7 @@ _held = threading.local()
 
 @dataclass(frozen=True)
 class _Place:
-    """A folder to be replaced, and the `room` for what is needed meanwhile: its parent, or itself where it is fixed."""
+    """A folder to be replaced, and the `room` for temporary files: its parent, or itself where it cannot be renamed."""
 
     target: Path
     room: Path
@@ -141,7 +141,7 @@ class _Place:
         return self.aside.exists() and (is_empty or not self.target.exists())
 
     def recover(self) -> None:
-        """Undo what a killed run left half-done; only for the one that holds the lock."""
+        """Undo what a killed run left half-done. The caller holds the lock."""
         if self.is_away():
             self.aside.replace(self.target)  # also where an empty folder is
         for left in (self.aside, *self.room.glob(f".{digest_name(self.target.name)}-*.tmp")):
@@ -166,8 +166,10 @@ class _Place:
 
 
 def _fill(target: Path, folder: Path) -> None:
-    """Move all of `folder` into `target` in order, its own files last, for they name those in its folders; then remove
-    whatever else `target` held."""
+    """Move all of `folder` into `target`, then remove whatever else `target` held.
+
+    Files of the top folder come last, for they name those in its subfolders.
+    """
     new = [path.relative_to(folder) for path in folder.rglob("*")]
     for part in sorted(part for part in new if (folder / part).is_dir()):
         if not (target / part).is_dir():
@@ -195,12 +197,12 @@ LOST = "lost+found"  # in each ext4 file system's top folder
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file's or folder's name is one of something not in place yet, or left by a run that was killed."""
+    """Whether this is the name of something not in place yet, or left by a killed run."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
 def fit_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """`name`, or, if it has too many bytes for a file system, its beginning, a digest of the whole, and its suffix."""
+    """Shorten a name with too many bytes for a file system to its beginning, a digest of the whole, and its suffix."""
     raw = os.fsencode(name)
     if len(raw) <= longest:
         return name

@@ -133,7 +133,7 @@ def ssim(first: FloatImage, second: FloatImage) -> float:
 
     Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE
     TIP 13(4), 2004, equation 13 averaged over pixels and channels. Where the windows hold equal pixels the index is
-    exactly 1, so it is computed only around the pixels that differ.
+    exactly 1, so it is computed only around the pixels that differ. (scikit-image computes the whole image.)
     """
     differs = (first != second).any(axis=0)  # (H, W)
     if not differs.any():

@@ -79,10 +79,10 @@ def _ranges(settings: ValidateSettings, wanted: Severity) -> Iterator[Rule]:
     usual, few = settings.mostly, 1 - settings.max_duplicate_share
     inside, seen, overlap = settings.min_change_inside, settings.min_visible_share, settings.min_foreground_overlap
     table: tuple[tuple[str, Severity, str, float | None, float | None, float], ...] = (
-        ("mask_area", "critical", "the mask marks something, but no large part of the image", *settings.mask_area, 1),
-        ("change_inside", "critical", "the defect changes the pixels of its mask", inside, None, 1),
+        ("mask_area", "critical", "the mask marks something, but no large part of the image", *settings.mask_area, 1.0),
+        ("change_inside", "critical", "the defect changes the pixels of its mask", inside, None, 1.0),
         ("visible_share", "critical", "most of the mask has visibly changed", seen, None, usual),
-        ("change_outside", "critical", "nothing changed away from the mask", None, settings.max_change_outside, 1),
+        ("change_outside", "critical", "nothing changed away from the mask", None, settings.max_change_outside, 1.0),
         ("duplicates", "critical", "no defect image occurs twice", None, 0, few),
         ("foreground_overlap", "warning", "the defect lies on the part", overlap, None, usual),
         ("ssim", "warning", "the defect is neither invisible nor another image", *settings.ssim, usual),
