@@ -43,6 +43,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def contents(folder: Path) -> set[str]:
+    return {path.read_text() for path in folder.iterdir()}
+
+
+def tree(folder: Path, content: dict[str, bytes]) -> Path:
+    for name, data in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
 def test_a_file_appears_when_the_block_ends_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "a.txt"
     with atomic_file(target) as temporary:
@@ -54,40 +66,32 @@ def test_a_file_appears_when_the_block_ends_and_leaves_nothing_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize("before", [None, "old"])
-@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, SystemExit])
-def test_a_file_stays_as_it_was_when_the_block_raises(
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, QualityGateError])
+def test_what_was_there_stays_when_the_block_raises(
     tmp_path: Path, before: str | None, error: type[BaseException]
 ) -> None:
-    target = tmp_path / "a.txt"
     if before is not None:
-        target.write_text(before)
-    with pytest.raises(error), atomic_file(target) as temporary:
+        tree(tmp_path, {"a.txt": b"old", "stage/a.txt": b"old"})
+    with pytest.raises(error), atomic_file(tmp_path / "a.txt") as temporary:
         temporary.write_text("half")
         raise error
-    assert (target.read_text() if target.exists() else None) == before
-    assert names(tmp_path) == ([] if before is None else ["a.txt"])
-
-
-def test_a_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
-    target = tmp_path / "stage"
-    target.mkdir()
-    (target / "stale.txt").write_text("old")
-    with atomic_folder(target) as temporary:
-        (temporary / "fresh.txt").write_text("new")
-        assert names(target) == ["stale.txt"]
-    assert names(target) == ["fresh.txt"]
-    assert names(tmp_path) == ["stage"]
-
-
-@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt, QualityGateError])
-def test_a_folder_stays_as_it_was_when_the_block_raises(tmp_path: Path, error: type[BaseException]) -> None:
-    target = tmp_path / "stage"
-    target.mkdir()
-    (target / "old.txt").write_text("old")
-    with pytest.raises(error), atomic_folder(target) as temporary:
+    with pytest.raises(error), atomic_folder(tmp_path / "stage") as temporary:
         (temporary / "half.txt").write_text("half")
         raise error
-    assert names(target) == ["old.txt"]
+    assert names(tmp_path) == ([] if before is None else ["a.txt", "stage"])
+    if before is not None:
+        assert contents(tmp_path / "stage") == {(tmp_path / "a.txt").read_text()} == {"old"}
+
+
+def test_a_folder_replaces_all_of_the_old_one_and_clears_what_a_killed_run_left(tmp_path: Path) -> None:
+    target = tmp_path / "stage"
+    tree(tmp_path, {"stage/stale.txt": b"old", f".{digest_name('stage')}-0123abcd.tmp/half.txt": b"half"})
+    with atomic_folder(target) as temporary:
+        assert names(temporary) == []
+        (temporary / "fresh.txt").write_text("new")
+        assert names(target) == ["stale.txt"]
+        assert not (tmp_path / f".{digest_name('stage')}-0123abcd.tmp").exists()
+    assert names(target) == ["fresh.txt"]
     assert names(tmp_path) == ["stage"]
 
 
@@ -102,16 +106,6 @@ def test_keep_on_puts_the_report_in_place_and_still_raises(tmp_path: Path) -> No
         (temporary / "other.json").write_text("{}")
         raise BoomError
     assert names(target) == ["verdict.json"]
-
-
-def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
-    left = tmp_path / f".{digest_name('stage')}-0123abcd.tmp"
-    left.mkdir()
-    (left / "half.txt").write_text("half")
-    with atomic_folder(tmp_path / "stage") as temporary:
-        assert names(temporary) == []
-        assert not left.exists()
-    assert names(tmp_path) == ["stage"]
 
 
 # Replaces results/ and kills itself with SIGKILL just before it renames, or takes away, something for the n-th time.
@@ -134,10 +128,6 @@ with atomic_folder(Path("results")) as folder:
 
 def python(code: str, folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, text=True, stdin=PIPE, stdout=PIPE, stderr=PIPE)
-
-
-def contents(folder: Path) -> set[str]:
-    return {path.read_text() for path in folder.iterdir()}
 
 
 def test_a_kill_at_any_moment_of_a_replacement_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
@@ -317,15 +307,12 @@ def test_json_is_sorted_ends_with_a_newline_and_refuses_nan(tmp_path: Path) -> N
         write_json(path, {"a": float("nan")})
     assert read_json(path) == {"a": [0.1, None], "b": 1}
     assert names(tmp_path) == ["a.json"]
-
-
-def test_json_errors_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.json does not exist"):
-        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"b\.json does not exist"):
+        read_json(tmp_path / "b.json")
     for content in (b"", b"{", b"\xff\xfe"):
-        (tmp_path / "b.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"b\.json is not valid JSON"):
-            read_json(tmp_path / "b.json")
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
+            read_json(path)
 
 
 def test_csv_keeps_seven_digits_and_unix_lines(tmp_path: Path) -> None:
@@ -340,14 +327,6 @@ def test_csv_keeps_seven_digits_and_unix_lines(tmp_path: Path) -> None:
         write_csv(tmp_path / "a.csv", ["step", "loss", "name"], rows())  # type: ignore[arg-type]
     assert (tmp_path / "a.csv").read_text().startswith("step,loss,name\n1,0.3333333")
     assert names(tmp_path) == ["a.csv"]
-
-
-def tree(folder: Path, content: dict[str, bytes]) -> Path:
-    for name, data in content.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
 
 
 def test_a_folder_digest_depends_on_names_and_bytes_alone(tmp_path: Path) -> None:
