@@ -4,9 +4,9 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -43,20 +43,21 @@ ARCHIVE = archive_of(FILES)
 SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
 
 
-class Server(NamedTuple):
-    """A file server whose behaviour a test can change; `ranges` are the Range headers it saw."""
+@dataclass
+class Server:
+    """A file server whose behaviour a test can change."""
 
-    url: str
-    content: dict[str, bytes]
-    ranges: list[str | None]
-    allowances: list[int]  # bytes after which the next connections break off
-    honours_range: dict[str, bool]
+    url: str = ""
+    content: dict[str, bytes] = field(default_factory=lambda: {"/bottle.tar.xz": ARCHIVE})
+    ranges: list[str | None] = field(default_factory=list)  # the Range headers that it saw
+    allowances: list[int] = field(default_factory=list)  # bytes after which the next connections break off
+    honours_range: bool = True
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    state = Server("", {"/bottle.tar.xz": ARCHIVE}, [], [], {"yes": True})
+    state = Server()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -66,7 +67,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 self.send_error(404)
                 return
             start = 0
-            if wanted and state.honours_range["yes"]:
+            if wanted and state.honours_range:
                 start = int(wanted.removeprefix("bytes=").rstrip("-"))
                 self.send_response(206 if start < len(body) else 416)
                 span = f"{start}-{len(body) - 1}" if start < len(body) else "*"
@@ -82,15 +83,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield state._replace(url=f"http://127.0.0.1:{http.server_address[1]}")
-    finally:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        state.url = f"http://127.0.0.1:{http.server_address[1]}"
+        yield state
         http.shutdown()
         thread.join()
-        http.server_close()
 
 
 @pytest.fixture
@@ -155,7 +154,7 @@ def test_a_later_call_resumes_what_an_earlier_one_left(
 def test_what_lies_there_already_is_used_or_replaced(
     get: Callable[..., Path], server: Server, tmp_path: Path, left: bytes, honours_range: bool, ranges: list[str | None]
 ) -> None:
-    server.honours_range["yes"] = honours_range
+    server.honours_range = honours_range
     part = tmp_path / "data" / ".downloads" / "bottle.tar.xz.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(left)
@@ -175,37 +174,33 @@ def test_a_wrong_checksum_is_refused_and_the_file_dropped(
         get(sha256="abc")
 
 
-def test_an_existing_folder_is_never_touched(get: Callable[..., Path], server: Server, tmp_path: Path) -> None:
+def test_what_cannot_succeed_is_found_before_the_download(
+    get: Callable[..., Path], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "data" / "bottle").mkdir(parents=True)
     with pytest.raises(UserError, match="exists already"):
         get()
     assert server.ranges == []
-
-
-def test_a_moved_file_names_the_remedy(get: Callable[..., Path], server: Server) -> None:
-    with pytest.raises(UserError, match=r"404.*--url"):
-        get("cable")
-    server.content["/elsewhere/1234"] = ARCHIVE
-    assert contents(get(url=f"{server.url}/elsewhere/1234")) == FILES
-
-
-def test_offline_is_a_clear_error(get: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"cannot be reached.*check the network"):
-        get(base_url="http://127.0.0.1:1")
-
-
-def test_a_full_disk_is_found_before_the_download(get: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data" / "bottle").rmdir()
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="MB are needed"):
         get()
 
 
+def test_a_server_that_is_away_or_has_no_such_file_names_the_remedy(get: Callable[..., Path], server: Server) -> None:
+    with pytest.raises(UserError, match=r"cannot be reached.*check the network"):
+        get(base_url="http://127.0.0.1:1")
+    with pytest.raises(UserError, match=r"404.*--url"):
+        get("cable")
+    server.content["/elsewhere/1234"] = ARCHIVE
+    assert contents(get(url=f"{server.url}/elsewhere/1234")) == FILES
+
+
 def test_an_unknown_category_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean `bottle`"):
-        mvtec_ad_url("botle")
-    with pytest.raises(UserError, match="known are bottle"):
-        mvtec_ad_url("qqqq")
+    for name, said in (("botle", "did you mean `bottle`"), ("qqqq", "known are bottle")):
+        with pytest.raises(UserError, match=said):
+            mvtec_ad_url(name)
 
 
 def test_every_category_has_an_official_address_and_a_checksum_of_its_own() -> None:
