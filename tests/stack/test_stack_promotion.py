@@ -16,7 +16,7 @@ from flawsmith.registry.registration import register
 from flawsmith.stages.promote import run as promote
 from flows.stack import Stack
 
-SOURCE = Path(__file__).parents[1] / "registry" / "test_promotion.py"
+SOURCE = Path(__file__).parents[1] / "registry" / "plants.py"
 
 
 def load_plants() -> Any:
