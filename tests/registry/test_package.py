@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -63,13 +62,9 @@ def test_a_model_is_as_healthy_as_when_its_answers_were_written(health: Path, pr
     assert check_health(health, predictor, tolerance=0.0) == 0
     stored = read_json(health / "scores.json")
     assert set(stored) == {"0.png", "1.png", "2.png"} == {path.name for path in health.glob("*.png")}
-    assert len(set(stored.values())) == 3
-
-
-def test_scores_are_those_of_the_8_bit_images_on_disk(health: Path, predictor: Predictor) -> None:
     exact = predictor.predict([picture(0)])[0].score
-    assert read_json(health / "scores.json")["0.png"] == pytest.approx(exact, abs=1 / 255)
-    assert read_json(health / "scores.json")["0.png"] != exact, "the float image is not what is stored"
+    assert stored["0.png"] == pytest.approx(exact, abs=1 / 255)
+    assert stored["0.png"] != exact, "the 8-bit image on disk is scored, not the float image"
 
 
 def test_another_model_is_not_healthy_on_these_images(health: Path, tmp_path: Path) -> None:
@@ -80,33 +75,29 @@ def test_another_model_is_not_healthy_on_these_images(health: Path, tmp_path: Pa
         check_health(health, other, tolerance=0.05)
 
 
-@pytest.mark.parametrize("name", ["0.png", "1.png", "2.png"])
-@pytest.mark.parametrize("damage", [0.01, -0.01, math.nan, math.inf])
-def test_any_one_score_that_differs_fails_the_check(
-    health: Path, predictor: Predictor, name: str, damage: float
+@pytest.mark.parametrize("name", ["0.png", "2.png"])
+@pytest.mark.parametrize("damage", [0.01, -0.01, math.nan, math.inf, "image"])
+def test_any_one_score_or_image_that_differs_fails_the_check(
+    health: Path, predictor: Predictor, name: str, damage: float | str
 ) -> None:
     stored = read_json(health / "scores.json")
-    (health / "scores.json").write_text(json.dumps(stored | {name: stored[name] + damage}))
-    with pytest.raises(FlawsmithError, match="does not score"):
-        check_health(health, predictor, tolerance=0.005)
-
-
-@pytest.mark.parametrize("name", ["0.png", "2.png"])
-def test_any_one_image_that_was_changed_fails_the_check(health: Path, predictor: Predictor, name: str) -> None:
-    write_png(health / name, np.zeros((SIZE, SIZE, 3), np.uint8))
+    if isinstance(damage, str):
+        write_png(health / name, np.zeros((SIZE, SIZE, 3), np.uint8))
+    else:
+        (health / "scores.json").write_text(json.dumps(stored | {name: stored[name] + damage}))
     with pytest.raises(FlawsmithError, match="does not score"):
         check_health(health, predictor, tolerance=0.005)
 
 
 @pytest.mark.parametrize("file", ["scores.json", "1.png"])
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("keep", [0, 30])
 def test_a_damaged_folder_is_a_clear_error_that_names_the_file(
-    health: Path, predictor: Predictor, file: str, damage: str
+    health: Path, predictor: Predictor, file: str, keep: int
 ) -> None:
-    if damage == "missing":
-        (health / file).unlink()
-    else:
-        (health / file).write_bytes((health / file).read_bytes()[:30])
+    content = (health / file).read_bytes()
+    (health / file).unlink()
+    if keep:
+        (health / file).write_bytes(content[:keep])
     with pytest.raises(UserError, match=file):
         check_health(health, predictor, tolerance=1.0)
 
@@ -174,36 +165,22 @@ class ToyTeacher(nn.Module):
         return tuple(nn.functional.avg_pool2d(image * self.scale, step) for step in (4, 8))
 
 
-MAKERS = ("export/model.onnx", "export/parity.json", "validate/verdict.json", "evaluate/metrics.json")
-OTHERS = ("validate/docs/index.html", "evaluate/report.html")
-
-
-def test_the_content_digest_changes_with_each_file_that_makes_a_version(layout: Layout) -> None:
-    def digest() -> str:
-        return Sources.of(layout).content_digest
-
-    before = digest()
-    assert digest() == before
-    seen = {before}
-    for name in MAKERS:
-        file = layout.root / "artifacts" / "plate" / name
+def test_the_content_digest_is_of_the_files_that_make_a_version(layout: Layout) -> None:
+    sources = Sources.of(layout)
+    seen = {sources.content_digest}
+    for file in (sources.model, sources.parity, sources.verdict, sources.metrics):
         content = file.read_bytes()
         file.write_bytes(content + b" ")
-        seen.add(digest())
+        seen.add(sources.content_digest)
         file.write_bytes(content)
-    assert len(seen) == 1 + len(MAKERS)
-    for name in OTHERS:
-        (layout.root / "artifacts" / "plate" / name).write_text("another rendering of the same figures")
-    assert digest() == before
-
-
-def test_the_content_digest_tells_which_file_holds_what(layout: Layout) -> None:
-    sources = Sources.of(layout)
-    before = sources.content_digest
-    parity, verdict_bytes = sources.parity.read_bytes(), sources.verdict.read_bytes()
-    sources.parity.write_bytes(verdict_bytes)
+    assert len(seen) == 5
+    for rendering in (sources.docs / "index.html", sources.report):
+        rendering.write_text("another rendering of the same figures")
+    assert sources.content_digest in seen
+    parity, verdict = sources.parity.read_bytes(), sources.verdict.read_bytes()
+    sources.parity.write_bytes(verdict)
     sources.verdict.write_bytes(parity)
-    assert sources.content_digest != before
+    assert sources.content_digest not in seen, "which file holds what counts too"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +208,7 @@ def test_a_version_holds_all_that_its_judges_and_watchers_need(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(package, "build_teacher", lambda settings, root: ToyTeacher())
+    shutil.rmtree(layout.root / "data/plate/test")  # not even looked at: no test image may leave the test set
     folder = tmp_path / "content"
     folder.mkdir()
     sources = Sources.of(layout)
@@ -246,26 +224,15 @@ def test_a_version_holds_all_that_its_judges_and_watchers_need(
     assert (folder / "lineage.txt").read_text() == f"{render_lineage(CHAIN)}\n"
     assert check_health(folder / "health", Predictor(sources.model), tolerance=0.0) == 0
 
-    calibration = [path.name for path in layout.split().calibration]
+    calibration = layout.split().calibration
     reference = load_reference(folder / "reference.npz")
-    assert list(reference.names) == calibration
+    assert list(reference.names) == [path.name for path in calibration]
     assert reference.detector_digest == Predictor(sources.model).metadata.detector_digest
-
-
-def test_health_images_are_calibration_normals_and_held_out_defects_alone(
-    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No test image may leave the test set, and none that trained the model says much about its health."""
-    monkeypatch.setattr(package, "build_teacher", lambda settings, root: ToyTeacher())
-    shutil.rmtree(layout.root / "data/plate/test")  # not even looked at
-    folder = tmp_path / "content"
-    folder.mkdir()
-    build_content(layout, Sources.of(layout), CHAIN, folder)
     names = set(read_json(folder / "health" / "scores.json"))
     normals = {name for name in names if name.startswith("normal-")}
-    assert normals <= {f"normal-{path.stem}.png" for path in layout.split().calibration}
-    assert names - normals == {"defect-val-00000.png", "defect-val-00003.png"}
-    assert len(normals) == min(3, len(layout.split().calibration))
+    assert normals <= {f"normal-{path.stem}.png" for path in calibration}
+    assert names - normals == {"defect-val-00000.png", "defect-val-00003.png"}, "held out: they trained nothing"
+    assert len(normals) == min(3, len(calibration))
 
 
 # --- lineage
@@ -311,17 +278,6 @@ def test_lineage_in_json_names_every_artefact_with_its_digest_and_run() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def links_without_origin(found: dict[str, Any]) -> int:
-    return len(lineage_objections(found))
-
-
-def test_a_missing_link_is_missing_in_json_too() -> None:
-    chain = made_by("export", MODEL, lost(WEIGHTS), METRICS)
-    assert len(chain.missing()) == 1
-    assert links_without_origin(lineage_json(chain)) == 1
-    assert links_without_origin(lineage_json(CHAIN)) == 0
-
-
 def test_a_file_changed_since_is_named_with_the_remedy() -> None:
     path = METRICS.artefact.path
     other = "artifacts/plate/evaluate/report.html"
@@ -330,14 +286,12 @@ def test_a_file_changed_since_is_named_with_the_remedy() -> None:
     assert objections == tuple(f"{sentence} and register again" for _, sentence in changed)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_missing_link_is_not_hidden_by_another_content_of_the_same_path(first: bool) -> None:
-    """Model and metrics may come from different contents of one folder: the unknown one must still be seen."""
-    unknown = lost(WEIGHTS)
-    parents = (unknown, METRICS) if first else (METRICS, unknown)
+@pytest.mark.parametrize("parents", [(lost(WEIGHTS), METRICS), (METRICS, lost(WEIGHTS)), (lost(WEIGHTS),)])
+def test_a_missing_link_is_not_hidden_by_another_content_of_the_same_path(parents: tuple[Lineage, ...]) -> None:
+    """Model and metrics may come from different contents of one file: the unknown one must still be seen."""
     chain = made_by("export", MODEL, *parents)
-    assert len(chain.missing()) == 1
-    assert links_without_origin(lineage_json(chain)) == 1
+    assert len(chain.missing()) == len(lineage_objections(lineage_json(chain))) == 1
+    assert lineage_objections(lineage_json(CHAIN)) == ()
 
 
 def test_tags_hold_the_digests_a_person_asks_for_first() -> None:
@@ -347,14 +301,6 @@ def test_tags_hold_the_digests_a_person_asks_for_first() -> None:
         "ddpm": DDPM.artefact.digest,
         "data": DATA.artefact.digest,
     }
-
-
-def test_what_is_not_in_the_lineage_gets_no_tag() -> None:
-    broken = made_by("export", MODEL, lost(WEIGHTS))
-    assert digest_tags(broken, "plate") == {"detector": "another digest"}
-    assert digest_tags(lost(MODEL), "plate") == {}
-
-
-def test_the_data_of_a_category_whose_name_ends_alike_is_not_taken_for_it() -> None:
-    chain = made_by("export", MODEL, source("data/steelplate/train"), DATA)
-    assert digest_tags(chain, "plate")["data"] == DATA.artefact.digest
+    assert digest_tags(made_by("export", MODEL, lost(WEIGHTS)), "plate") == {"detector": "another digest"}
+    alike = made_by("export", MODEL, source("data/steelplate/train"), DATA)
+    assert digest_tags(alike, "plate")["data"] == DATA.artefact.digest
