@@ -5,17 +5,17 @@ import io
 import json
 import os
 import re
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from flawsmith.dvc import StageOutcome
 
 LONGEST_SIDE = 1200  # pixels of a picture on a page
 MOST_BYTES = 300_000  # of a picture; it lies in the server's database, as text
-LINK_SECONDS = 5.0
+OUTCOME = "outcome"  # key of the artifact that a retraining leaves and `nightly` reads
 ENDINGS = {  # names of a retraining's state, in words for the night's table; every other one is `failed`
     "Completed": "promoted",
     "Kept": "kept",
@@ -167,28 +167,15 @@ def mlflow_run(experiment: str, stage: str, flow_run: str) -> str | None:
     server = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     if not server.startswith(("http://", "https://")):
         return None
-    api = f"{server}/api/2.0/mlflow"
+    wanted = f"tags.`flawsmith.stage` = '{stage}' AND tags.`flawsmith.flow_run` = '{flow_run}'"
     try:
-        name = urllib.parse.quote(experiment, safe="")
-        found = _ask(f"{api}/experiments/get-by-name?experiment_name={name}")["experiment"]["experiment_id"]
-        wanted = f"tags.`flawsmith.stage` = '{stage}' AND tags.`flawsmith.flow_run` = '{flow_run}'"
-        search = {
-            "experiment_ids": [found],
-            "filter": wanted,
-            "max_results": 1,
-            "order_by": ["attributes.start_time DESC"],
-        }
-        run = _ask(f"{api}/runs/search", search)["runs"][0]["info"]["run_id"]
-    except (OSError, ValueError, KeyError, IndexError):
+        with httpx.Client(base_url=f"{server}/api/2.0/mlflow/") as client:
+            answer = client.get("experiments/get-by-name", params={"experiment_name": experiment})
+            found = answer.raise_for_status().json()["experiment"]["experiment_id"]
+            search = {"experiment_ids": [found], "filter": wanted, "max_results": 1,
+                      "order_by": ["attributes.start_time DESC"]}  # fmt: skip
+            answer = client.post("runs/search", json=search)
+            run = answer.raise_for_status().json()["runs"][0]["info"]["run_id"]
+    except (httpx.HTTPError, ValueError, KeyError, IndexError):
         return None
     return f"{server}/#/experiments/{found}/runs/{run}"
-
-
-def _ask(address: str, body: Mapping[str, Any] | None = None) -> Any:
-    request = urllib.request.Request(  # noqa: S310 - http or https, as checked above
-        address,
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=LINK_SECONDS) as answer:  # noqa: S310
-        return json.load(answer)

@@ -11,7 +11,6 @@ How a run ends: `Completed` (no drift), `Drift` (a normal end too: the monitorin
 readable images, no champion), `InfrastructureFailed`, or `Failed`.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,14 +21,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
-from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 
-from flawsmith.dvc import InfrastructureError, failure
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.processes import stream
 from flows.artifacts import slug
+from flows.run import ask, failed
 
 EVENT, RESOURCE = "flawsmith.drift", "flawsmith.category."
 NO_DRIFT, DRIFT = 0, 3  # exit statuses of `flawsmith monitor` that come with an answer
@@ -45,59 +41,26 @@ def monitor(category: str, folder: str, out: str | None = None) -> State[Any]:
         folder: where the new images lie, as the worker sees it; relative to its checkout.
         out: folder for report.html, drift.json and scores.csv; artifacts/<category>/monitor if null.
     """
+    words = ["--category", category, *(["--out", out] if out else []), "--", folder]
     try:
-        answer = judge_folder(category, folder, out)
+        answer = ask(Path.cwd(), (NO_DRIFT, DRIFT), "monitor", *words)
     except FlawsmithError as error:
-        name = {UserError: "BadInput", InfrastructureError: "InfrastructureFailed"}.get(type(error), "Failed")
-        return Failed(name=name, message=str(error))
-    results = out or f"artifacts/{category}/monitor"
-    key = slug(category)
-    create_markdown_artifact(
-        drift_report(answer, folder, results), key=f"{key}-drift", description=f"{category}: {answer['verdict']}"
-    )
-    create_table_artifact(
-        statistic_rows(answer), key=f"{key}-drift-statistics", description="What the verdict rests on"
-    )
+        return failed(error)
+    page = drift_page(answer, folder, out or f"artifacts/{category}/monitor")
+    create_markdown_artifact(page, f"{slug(category)}-drift", f"{category}: {answer['verdict']}")
+    create_table_artifact(answer["statistics"], f"{slug(category)}-drift-statistics", "What the verdict rests on")
     if not answer["drifted"]:
         return Completed(message=answer["reason"])
     emit_event(
         event=EVENT,
         resource={"prefect.resource.id": f"{RESOURCE}{category}", "prefect.resource.name": category},
-        payload=event_payload(answer, folder),
+        payload={**{key: answer[key] for key in ("category", "reason", "statistics")}, "folder": folder},
     )
     return Completed(name="Drift", message=answer["reason"])
 
 
-def judge_folder(category: str, folder: str, out: str | None) -> dict[str, Any]:
-    """Run `flawsmith monitor`; its log lines go to the run's log, its answer is the content of drift.json.
-
-    Raises:
-        FlawsmithError: it gave no answer; the class says whose fault it is.
-    """
-    command = ["flawsmith", "monitor", "--category", category, "--json", *(["--out", out] if out else []), "--", folder]
-    environment = {"FLAWSMITH_FLOW_RUN": str(flow_run.id), "FLAWSMITH_ACTOR": f"prefect flow run {flow_run.name}"}
-    finished = stream(command, Path.cwd(), _say, environment, keep_stdout=True)
-    try:
-        answer = json.loads(finished.stdout) if finished.status in (NO_DRIFT, DRIFT) else None
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise failure("`flawsmith monitor`", finished)
-    return answer
-
-
-def event_payload(answer: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """What the event tells whoever listens."""
-    return {
-        "category": answer["category"],
-        "reason": answer["reason"],
-        "statistics": answer["statistics"],
-        "folder": folder,
-    }
-
-
-def drift_report(answer: Mapping[str, Any], folder: str, results: str) -> str:
-    """The verdict as markdown for the run's page."""
+def drift_page(answer: Mapping[str, Any], folder: str, results: str) -> str:
+    """The verdict as markdown for the run's page, from the content of drift.json."""
     files, flagged, images, known = (answer[key] for key in ("files", "flagged", "images", "reference"))
     low, high = flagged["interval"]
     lines = [
@@ -118,27 +81,6 @@ def drift_report(answer: Mapping[str, Any], folder: str, results: str) -> str:
         f"- Report: `{results}/report.html`",
     ]
     return "\n".join(lines) + "\n"
-
-
-def statistic_rows(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a statistic."""
-    return [
-        {
-            "statistic": item["name"],
-            "value": item["value"],
-            "expected without drift": item["expected"],
-            "effect": item["effect"],
-            "limit": item["limit"],
-            "p, adjusted": item["adjusted_p"],
-            "verdict": item["verdict"],
-        }
-        for item in answer["statistics"]
-    ]
-
-
-def _say(line: str) -> None:
-    if line.strip():
-        get_run_logger().info("%s", line)
 
 
 def main(

@@ -36,19 +36,18 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
 from flawsmith.settings import load_settings
-from flows.artifacts import ENDINGS, nightly_report, slug
+from flows.artifacts import ENDINGS, OUTCOME, nightly_report, slug
 
 RETRAIN, NIGHTLY = "retrain/retrain", "nightly/nightly"
 POLL_SECONDS = 2.0
 SERVER_ERROR = 500  # an HTTP status from here on may pass
 TRIES = 2  # a crashed sub-run is started once more
 GOOD = frozenset({"promoted", "kept", "unchanged", "skipped"})
-OUTCOME = "outcome"  # key of the artifact a retraining leaves
 
 
 @dataclass
-class Part:
-    """One category of the night."""
+class CategoryRun:
+    """One category of the night, with the newest state of its sub-run."""
 
     category: str
     run: FlowRun | None = None
@@ -56,17 +55,20 @@ class Part:
     trouble: str = ""  # why there is no run, or no end
 
     @property
-    def over(self) -> bool:
-        ended = self.run is not None and self.run.state is not None and self.run.state.is_final()
-        return bool(self.trouble) or (ended and not self.may_try_again)
-
-    @property
     def may_try_again(self) -> bool:
+        """Whether the sub-run crashed and is to be started again."""
         crashed = self.run is not None and self.run.state is not None and self.run.state.is_crashed()
         return crashed and self.tries < TRIES
 
     @property
+    def over(self) -> bool:
+        """Whether nothing more happens to it this night."""
+        ended = self.run is not None and self.run.state is not None and self.run.state.is_final()
+        return bool(self.trouble) or (ended and not self.may_try_again)
+
+    @property
     def state(self) -> str:
+        """The name of the sub-run's state, or what prevents one."""
         if self.trouble:
             return self.trouble
         return self.run.state.name or "?" if self.run and self.run.state else "not started"
@@ -78,6 +80,7 @@ class Part:
 
     @property
     def good(self) -> bool:
+        """Whether it needs no person."""
         return self.outcome in GOOD
 
 
@@ -89,108 +92,91 @@ def nightly(categories: list[str] | None = None, hours: float = 20.0) -> State[A
         categories: default: `categories` of params.yaml.
         hours: what has not ended by then counts as broken (its run goes on), so that the next night can begin.
     """
-    log = get_run_logger()
     names = categories or list(load_settings(Path.cwd() / "params.yaml").categories)
-    parts = [Part(name) for name in dict.fromkeys(names)]
+    items = [CategoryRun(name) for name in dict.fromkeys(names)]
     until = time.monotonic() + hours * 3600
     with get_client(sync_client=True) as client:
-        while True:
-            for part in (part for part in parts if not part.over):
-                before = part.state
+        while not all(item.over for item in items):
+            for item in (item for item in items if not item.over):
+                before = item.state
                 if time.monotonic() > until:
-                    part.trouble = f"not over after {hours:g} hours"
+                    item.trouble = f"not over after {hours:g} hours"
                 else:
-                    _advance(client, part)
-                if part.state != before:
-                    log.info("%s: %s", part.category, part.state)
-            if all(part.over for part in parts):
-                break
+                    _advance(client, item)
+                if item.state != before:
+                    get_run_logger().info("%s: %s", item.category, item.state)
             time.sleep(POLL_SECONDS)
-        rows = [_row(client, part) for part in parts]
+        rows = [_row(client, item) for item in items]
     create_markdown_artifact(nightly_report(rows), "nightly", "the night, a line a category")
-    return verdict(parts)
+    return verdict(items)
 
 
-def _advance(client: SyncPrefectClient, part: Part) -> None:
+def _advance(client: SyncPrefectClient, item: CategoryRun) -> None:
     """Start a category's run, start it again, or look how it is; a server that is away is asked again later."""
     try:
-        if part.run is None or part.may_try_again:
-            number = part.tries + 1
-            # The name keeps the automation that restarts crashed runs away from these (flows.setup). The key makes
-            # one run of a request that is sent twice because the first answer got lost.
-            part.run = _start(
-                RETRAIN,
-                {"category": part.category},
-                name=f"nightly {part.category}{' again' if number > 1 else ''}",
-                key=f"{flow_run.id}-{part.category}-{number}",
-            )
-            part.tries = number
-        else:
-            part.run = client.read_flow_run(part.run.id)
+        if item.run is not None and not item.may_try_again:
+            item.run = client.read_flow_run(item.run.id)
+            return
+        number = item.tries + 1
+        # The name keeps the automation that restarts crashed runs away from these (automations.yaml). The key makes
+        # one run of a request that is sent twice because the first answer got lost.
+        item.run = _start(
+            RETRAIN,
+            parameters={"category": item.category},
+            flow_run_name=f"nightly {item.category}{' again' if number > 1 else ''}",
+            idempotency_key=f"{flow_run.id}-{item.category}-{number}",
+        )
+        item.tries = number
     except ObjectNotFound:
-        part.trouble = f"there is no deployment {RETRAIN}" if part.run is None else "its run was deleted"
+        item.trouble = f"there is no deployment {RETRAIN}" if item.run is None else "its run was deleted"
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
         if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < SERVER_ERROR:
-            part.trouble = f"the server refused it: {error}"
+            item.trouble = f"the server refused it: {error}"
         else:
-            get_run_logger().warning("%s: the server did not answer (%s); asked again soon", part.category, error)
+            get_run_logger().warning("%s: the server did not answer (%s); asked again soon", item.category, error)
 
 
-def _start(
-    deployment: str, parameters: dict[str, Any], name: str | None = None, key: str | None = None, child: bool = True
-) -> FlowRun:
+def _start(deployment: str, **options: Any) -> FlowRun:
     """Create a run and leave it to the workers."""
-    started = run_deployment(
-        deployment, parameters=parameters, flow_run_name=name, idempotency_key=key, timeout=0, as_subflow=child
-    )
+    started = run_deployment(deployment, timeout=0, **options)
     if not isinstance(started, FlowRun):  # it is a coroutine in asynchronous code alone
         raise TypeError("run_deployment must be called from synchronous code")
     return started
 
 
-def _row(client: SyncPrefectClient, part: Part) -> dict[str, Any]:
-    message = part.run.state.message if part.run and part.run.state and not part.trouble else ""
-    told = part.state if part.outcome == "failed" else ""  # the others say it in their outcome
-    row = {"category": part.category, "outcome": part.outcome, "why": ": ".join(filter(None, [told, message]))}
-    if part.run is None:
+def _row(client: SyncPrefectClient, item: CategoryRun) -> dict[str, Any]:
+    """A category's line of the night's report."""
+    message = item.run.state.message if item.run and item.run.state and not item.trouble else ""
+    told = item.state if item.outcome == "failed" else ""  # the others say it in their outcome
+    row = {"category": item.category, "outcome": item.outcome, "why": ": ".join(filter(None, [told, message]))}
+    if item.run is None:
         return row
-    return {
-        **row,
-        "run": part.run.name,
-        "link": f"{PREFECT_UI_URL.value()}/runs/flow-run/{part.run.id}",
-        "image_auroc": outcome(client, part.category, part.run.id).get("image_auroc"),
-    }
-
-
-def outcome(client: SyncPrefectClient, category: str, run: UUID) -> dict[str, Any]:
-    """What a retraining left about its end; empty if it did not get that far."""
     found = client.read_artifacts(
         artifact_filter=ArtifactFilter(
-            flow_run_id=ArtifactFilterFlowRunId(any_=[run]),
-            key=ArtifactFilterKey(any_=[f"{slug(category)}-{OUTCOME}"]),
+            flow_run_id=ArtifactFilterFlowRunId(any_=[item.run.id]),
+            key=ArtifactFilterKey(any_=[f"{slug(item.category)}-{OUTCOME}"]),
         ),
         limit=1,
     )
-    if not found:
-        return {}
-    data = found[0].data
-    rows = json.loads(data) if isinstance(data, str) else data
-    return dict(rows[0]) if isinstance(rows, list) and rows else {}
-
-
-def verdict(parts: Sequence[Part]) -> State[Any]:
-    """Failed if a category needs a person; told of each is how it ended."""
-    broken = [part for part in parts if not part.good]
-    named = {
-        part.category: f"{part.category} ({part.state})" if part.outcome == "failed" else part.category
-        for part in parts
+    rows = json.loads(found[0].data) if found and isinstance(found[0].data, str) else []
+    return {
+        **row,
+        "run": item.run.name,
+        "link": f"{PREFECT_UI_URL.value()}/runs/flow-run/{item.run.id}",
+        "image_auroc": rows[0].get("image_auroc") if rows else None,
     }
-    told = "; ".join(
-        f"{outcome}: {', '.join(named[part.category] for part in parts if part.outcome == outcome)}"
-        for outcome in dict.fromkeys(part.outcome for part in [*broken, *parts])
-    )
+
+
+def verdict(items: Sequence[CategoryRun]) -> State[Any]:
+    """Failed if a category needs a person; the message tells how each ended, those first."""
+    broken = [item for item in items if not item.good]
+    ended: dict[str, list[str]] = {}
+    for item in [*broken, *(item for item in items if item.good)]:
+        shown = f"{item.category} ({item.state})" if item.outcome == "failed" else item.category
+        ended.setdefault(item.outcome, []).append(shown)
+    told = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in ended.items())
     if broken:
-        return Failed(message=f"{len(broken)} of {len(parts)} categories need a person. {told}.")
+        return Failed(message=f"{len(broken)} of {len(items)} categories need a person. {told}.")
     return Completed(message=f"{told}.")
 
 
@@ -203,20 +189,18 @@ def main() -> int:
         return 2
     with get_client(sync_client=True) as client:
         try:
-            night = _start(NIGHTLY, {}, child=False)
+            night = _start(NIGHTLY, as_subflow=False)
         except (httpx.TransportError, ObjectNotFound) as error:
             remedy = "run `python -m flows.setup`" if isinstance(error, ObjectNotFound) else "start it with `make up`"
             print(f"flows.nightly: {address} does not know {NIGHTLY} or does not answer ({error}); {remedy}.",
                   file=sys.stderr)  # fmt: skip
             return 2
         print(f"{night.name}: {PREFECT_UI_URL.value()}/runs/flow-run/{night.id}", flush=True)
+        children = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[night.id]))
         seen: dict[UUID, str] = {}
         while True:
             night = client.read_flow_run(night.id)
-            children = client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[night.id]))
-            )
-            for run in [*children, night]:
+            for run in [*client.read_flow_runs(flow_run_filter=children), night]:
                 state = run.state.name if run.state and run.state.name else "?"
                 if seen.get(run.id) != state:
                     seen[run.id] = state

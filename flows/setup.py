@@ -7,21 +7,22 @@ The server is the one of PREFECT_API_URL.
 """
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
-from datetime import timedelta
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from string import Template
+from typing import Annotated
 from uuid import UUID
 
 import httpx
 import typer
+import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, RunDeployment
-from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL
 
@@ -33,15 +34,9 @@ POOLS = {
     "gpu": "Retrains categories. Start its workers with --limit 1: one retraining each.",
     "control": "Nights and monitoring: what only waits or looks.",
 }
-FLOWS = ["retrain", "nightly", "monitor"]
 SHORTEST_WINDOW = 60.0  # Prefect sends a heartbeat each 30 s at most
 DEPLOY_SECONDS = 240
-
-ZOMBIES = "flawsmith: a run without heartbeat has crashed"
-RESTART = "flawsmith: a crashed retraining is started again"
-DRIFT = "flawsmith: drift starts a retraining"
-NIGHTLY_RUN = "nightly "  # how `nightly` names the runs that it starts, and starts again by itself
-DRIFT_EVENT, DRIFT_RESOURCE = "flawsmith.drift", "flawsmith.category."
+AUTOMATIONS = Path(__file__).with_name("automations.yaml")
 
 
 def main(
@@ -66,7 +61,7 @@ def main(
     limits = [*(gpu or ["gpu-0"]), *(f"category-{name}" for name in settings.categories)]
     asyncio.run(_before(limits))
     _deploy(ROOT)
-    asyncio.run(_after(timedelta(seconds=window)))
+    asyncio.run(_after(window))
     print(f"Ready: pools {', '.join(POOLS)}; limits {', '.join(limits)}; deployments of prefect.yaml; automations.")
 
 
@@ -99,7 +94,7 @@ def _deploy(root: Path) -> None:
         raise FlawsmithError(f"`prefect deploy --all` failed: {words}")
 
 
-async def _after(window: timedelta) -> None:
+async def _after(window: float) -> None:
     async with get_client() as client:
         retrain = await client.read_deployment_by_name("retrain/retrain")
         for automation in automations(retrain.id, retrain.parameters, window):
@@ -116,84 +111,21 @@ async def _upsert(client: PrefectClient, automation: AutomationCore) -> None:
         await client.create_automation(automation)
 
 
-def automations(retrain: UUID, parameters: dict[str, Any], window: timedelta) -> list[AutomationCore]:
-    """The automations, given the id and the default parameters of the deployment `retrain/retrain`."""
-    ours: dict[str, str | list[str]] = {"prefect.resource.role": "flow", "prefect.resource.name": FLOWS}
-    retraining: dict[str, str | list[str]] = {
-        "prefect.resource.role": "deployment",
-        "prefect.resource.id": f"prefect.deployment.{retrain}",
-    }
+def automations(retrain: UUID, parameters: Iterable[str], window: float) -> list[AutomationCore]:
+    """The automations of automations.yaml.
+
+    Args:
+        retrain: id of the deployment `retrain/retrain`.
+        parameters: the names of its parameters; a run that is started again gets those of the crashed one.
+        window: seconds without a heartbeat after which a run has crashed.
+    """
     copied = {name: f"{{{{ flow_run.parameters.{name} }}}}" for name in ["category", *parameters]}
-    return [
-        AutomationCore(
-            name=ZOMBIES,
-            description="Its worker or machine died. Without this the run would be Running for ever.",
-            trigger=EventTrigger(
-                posture=Posture.Proactive,
-                match={"prefect.resource.id": "prefect.flow-run.*"},
-                match_related=ours,
-                for_each={"prefect.resource.id"},
-                # Pending: the worker died between taking the run and starting it
-                after={"prefect.flow-run.heartbeat", "prefect.flow-run.Running", "prefect.flow-run.Pending"},
-                # Any sign of life or end. The event of a state bears the state's own name (Kept,
-                # QualityGateFailed, ...): a list of Prefect's names would crash runs that ended well.
-                expect={"prefect.flow-run.*"},
-                threshold=1,
-                within=window,
-            ),
-            actions=[
-                ChangeFlowRunState(
-                    name=None,
-                    state=StateType.CRASHED,
-                    force=False,
-                    message=f"No heartbeat for {window.total_seconds():.0f} s: its worker or machine has died.",
-                )
-            ],
-        ),
-        AutomationCore(
-            name=RESTART,
-            description="With the same parameters and one attempt more; the flow itself gives up after max_attempts. "
-            "Nights start theirs again themselves.",
-            trigger=EventTrigger(
-                posture=Posture.Reactive,
-                match={"prefect.resource.id": "prefect.flow-run.*", "prefect.resource.name": f"!{NIGHTLY_RUN}*"},
-                match_related=retraining,
-                for_each={"prefect.resource.id"},
-                expect={"prefect.flow-run.Crashed"},
-                threshold=1,
-                within=timedelta(0),
-            ),
-            actions=[
-                RunDeployment(
-                    source="selected",
-                    deployment_id=retrain,
-                    job_variables=None,
-                    # in brackets: Prefect appends `| tojson`, which would bind to the 1 alone
-                    parameters={**copied, "attempt": "{{ (flow_run.parameters.attempt + 1) }}"},
-                )
-            ],
-        ),
-        AutomationCore(
-            name=DRIFT,
-            description=f"The event {DRIFT_EVENT} on {DRIFT_RESOURCE}CATEGORY; the category's limit keeps one at work.",
-            trigger=EventTrigger(
-                posture=Posture.Reactive,
-                match={"prefect.resource.id": f"{DRIFT_RESOURCE}*"},
-                for_each={"prefect.resource.id"},
-                expect={DRIFT_EVENT},
-                threshold=1,
-                within=timedelta(0),
-            ),
-            actions=[
-                RunDeployment(
-                    source="selected",
-                    deployment_id=retrain,
-                    job_variables=None,
-                    parameters={"category": f"{{{{ event.resource['prefect.resource.id'][{len(DRIFT_RESOURCE)}:] }}}}"},
-                )
-            ],
-        ),
-    ]
+    # in brackets: Prefect appends `| tojson`, which would bind to the 1 alone
+    copied["attempt"] = "{{ (flow_run.parameters.attempt + 1) }}"
+    filled = Template(AUTOMATIONS.read_text()).substitute(
+        retrain=retrain, copied=json.dumps(copied), window=f"{window:.0f}"
+    )
+    return [AutomationCore.model_validate(item) for item in yaml.safe_load(filled)]
 
 
 def run() -> None:

@@ -16,6 +16,7 @@ from prefect.events.schemas.automations import AutomationCore
 
 from flawsmith.errors import UserError
 from flows import setup
+from flows.monitor import EVENT, RESOURCE, monitor
 from flows.nightly import nightly
 from flows.retrain import retrain
 
@@ -24,30 +25,43 @@ SPECIFICATION = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS = {item["name"]: item for item in SPECIFICATION["deployments"]}
 
 
-def made() -> dict[str, AutomationCore]:
-    parameters = DEPLOYMENTS["retrain"]["parameters"]
-    return {item.name: item for item in setup.automations(uuid4(), parameters, timedelta(seconds=540))}
+ZOMBIES, RESTART, DRIFT = (
+    f"flawsmith: {what}"
+    for what in (
+        "a run without heartbeat has crashed",
+        "a crashed retraining is started again",
+        "drift starts a retraining",
+    )
+)
+
+
+def made(window: float = 540.0) -> dict[str, AutomationCore]:
+    return {item.name: item for item in setup.automations(uuid4(), DEPLOYMENTS["retrain"]["parameters"], window)}
 
 
 def test_every_parameter_of_a_retraining_is_carried_over_when_it_is_started_again() -> None:
     """Prefect's run holds what its deployment names, not the function's defaults."""
     flow_parameters = set(retrain.parameters.properties) - {"category"}
     assert set(DEPLOYMENTS["retrain"]["parameters"]) == flow_parameters
-    action: Any = made()[setup.RESTART].actions[0]
+    action: Any = made()[RESTART].actions[0]
     assert set(action.parameters) == flow_parameters | {"category"}
     assert "+ 1" in action.parameters["attempt"]
 
 
-def test_the_end_of_a_run_under_any_name_counts_as_a_sign_of_life() -> None:
-    trigger: Any = made()[setup.ZOMBIES].trigger
-    assert trigger.expect == {"prefect.flow-run.*"}
+def test_a_run_is_dead_after_a_window_without_any_sign_of_life() -> None:
+    trigger: Any = made()[ZOMBIES].trigger
+    assert trigger.expect == {"prefect.flow-run.*"}, "the end of a run under any name counts"
     assert trigger.within == timedelta(seconds=540)
     assert "prefect.flow-run.heartbeat" in trigger.after
+    assert set(trigger.match_related.root["prefect.resource.name"]) == {retrain.name, nightly.name, monitor.name}
 
 
-def test_nightly_s_own_runs_are_left_to_it() -> None:
-    trigger: Any = made()[setup.RESTART].trigger
-    assert trigger.match.root["prefect.resource.name"] in ("!nightly *", ["!nightly *"])
+def test_each_automation_listens_to_what_the_flows_say() -> None:
+    restart: Any = made()[RESTART].trigger
+    assert restart.match.root["prefect.resource.name"] in ("!nightly *", ["!nightly *"]), "nights look after theirs"
+    drift: Any = made()[DRIFT].trigger
+    assert drift.expect == {EVENT}
+    assert drift.match.root["prefect.resource.id"] in (f"{RESOURCE}*", [f"{RESOURCE}*"])
 
 
 def test_deployments_lie_on_the_pools_that_set_up_makes() -> None:
@@ -64,7 +78,6 @@ def test_entrypoints_exist() -> None:
         path, _, name = item["entrypoint"].partition(":")
         assert (ROOT / path).is_file()
         assert f"def {name}(" in (ROOT / path).read_text()
-    assert {retrain.name, nightly.name} <= set(setup.FLOWS)
 
 
 def test_prefect_yaml_names_no_folder_of_any_machine() -> None:
@@ -75,13 +88,13 @@ def test_an_automation_is_made_once_and_changed_afterwards(prefect_server: None)
     async def twice() -> list[Any]:
         async with get_client() as client:
             for seconds in (540, 90):
-                for item in setup.automations(uuid4(), {"attempt": 1}, timedelta(seconds=seconds)):
+                for item in made(seconds).values():
                     await setup._upsert(client, item)
             return await client.read_automations()
 
     found = asyncio.run(twice())
-    assert sorted(item.name for item in found) == sorted([setup.ZOMBIES, setup.RESTART, setup.DRIFT])
-    assert {item.name: item.trigger.within for item in found}[setup.ZOMBIES] == timedelta(seconds=90)
+    assert sorted(item.name for item in found) == sorted([ZOMBIES, RESTART, DRIFT])
+    assert {item.name: item.trigger.within for item in found}[ZOMBIES] == timedelta(seconds=90)
 
 
 def test_pools_and_limits_are_made_once(prefect_server: None) -> None:

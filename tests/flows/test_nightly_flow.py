@@ -8,11 +8,11 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running
 
 from flows.artifacts import ending, nightly_report
-from flows.nightly import TRIES, Part, verdict
+from flows.nightly import TRIES, CategoryRun, verdict
 
 
-def part(state: State[Any], category: str = "steel", tries: int = 1) -> Part:
-    return Part(category, FlowRun(flow_id=uuid4(), state=state, name="nightly steel"), tries)
+def part(state: State[Any], category: str = "steel", tries: int = 1) -> CategoryRun:
+    return CategoryRun(category, FlowRun(flow_id=uuid4(), state=state, name="nightly steel"), tries)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_night_in_which_the_champion_stays_is_a_good_night() -> None:
 
 
 def test_a_category_that_could_not_be_started_is_broken() -> None:
-    state = verdict([Part("steel", trouble="there is no deployment retrain/retrain")])
+    state = verdict([CategoryRun("steel", trouble="there is no deployment retrain/retrain")])
     assert "failed: steel (there is no deployment retrain/retrain)" in (state.message or "")
 
 

@@ -10,6 +10,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 
+import flows.run
 from flawsmith.monitoring.reference import Measurement, save_reference
 from flawsmith.processes import Finished, stream
 from flows import monitor as module
@@ -46,7 +47,7 @@ def start(
         given = ["--model", str(model), "--reference", "reference.npz"]
         return stream([*command[:2], *given, *command[2:]], root, on_line, environment, **more)
 
-    monkeypatch.setattr(module, "stream", with_model)
+    monkeypatch.setattr(flows.run, "stream", with_model)
 
     def run(folder: str) -> State[Any]:
         state: State[Any] = module.monitor("plate", folder, return_state=True)

@@ -1,15 +1,16 @@
 """A whole stack for the tests of this folder: real servers on loopback, real workers, small real projects.
 
+    from stack_workers import at_work
+
     def test_something(stack, make_checkout):
         checkout = make_checkout("first", categories=["brushed_metal", "woven_fabric"])
-        stack.set_up(checkout.folder)                              # pools, limits, deployments, automations
-        stack.start_worker("gpu", "gpu-0", checkout.folder, gpu="gpu-0")
+        with at_work(stack, checkout):                             # a worker `gpu-0`, and one `control`
+            checkout.run("python", "-m", "flows.nightly", **stack.variables())
         stack.api("flow_runs/filter", {"limit": 5})                # Prefect's REST API: POST, or GET without content
-        checkout.run("python", "-m", "flows.nightly", **stack.variables())
-        stack.kill_worker("gpu-0")                                 # SIGKILL, flow runs and stages included
 
-Every test here bears the marker `stack` and runs with `make stack-test` alone, this folder's beside those of `nights`,
-each with servers of their own. A test waits for what is to happen, not for a time; TIMEOUT is for what hangs.
+Every test here bears the marker `stack` and runs with `make stack-test` alone. PostgreSQL holds the data where it is
+installed, else SQLite; what is PostgreSQL's own is skipped then. A test waits for what is to happen, not for a time;
+TIMEOUT is for what hangs.
 """
 
 import importlib.util
@@ -17,16 +18,15 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from stack_workers import FAST
 
-from flows.processes import free_port
+from flows.machine import free_port
 from flows.stack import Stack
 
 ROOT = Path(__file__).parents[2]
@@ -36,17 +36,7 @@ HERE = Path(__file__).parent
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[_name]
 
-# The server's loops, shortened so that a test does not wait for them.
-FAST = {
-    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "5",
-    "PREFECT_SERVER_SERVICES_FOREMAN_LOOP_SECONDS": "5",
-    "PREFECT_WORKER_QUERY_SECONDS": "1",
-    "OMP_NUM_THREADS": "1",
-}
-
-TIMEOUT = 2400  # seconds for a test with its fixtures, on a machine that does much else
-SURFACES = ("brushed_metal", "woven_fabric")
+TIMEOUT = 1800  # seconds for a test with its fixtures, on a machine that does much else
 # Models of seconds know nothing, and yet one has to become champion.
 LENIENT = {
     "promote": {
@@ -57,19 +47,18 @@ LENIENT = {
 }  # fmt: skip
 
 
-def _load_small_projects() -> Any:
-    """tests/pipeline/conftest.py as a module: pytest gives no other way to share what a conftest defines."""
-    path = ROOT / "tests" / "pipeline" / "conftest.py"
-    specification = importlib.util.spec_from_file_location("small_projects", path)
+def load_module(name: str, path: Path) -> Any:
+    """Another folder's test module: pytest gives no other way to share what it defines."""
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
     return module
 
 
-small_projects = _load_small_projects()
+small_projects = load_module("small_projects", ROOT / "tests" / "pipeline" / "conftest.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -78,13 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(HERE):
             item.add_marker("stack")
             item.add_marker(pytest.mark.timeout(TIMEOUT))
+            # two groups of about the same length, each with a stack of its own (with --dist loadgroup)
+            item.add_marker(pytest.mark.xdist_group("nights" if "retrain" not in item.path.name else "retrain"))
 
 
 @pytest.fixture(scope="session")
 def open_folder() -> Iterator[Callable[[], Path]]:
     """Makes folders that every user can reach into, as a state folder must be when root starts PostgreSQL.
 
-    pytest's own temporary folders are closed to others. They are removed at the end, unless a test failed.
+    pytest's own temporary folders are closed to others. They are removed at the end.
     """
     made: list[Path] = []
 
@@ -101,30 +92,27 @@ def open_folder() -> Iterator[Callable[[], Path]]:
 
 @pytest.fixture(scope="session")
 def stack(open_folder: Callable[[], Path], request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """The servers of one stack, healthy, for the whole session: PostgreSQL where it is installed, else SQLite.
+    """The servers of one stack, healthy, for the whole session; a test adds workers with `at_work`.
 
-    No pools, deployments or workers yet: a test calls `stack.set_up(checkout.folder)` (it may be repeated) and
-    `stack.start_worker(...)`, and stops its workers with `stack.stop_worker(name)`.
+    Each `flawsmith` process notes what it opens and saves in watch/opened.tsv of its checkout (`Project.noted`).
     """
     folder = open_folder()
-    (folder / "no-config").mkdir()
-    environment = FAST | {
-        name: str(folder / "no-config") for name in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR")
-    }
-    stack = Stack(folder / "state", prefect_port=free_port(), mlflow_port=free_port(), environment=environment)
+    for name in ("no-config", "watch"):
+        (folder / name).mkdir()
+    watch = small_projects.WATCH.format(record="watch/opened.tsv")
+    (folder / "watch" / "sitecustomize.py").write_text(watch)
+    environment = FAST | {"PYTHONPATH": str(folder / "watch")}
+    environment |= dict.fromkeys(("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"), str(folder / "no-config"))
+    ports = {"prefect": free_port(), "mlflow": free_port()}
+    stack = Stack(folder / "state", ports=ports, environment=environment)
     stack.up(setup=False)
     try:
         yield stack
         if request.session.testsfailed:
-            print_logs(stack)
+            for path in sorted((stack.state / "logs").glob("*.log")):  # what a server or worker died of
+                print(f"\n== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:]))
     finally:
         stack.down()
-
-
-def print_logs(stack: Stack) -> None:
-    """The ends of the logs, into the report of the last test: enough to see what a server or worker died of."""
-    for path in sorted((stack.state / "logs").glob("*.log")):
-        print(f"\n== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:]))
 
 
 @pytest.fixture(scope="session")
@@ -153,18 +141,14 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
         folder = base / name
         project = small_projects.Project.create(folder)
         project.set_params(LENIENT)
-        params = yaml.safe_load((folder / "params.yaml").read_text())
-        params["categories"] = list(categories)
+        params = yaml.safe_load((folder / "params.yaml").read_text()) | {"categories": list(categories)}
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
         shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("prefect.yaml", "pyproject.toml"):
-            if (ROOT / file).exists():
-                shutil.copyfile(ROOT / file, folder / file)
+            shutil.copyfile(ROOT / file, folder / file)
         if remote is not None:
-            remote.mkdir(parents=True, exist_ok=True)
             project.run("dvc", "remote", "add", "--default", "shared", str(remote))
         if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
             project.run("dvc", "cache", "dir", str(cache))
         (folder / ".git" / "info" / "exclude").write_text("watch/\n")
         for key, value in {"user.name": "flawsmith tests", "user.email": "tests@localhost"}.items():
@@ -176,22 +160,9 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
     return make
 
 
-@dataclass(frozen=True)
-class Bare:
-    """A checkout in which `dvc repro` has made both surfaces, and how long it took for the first of them."""
-
-    checkout: Any
-    seconds: float
-
-
 @pytest.fixture(scope="session")
-def bare(make_checkout: Callable[..., Any]) -> Bare:
-    """As after `make repro` in a fresh clone: no server, the runs are in the project's own store."""
-    checkout = make_checkout("bare", categories=SURFACES)
-    # a new store costs seconds, once in a project's life
-    checkout.run("python", "-c", "from flawsmith.connection import connect; connect('sqlite:///mlflow.db')")
-    begun = time.monotonic()
-    checkout.run("dvc", "repro", f"export@{SURFACES[0]}")
-    seconds = time.monotonic() - begun
+def bare(make_checkout: Callable[..., Any]) -> Any:
+    """As after `make repro` of woven_fabric in a fresh clone: no server, the runs are in the project's own store."""
+    checkout = make_checkout("bare", categories=["woven_fabric"])
     checkout.run("dvc", "repro")
-    return Bare(checkout, seconds)
+    return checkout

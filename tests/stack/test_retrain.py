@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stack_workers import FAST, at_work, kill
 
 from flows.stack import Stack
 
 CATEGORY = "brushed_metal"
-WINDOW = 75  # seconds without heartbeat after which a run has crashed; a heartbeat comes each 30 s, Prefect's least
-WORKER = "night"
+WINDOW = int(FAST["FLAWSMITH_HEARTBEAT_WINDOW"])
 PATIENCE = 1500.0  # seconds a run may take on a machine that does other things too
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
@@ -31,18 +31,11 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(stack: Stack, make_checkout: Callable[..., Any], remote: Path) -> Iterator[Any]:
-    """A checkout with a DVC remote and a worker, and a server on which set-up has run twice."""
+    """A checkout with a DVC remote and workers, and a server on which set-up has run twice."""
     made = make_checkout("retrain", remote=remote)
-    for _ in range(2):
-        made.run("python", "-m", "flows.setup", "--window", str(WINDOW), **stack.variables())
-    start_worker(stack, made)
-    yield made
-    stack.stop_worker(WORKER)
-
-
-def start_worker(stack: Stack, checkout: Any) -> None:
-    environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "PYTHONPATH": str(checkout.folder / "watch")}
-    stack.start_worker("gpu", WORKER, checkout.folder, gpu="gpu-0", environment=environment)
+    with at_work(stack, made):
+        made.run("python", "-m", "flows.setup", **stack.variables())
+        yield made
 
 
 def deployment(stack: Stack, name: str) -> Any:
@@ -50,9 +43,9 @@ def deployment(stack: Stack, name: str) -> Any:
 
 
 def runs(stack: Stack) -> list[Any]:
-    """All retrainings that were not merely planned, oldest first."""
+    """All retrainings of the category that were not merely planned, oldest first."""
     found = stack.api("flow_runs/filter", {"sort": "START_TIME_ASC", "flows": {"name": {"any_": ["retrain"]}}})
-    return [run for run in found if run["state_type"] != "SCHEDULED"]
+    return [run for run in found if run["state_type"] != "SCHEDULED" and run["parameters"]["category"] == CATEGORY]
 
 
 def wait_for(what: str, look: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -177,9 +170,8 @@ def recovered(stack: Stack, checkout: Any) -> tuple[Any, Any, int]:
 
     wait_for("a checkpoint", lambda: checkpoints() >= 3)
     saved = checkpoints()
-    stack.kill_worker(WORKER)
+    kill(stack, "worker-gpu-0")
     assert not (checkout.stage("ddpm-train") / "unet.safetensors").exists(), "a half-written model must not be there"
-    start_worker(stack, checkout)
     crashed = wait_for_end(stack, run)
 
     def second() -> Any:
@@ -217,7 +209,7 @@ def test_the_gate_s_refusal_is_a_state_and_a_report_and_is_not_tried_again(
     assert "change_inside" in run["state"]["message"]
     report = artifacts(stack, run)["brushed-metal-quality-gate"]
     assert "at least 0.9" in report
-    assert f"{stack.mlflow_url}/#/experiments/" in report, "the gate's MLflow run is linked"
+    assert f"{stack.url('mlflow')}/#/experiments/" in report, "the gate's MLflow run is linked"
     assert "validate/docs/index.html" in report
     assert "data:image/jpeg;base64," in report
     tasks = stack.api("task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})

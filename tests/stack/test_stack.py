@@ -1,6 +1,5 @@
 """The stack's processes themselves: start, health, restart, refusal, and an end that hits nobody else."""
 
-import json
 import os
 import signal
 import socket
@@ -13,10 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
+from stack_workers import kill
 
 from flawsmith.errors import FlawsmithError, UserError
 from flows import postgres
-from flows.processes import LOOPBACK, MARK, free_port
+from flows.machine import LOOPBACK, free_port
 from flows.stack import ROOT, Stack
 
 SERVERS = ("prefect", "mlflow")
@@ -27,8 +27,8 @@ def listens(port: int) -> bool:
         return probe.connect_ex((LOOPBACK, port)) == 0
 
 
-def belonging(stack: Stack) -> list[psutil.Process]:
-    return [process for name in stack.processes.names() for process in stack.processes.family(name)]
+def pids(stack: Stack) -> dict[str, int]:
+    return {name: found["pid"] for name, found in stack.supervisor.programs().items()}
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def make_stack(open_folder: Callable[[], Path]) -> Iterator[Callable[..., Stack]]:
-    """Makes stacks on free ports in folders of their own, and takes them down."""
+    """Makes stacks on free ports in folders of their own, on SQLite, and takes them down."""
     made: list[Stack] = []
 
-    def make(**options: object) -> Stack:
-        ports = {"prefect_port": free_port(), "mlflow_port": free_port()}
-        made.append(Stack(open_folder() / "state", **{**ports, **options}))  # type: ignore[arg-type]
+    def make(**options: Any) -> Stack:
+        ports = {"prefect": free_port(), "mlflow": free_port()} | options.pop("ports", {})
+        made.append(Stack(open_folder() / "state", ports=ports, with_postgres=False, **options))
         return made[-1]
 
     yield make
@@ -57,10 +57,11 @@ def make_stack(open_folder: Callable[[], Path]) -> Iterator[Callable[..., Stack]
 
 def test_the_session_runs_on_postgresql_where_it_is_installed(stack: Stack) -> None:
     if postgres.find_binaries() is None:
-        pytest.skip("no PostgreSQL server is installed")
-    assert stack.database == "postgresql"
+        pytest.skip("no PostgreSQL server is installed; these tests run on SQLite")
+    assert stack.database == "PostgreSQL"
     password = stack.state / "postgres-password"
     assert password.stat().st_mode & 0o077 == 0
+    assert (stack.state / "supervisord.conf").stat().st_mode & 0o077 == 0
     secret = password.read_text().strip()
     leaks = [
         process.pid for process in psutil.process_iter(["cmdline"]) if secret in " ".join(process.info["cmdline"] or [])
@@ -70,7 +71,7 @@ def test_the_session_runs_on_postgresql_where_it_is_installed(stack: Stack) -> N
 
 
 def test_nothing_listens_beyond_the_loopback_interface(stack: Stack) -> None:
-    ours = {process.pid for process in belonging(stack)}
+    ours = {process.pid for process in stack.supervisor.family()}
     addresses = {
         (connection.laddr.ip, connection.laddr.port)
         for connection in psutil.net_connections("inet")
@@ -80,27 +81,10 @@ def test_nothing_listens_beyond_the_loopback_interface(stack: Stack) -> None:
     assert {ip for ip, _ in addresses} == {LOOPBACK}
 
 
-def test_prefects_scheduler_really_schedules(stack: Stack) -> None:
-    flow = stack.api("flows/", {"name": "ticking"})
-    deployment = stack.api(
-        "deployments/",
-        {
-            "name": "ticking",
-            "flow_id": flow["id"],
-            "schedules": [{"schedule": {"cron": "* * * * *", "timezone": "UTC"}, "active": True}],
-        },
-    )
-    asked = {"deployments": {"id": {"any_": [deployment["id"]]}}, "limit": 1}
-    while not (runs := stack.api("flow_runs/filter", asked)):
-        time.sleep(0.5)
-    assert runs[0]["state_type"] == "SCHEDULED"
-    assert runs[0]["auto_scheduled"]
-
-
 def test_mlflow_keeps_runs_and_artifacts(stack: Stack, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=stack.mlflow_url)
+    client = MlflowClient(tracking_uri=stack.url("mlflow"))
     run = client.create_run(client.create_experiment("stack"))
     (tmp_path / "note.txt").write_text("kept")
     client.log_artifact(run.info.run_id, str(tmp_path / "note.txt"))
@@ -108,107 +92,74 @@ def test_mlflow_keeps_runs_and_artifacts(stack: Stack, tmp_path: Path) -> None:
     assert [path.read_text() for path in (stack.state / "mlflow-artifacts").rglob("note.txt")] == ["kept"]
 
 
-def test_up_again_changes_nothing(stack: Stack) -> None:
-    before = {name: stack.processes.pid(name) for name in stack.processes.names()}
-    assert stack.up(setup=False) == []
-    assert {name: stack.processes.pid(name) for name in stack.processes.names()} == before
-    assert all(before.values())
-
-
-def test_a_killed_server_is_started_again_by_up_and_the_others_go_on(stack: Stack) -> None:
-    before = {name: stack.processes.pid(name) for name in stack.processes.names()}
-    stack.processes.kill("mlflow")
-    assert stack.processes.pid("mlflow") is None
-    assert not listens(stack.ports["mlflow"])
-    assert stack.up(setup=False) == ["mlflow"]
+def test_a_killed_server_comes_back_by_itself_and_up_again_changes_nothing(stack: Stack) -> None:
+    before = pids(stack)
+    kill(stack, "mlflow")
+    while pids(stack)["mlflow"] in (0, before["mlflow"]):
+        time.sleep(0.1)
+    assert stack.up(setup=False) == []  # it waits until all is healthy
     assert listens(stack.ports["mlflow"])
-    after = {name: stack.processes.pid(name) for name in stack.processes.names()}
+    after = pids(stack)
     assert {name for name in after if after[name] != before[name]} == {"mlflow"}
+    assert stack.up(setup=False) == []
+    assert pids(stack) == after
 
 
-def test_a_worker_is_online_and_a_killed_one_leaves_nothing(stack: Stack, tmp_path: Path) -> None:
-    stack.api("work_pools/", {"name": "tried", "type": "process"})
-    pid = stack.start_worker("tried", "worker-a", tmp_path, gpu="gpu-7")
-    (worker,) = stack.api("work_pools/tried/workers/filter", {})
-    assert (worker["name"], worker["status"]) == ("worker-a", "ONLINE")
-    environment = psutil.Process(pid).environ()
-    assert environment["FLAWSMITH_GPU"] == "gpu-7"
-    assert environment["FLAWSMITH_CHECKOUT"] == str(tmp_path)
-    assert environment["MLFLOW_TRACKING_URI"] == stack.mlflow_url
-    stack.kill_worker("worker-a")
-    assert stack.processes.family("worker-worker-a") == []
-    # the server believes for a while yet that the dead one is online; a new one must show a heartbeat of its own
-    assert stack.start_worker("tried", "worker-a", tmp_path) != pid
-    stack.stop_worker("worker-a")
-    assert stack.processes.pid("worker-worker-a") is None
-    assert "worker-worker-a" not in stack.processes.names()
-
-
-def test_a_worker_without_its_pool_is_refused(stack: Stack, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no work pool `nowhere`; make it with `python -m flows\.setup`"):
-        stack.start_worker("nowhere", "lost", tmp_path)
-    assert "worker-lost" not in stack.processes.names()
-
-
-def test_down_stops_just_its_own_processes_and_keeps_the_data(
+def test_down_stops_just_its_own_processes_and_the_data_outlive_a_killed_supervisor(
     make_stack: Callable[..., Stack], sleeper: subprocess.Popen[bytes]
 ) -> None:
-    """On SQLite. The record of one server holds a pid that a stranger has now; the server itself is still found."""
-    first = make_stack(with_postgres=False)
+    first = make_stack()
     assert first.up(setup=False) == ["prefect", "mlflow"]
-    assert first.database == "sqlite"
+    assert first.database == "SQLite"
     first.api("flows/", {"name": "remembered"})
-    ours = belonging(first)
+    ours = first.supervisor.family()
     assert len(ours) >= 2
-    record = first.state / "processes" / "prefect.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": sleeper.pid}))
+    supervisord = psutil.Process(int((first.state / "supervisord.pid").read_text()))
+    supervisord.kill()
+    psutil.wait_procs([supervisord], timeout=10)
 
-    fresh = Stack(first.state)  # as `make down` in another shell: it knows no more than the folder says
-    fresh.down()
+    again = Stack(first.state)  # as `make up` in another shell: it knows no more than the folder says
+    again.up(setup=False)  # PostgreSQL is allowed now, but the data lie in SQLite
+    assert (again.database, again.ports) == ("SQLite", first.ports)
+    assert not set(ours) & set(again.supervisor.family()), "what the dead supervisor left was ended"
+    assert [flow["name"] for flow in again.api("flows/filter", {})] == ["remembered"]
+
+    assert sorted(Stack(first.state).down()) == sorted(SERVERS)
     assert sleeper.poll() is None
-    assert [first.processes.pid(name) for name in SERVERS] == [None, None]
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ours)
+    assert again.supervisor.family() == []
     assert not any(listens(first.ports[name]) for name in SERVERS)
     assert not (first.state / "env").exists()
-    assert fresh.down() == []
-
-    again = Stack(first.state)
-    again.up(setup=False)  # PostgreSQL is allowed now, but the data lie in SQLite
-    try:
-        assert again.database == "sqlite"
-        assert again.ports == first.ports
-        assert [flow["name"] for flow in again.api("flows/filter", {})] == ["remembered"]
-    finally:
-        again.down()
+    assert Stack(first.state).down() == []
 
 
 def test_a_taken_port_is_named_with_its_holder_and_nothing_stays_behind(make_stack: Callable[..., Stack]) -> None:
     with socket.create_server((LOOPBACK, 0)) as holder:
         port = holder.getsockname()[1]
-        stack = make_stack(mlflow_port=port, with_postgres=False)
+        stack = make_stack(ports={"mlflow": port})
         with pytest.raises(
             UserError,
             match=rf"Port {port}, wanted for the MLflow server, is taken by .* \(pid {os.getpid()}\).*--mlflow-port N",
         ):
             stack.up(setup=False)
-    assert stack.processes.names() == []
+    assert stack.supervisor.family() == []
     assert not listens(stack.ports["prefect"])
 
 
 def test_a_server_that_dies_at_once_is_named_and_all_is_stopped(make_stack: Callable[..., Stack]) -> None:
-    stack = make_stack(with_postgres=False, environment={"PREFECT_SERVER_LOGGING_LEVEL": "no such level"})
+    stack = make_stack(environment={"PREFECT_SERVER_LOGGING_LEVEL": "no such level"})
     with pytest.raises(FlawsmithError, match=r"the Prefect server ended before it was ready; .*prefect\.log says why"):
         stack.up(setup=False)
-    assert stack.processes.names() == []
-    assert not any(listens(stack.ports[name]) for name in SERVERS)
+    assert stack.supervisor.family() == []
+    assert not stack.supervisor.runs()
 
 
 def test_an_interrupted_up_stops_what_it_has_started(open_folder: Callable[[], Path]) -> None:
     state = open_folder() / "state"
     command = [
-        sys.executable, "-m", "flows.stack", "up", "--state", str(state), "--workers", "0",
+        sys.executable, "-m", "flows.stack", "up", "--state", str(state), "--workers", "0", "--no-postgres",
         "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()),
     ]  # fmt: skip
+    stack = Stack(state)
     # whoever runs the tests in the background ignores SIGINT, and children inherit that
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -216,24 +167,17 @@ def test_an_interrupted_up_stops_what_it_has_started(open_folder: Callable[[], P
     finally:
         signal.signal(signal.SIGINT, before)
     try:
-        while not (state / "processes" / "mlflow.json").exists() and process.poll() is None:
+        while stack.supervisor.pid("mlflow") is None and process.poll() is None:
             time.sleep(0.05)
-        marks = {json.loads(path.read_text())["mark"] for path in (state / "processes").glob("*.json")}
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
-        left = list((state / "processes").glob("*.json"))
+        assert process.returncode == 130, said
+        assert "stopping what was started" in said
+        assert stack.supervisor.family() == []
+        assert not stack.supervisor.runs()
     finally:
         process.kill()
-        Stack(state).down()
-    assert process.returncode == 130, said
-    assert "stopping what was started" in said
-    assert len(marks) >= 2
-    assert left == []
-    for living in psutil.process_iter():
-        try:
-            assert living.environ().get(MARK) not in marks
-        except psutil.Error:
-            continue
+        stack.down()
 
 
 def test_the_command_brings_up_two_workers_and_takes_them_down(
@@ -267,17 +211,17 @@ def test_the_command_brings_up_two_workers_and_takes_them_down(
             for worker in stack.api(f"work_pools/{pool}/workers/filter", {})
         }
         assert workers == dict.fromkeys(["gpu-0", "gpu-1", "control"], "ONLINE")
-        environments = [psutil.Process(stack.processes.pid(f"worker-gpu-{number}")).environ() for number in (0, 1)]
+        environments = [psutil.Process(stack.supervisor.pid(f"worker-gpu-{number}")).environ() for number in (0, 1)]
         assert [item["FLAWSMITH_CHECKOUT"] for item in environments] == [str(first.folder), str(second.folder)]
+        assert {item["MLFLOW_TRACKING_URI"] for item in environments} == {stack.url("mlflow")}
         limits = {limit["name"]: limit["limit"] for limit in stack.api("v2/concurrency_limits/filter", {})}
         assert {item["FLAWSMITH_GPU"] for item in environments} <= limits.keys()
 
-        stack.kill_worker("gpu-1")
-        assert "worker-gpu-1     has died" in command("status", succeeds=False)
-        assert "starting worker-gpu-1" in command("up", *places)
-        assert "worker-gpu-1     runs" in command("status")
-        assert "runs already" in command("up", *places)
-        assert "worker-gpu-1" not in command("up", "--workers", "1") + command("status")  # no longer wanted
+        said = command("up", "--workers", "1")
+        assert "runs already" in said
+        said = command("status")
+        assert "worker-gpu-0     running" in said
+        assert "worker-gpu-1" not in said  # no longer wanted
     finally:
         stopped = command("down")
     assert "worker-gpu-0" in stopped

@@ -1,4 +1,4 @@
-"""Starting and stopping the stack's processes without ever hitting a stranger; what `up` decides before it starts."""
+"""The parts of the local stack without its servers: supervisord and what it leaves behind, ports, GPUs, databases."""
 
 import json
 import os
@@ -7,18 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from flawsmith.errors import FlawsmithError, UserError
-from flows import postgres, stack
-from flows.processes import LOOPBACK, Part, Processes, check_port, clean_environment, free_port
-from flows.stack import ROOT, Stack, private_temporary, visible_devices, worker_checkouts
+from flows import postgres, stack, supervisor
+from flows.machine import LOOPBACK, check_port, clean_environment, free_port, visible_devices
+from flows.stack import DATABASE, ROOT, Stack
+from flows.supervisor import Supervisor, private_temporary
 
-SOON = (signal.SIGTERM, 5.0)
 # A parent whose child leaves its session, as the flow runs of a worker do.
 PARENT = """
 import subprocess, sys, time
@@ -26,26 +26,27 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
 print(child.pid, flush=True)
 time.sleep(600)
 """
-
-
-def part(*command: str, name: str = "tried", folder: Path = Path("/"), **environment: str) -> Part:
-    return Part(name, command, environment, folder)
+HEAD = (Path(supervisor.__file__).with_name("supervisord.conf")).read_text().partition("{% macro")[0]
 
 
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    found = Processes(tmp_path / "state", os.environ)
-    yield found
-    found.stop(dict.fromkeys(found.names(), SOON))
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Supervisor]]:
+    """Starts one program, `tried`, under a supervisord of its own."""
+    found = Supervisor(tmp_path, os.environ)
+    template = tmp_path / "template.conf"
+    monkeypatch.setattr(supervisor, "TEMPLATE", template)
 
+    def start(command: str) -> Supervisor:
+        template.write_text(
+            f"{HEAD}\n[program:tried]\ncommand={command}\nautostart=false\nstartsecs=1\nstopwaitsecs=1\n"
+            "redirect_stderr=true\nstdout_logfile={{ state }}/logs/tried.log\n"
+        )
+        found.configure({})
+        found.start("tried")
+        return found
 
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is none of ours."""
-    process = subprocess.Popen(["sleep", "600"])
-    yield process
-    process.kill()
-    process.wait()
+    yield start
+    found.shut_down()
 
 
 def first_line(log: Path) -> str:
@@ -60,83 +61,67 @@ def lives(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_what_was_started_is_found_by_who_comes_later(processes: Processes, tmp_path: Path) -> None:
-    processes.start(part("sleep", "600"))
-    later = Processes(tmp_path / "state", os.environ)
-    assert later.pid("tried") == processes.pid("tried")
-    assert later.is_current(part("sleep", "600"))
-    assert not later.is_current(part("sleep", "601"))
-    assert not later.is_current(part("sleep", "600", KEY="value"))
-    later.stop({"tried": SOON})
-    assert processes.pid("tried") is None
-    assert processes.names() == []
-
-
-@pytest.mark.parametrize("kill_parent_first", [False, True])
-def test_stopping_ends_children_too_wherever_they_have_gone(processes: Processes, kill_parent_first: bool) -> None:
-    processes.start(part(sys.executable, "-c", PARENT))
-    child = int(first_line(processes.log("tried")))
-    if kill_parent_first:
-        processes.kill("tried", with_children=False)
-        assert processes.pid("tried") is None
-        assert lives(child)
-        assert [process.pid for process in processes.family("tried")] == [child]
-    processes.stop({"tried": SOON})
-    assert not lives(child)
-
-
-def test_killing_ends_all_and_keeps_the_record(processes: Processes) -> None:
-    processes.start(part(sys.executable, "-c", PARENT))
-    child = int(first_line(processes.log("tried")))
-    processes.kill("tried")
-    assert not lives(child)
-    assert processes.pid("tried") is None
-    assert processes.names() == ["tried"]
-
-
-def test_a_stranger_with_a_recorded_pid_is_left_alone(
-    processes: Processes, sleeper: subprocess.Popen[bytes], tmp_path: Path
+def test_stopping_ends_what_a_program_has_started_wherever_it_has_gone(
+    supervised: Callable[..., Supervisor], tmp_path: Path
 ) -> None:
-    processes.start(part("sleep", "600"))
-    ours = processes.pid("tried")
-    assert ours is not None
-    record = tmp_path / "state" / "processes" / "tried.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": sleeper.pid}))
-    later = Processes(tmp_path / "state", os.environ)
-    assert later.pid("tried") is None
-    later.stop({"tried": SOON})
-    assert sleeper.poll() is None
-    assert not lives(ours)
-    assert processes.pid("tried") is None
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    running = supervised(f"{sys.executable} {script}")
+    child, parent = int(first_line(running.log("tried"))), running.pid("tried")
+    assert parent is not None
+    os.kill(parent, signal.SIGKILL)
+    while running.pid("tried") in (None, parent):  # supervisord starts it again
+        time.sleep(0.05)
+    assert lives(child)
+    assert child in [process.pid for process in running.family(["tried"])]
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        Supervisor(tmp_path, os.environ).stop(["tried"])  # whoever comes later finds the same supervisord
+        assert stranger.poll() is None
+        stranger.kill()
+    assert running.pid("tried") is None
+    assert not lives(child)
 
 
-def test_what_ignores_its_signal_is_killed_after_its_grace(processes: Processes) -> None:
-    processes.start(part("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"))
-    pid = processes.pid("tried")
+def test_what_a_killed_supervisord_has_left_is_ended(
+    supervised: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LEFTOVER_SECONDS", 0.3)
+    running = supervised("sh -c \"trap '' TERM; echo ready; while :; do sleep 0.1; done\"")
+    first_line(running.log("tried"))
+    pid = running.pid("tried")
     assert pid is not None
-    first_line(processes.log("tried"))
-    processes.stop({"tried": (signal.SIGTERM, 0.2)})
+    os.kill(int((tmp_path / "supervisord.pid").read_text()), signal.SIGKILL)
+    while running.runs():
+        time.sleep(0.02)
+    assert lives(pid)
+    running.shut_down()
     assert not lives(pid)
 
 
-def test_one_that_ends_early_is_named_with_its_log_and_the_log_before_is_kept(processes: Processes) -> None:
-    for said in ("first", "second"):
-        processes.start(part("sh", "-c", f"echo {said}; exit 3"))
-        with pytest.raises(FlawsmithError, match=r"^The server ended before it was ready; .*tried\.log says why\.$"):
-            processes.wait("tried", "The server", lambda: False, 30)
-    assert processes.log("tried").read_text() == "second\n"
-    assert processes.log("tried").with_name("tried.log.1").read_text() == "first\n"
+def test_a_program_that_is_to_run_differently_is_stopped_and_one_that_is_not_goes_on(
+    supervised: Callable[..., Supervisor],
+) -> None:
+    running = supervised("sleep 600")
+    pid = running.pid("tried")
+    running.configure({})
+    assert running.pid("tried") == pid
+    assert supervised("sleep 601").pid("tried") not in (None, pid)
 
 
-def test_one_that_never_gets_ready_is_named_with_its_log(processes: Processes) -> None:
-    processes.start(part("sleep", "600"))
+def test_one_that_ends_early_or_never_gets_ready_is_named_with_its_log(supervised: Callable[..., Supervisor]) -> None:
+    running = supervised("sleep 600")
     with pytest.raises(FlawsmithError, match=r"^The server was not ready within 1 s; see .*tried\.log\.$"):
-        processes.wait("tried", "The server", lambda: False, 1)
+        running.wait("tried", "The server", lambda: False, 1)
+    running = supervised('sh -c "echo first; exit 3"')
+    with pytest.raises(FlawsmithError, match=r"^The server ended before it was ready; .*tried\.log says why\.$"):
+        running.wait("tried", "The server", lambda: False, 30)
+    with pytest.raises(FlawsmithError, match=r"^tried cannot be started .*/no/such/server"):
+        supervised("/no/such/server")
 
 
-def test_a_command_that_is_missing_is_named(processes: Processes) -> None:
-    with pytest.raises(FlawsmithError, match=r"^/no/such/server cannot be started"):
-        processes.start(part("/no/such/server"))
+def test_a_path_that_supervisord_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="my #1 project"):
+        Supervisor(tmp_path, os.environ).configure({"folder": [Path("/home/me/my #1 project")]})
 
 
 def test_a_taken_port_is_refused_with_its_holder_and_the_option() -> None:
@@ -165,9 +150,7 @@ def test_the_callers_servers_and_places_are_not_inherited_but_tuning_is(monkeypa
 
 def test_several_workers_need_several_checkouts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 workers need 2 checkouts, not 1: .*--checkout"):
-        worker_checkouts(2, [ROOT])
-    assert worker_checkouts(None, [ROOT, tmp_path]) == [ROOT, tmp_path]
-    assert worker_checkouts(0, [ROOT]) == []
+        stack.up(tmp_path / "state", workers=2)
     with pytest.raises(UserError, match="Two workers cannot share a checkout"):
         Stack(tmp_path / "state", checkouts=[ROOT, ROOT / "flows" / ".."]).up()
     with pytest.raises(UserError, match=r"holds no dvc\.yaml"):
@@ -193,16 +176,12 @@ def test_devices_are_those_the_user_chose(monkeypatch: pytest.MonkeyPatch, value
 
 def test_workers_spread_over_gpus_and_share_the_limit_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    wanted = Stack(tmp_path, checkouts=[tmp_path / str(number) for number in range(3)])._workers()
-    placed = {
-        name: (part.environment.get("FLAWSMITH_GPU"), part.environment.get("CUDA_VISIBLE_DEVICES"))
-        for name, (part, _) in wanted.items()
-    }
-    assert placed == {
-        "worker-gpu-0": ("gpu-0", "4"),
-        "worker-gpu-1": ("gpu-1", "7"),
-        "worker-gpu-2": ("gpu-0", "4"),
-        "worker-control": (None, None),
+    workers = Stack(tmp_path, checkouts=[tmp_path / str(number) for number in range(3)])._workers()
+    assert {worker["name"]: tuple(worker["placed"].values()) for worker in workers} == {
+        "gpu-0": ("gpu-0", "4"),
+        "gpu-1": ("gpu-1", "7"),
+        "gpu-2": ("gpu-0", "4"),
+        "control": (),
     }
 
 
@@ -238,13 +217,28 @@ def test_the_newest_postgresql_is_used_or_the_one_that_the_data_need(
 
 
 def test_data_stay_in_the_database_that_holds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text(json.dumps({"database": "postgresql", "ports": {}}))
+    (tmp_path / "settings.json").write_text(json.dumps({"database": "PostgreSQL", "ports": {}}))
     with pytest.raises(UserError, match="lie in PostgreSQL; leave out --no-postgres"):
-        Stack(tmp_path, with_postgres=False).up()
+        Stack(tmp_path, with_postgres=False)._database()
     (tmp_path / "postgres").mkdir()
     (tmp_path / "postgres" / "PG_VERSION").write_text("92\n")
     with pytest.raises(UserError, match="lie in PostgreSQL 92, which is not installed"):
-        Stack(tmp_path).up()
+        Stack(tmp_path)._database()
+    monkeypatch.setenv(DATABASE, "me:secret@db.example:5432")
+    with pytest.raises(UserError, match=f"lie in PostgreSQL; unset {DATABASE}"):
+        Stack(tmp_path)._database()
+
+
+def test_a_given_database_is_used_and_demanded_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(DATABASE, "me:secret@db.example:5432")
+    given = Stack(tmp_path)
+    values = given._values(given._database(), [])
+    assert values["prefect_database"] == "postgresql+asyncpg://me:secret@db.example:5432/prefect"
+    assert values["mlflow_database"] == "postgresql://me:secret@db.example:5432/mlflow"
+    (tmp_path / "settings.json").write_text(json.dumps({"database": given.database, "ports": {}}))
+    monkeypatch.delenv(DATABASE)
+    with pytest.raises(UserError, match=f"set {DATABASE}"):
+        Stack(tmp_path)._database()
 
 
 def test_a_folder_that_may_not_be_written_is_one_sentence(
