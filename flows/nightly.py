@@ -35,7 +35,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
-from flawsmith.settings import load_settings
+from flawsmith.config import load_settings
 from flows.artifacts import ENDINGS, OUTCOME, nightly_report, slug
 
 RETRAIN, NIGHTLY = "retrain/retrain", "nightly/nightly"

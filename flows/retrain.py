@@ -31,9 +31,9 @@ from prefect.tasks import exponential_backoff
 
 from flawsmith import dvc
 from flawsmith.check import refuse
+from flawsmith.config import Settings, load_settings
 from flawsmith.dvc import GateFailed, InfrastructureError, StageOutcome
 from flawsmith.errors import FlawsmithError
-from flawsmith.settings import Settings, load_settings
 from flows import artifacts
 from flows.run import ask, environment, failed, say
 

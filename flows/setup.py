@@ -26,8 +26,8 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL
 
+from flawsmith.config import load_settings
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS = {

@@ -44,6 +44,6 @@ def write_params(path: Path, *replaced: Sections, base: Path = SHIPPED, **whole:
     content = yaml.safe_load(base.read_text()) | whole
     for sections in replaced:
         for section, values in sections.items():
-            content[section].update(values)
+            content.setdefault(section, {}).update(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False))

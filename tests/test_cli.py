@@ -15,9 +15,10 @@ import pytest
 from flawsmith import __version__, cli, doctor
 from flawsmith.cli import pipeline
 from flawsmith.cli.common import parse_overrides
+from flawsmith.config import SECTIONS
 from flawsmith.errors import FlawsmithError, QualityGateError, UserError
 from flawsmith.files import write_json
-from flawsmith.settings import SECTIONS
+from flawsmith.sections import describe
 from flawsmith_lab.study.plan import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -271,19 +272,17 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
 
 
 def test_params_prints_every_key_with_value_and_meaning(run: Run, params_path: Path) -> None:
-    import dataclasses
-
     code, out, _ = run("params", "--params", params_path)
     assert code == 0
     for section in SECTIONS.values():
-        for item in dataclasses.fields(section):
-            assert f" {item.name} " in out
-            assert item.metadata["meaning"] in out
+        for key, item in describe(section).items():
+            assert f" {key} " in out
+            assert item["description"] in out
     code, out, _ = run("params", "distill", "--params", params_path, "--set", "distill.batch=77")
     assert code == 0
     assert out.startswith("distill: ")
     assert "77" in out
-    assert "(1 to 1024)" in out
+    assert "(a whole number from 1 to 1024; default: 8)" in out
     assert "readiness" not in out
     code, _, err = run("params", "distil", "--params", params_path)
     assert code == 2

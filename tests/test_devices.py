@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from flawsmith.config import ComputeSettings
 from flawsmith.devices import AUTO, BFLOAT16, CPU, FLOAT32, Compute, has_fast_bf16
 from flawsmith.errors import UserError
 from flawsmith.processes import is_main_process, world_size
-from flawsmith.settings import ComputeSettings
 
 CUDA = torch.device("cuda")
 

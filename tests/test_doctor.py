@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flawsmith import doctor
+from flawsmith.config import Settings, load_settings
 from flawsmith.doctor import (
     Check,
     check_python,
@@ -21,7 +22,6 @@ from flawsmith.doctor import (
     worst_status,
 )
 from flawsmith.extras import normalised
-from flawsmith.settings import Settings, load_settings
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from flawsmith import dvc
+from flawsmith.config import Settings, load_settings
 from flawsmith.connection import check_store
 from flawsmith.dvc import GateFailed, InfrastructureError, failure
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.processes import Finished
-from flawsmith.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[1]
 

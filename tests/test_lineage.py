@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flawsmith.config import load_settings
 from flawsmith.dvc import Artefact, LockedStage, content_digest
 from flawsmith.errors import UserError
 from flawsmith.layout import Layout
 from flawsmith.lineage import Lineage, read_lineage, render_lineage, walk
-from flawsmith.settings import load_settings
 from flawsmith.tracking import Run, stage_run
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from flawsmith.config import load_settings
 from flawsmith.devices import BFLOAT16, Compute
 from flawsmith.doctor import _probe_device
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 from flawsmith_lab.bench import anomalib_runner, gpu
 from flawsmith_lab.bench.measure import machine, seconds_of
 from flawsmith_lab.study.study import measure

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from small_settings import write_params
 
+from flawsmith.config import load_settings
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 from flawsmith.tracking import stage_run
 
 DVC = """

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from flawsmith.config import Settings, load_settings
 from flawsmith.connection import check_store, tracking_uri
 from flawsmith.dvc import content_digest
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
-from flawsmith.settings import Settings, load_settings
 from flawsmith.tracking import (
     FLUSH_SECONDS,
     RunFinder,
@@ -231,7 +231,7 @@ def test_mode_off_records_nothing_and_imports_no_mlflow(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from flawsmith.settings import load_settings
+from flawsmith.config import load_settings
 from flawsmith.layout import Layout
 from flawsmith.tracking import stage_run
 layout = Layout(load_settings(Path({str(PARAMS)!r}), {{"tracking.mode": "off"}}), "tile", Path({str(tmp_path)!r}))

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from flawsmith.config import Settings, load_content, parse_settings, problems
 from flawsmith.data.dataset import (
     GOOD,
     MIN_CALIBRATION_IMAGES,
@@ -36,7 +37,6 @@ from flawsmith.errors import UserError
 from flawsmith.files import digest_file, digest_json, read_json, write_json
 from flawsmith.layout import Layout
 from flawsmith.progress import bar
-from flawsmith.settings import Settings, load_content, parse_settings, section_problems
 from flawsmith.standing import unseen_sentence
 
 RECOMMENDED = 30  # normals
@@ -92,8 +92,8 @@ def check(params: Path, categories: Sequence[str] = (), overrides: Mapping[str, 
     Raises:
         UserError: params.yaml cannot be read at all.
     """
-    problems, settings = check_settings(params, overrides)
-    findings = [Finding("error", "", sentence) for sentence in problems]
+    sentences, settings = check_settings(params, overrides)
+    findings = [Finding("error", "", sentence) for sentence in sentences]
     if settings is None:
         return Report(tuple(findings))
     facts: dict[str, dict[str, Any]] = {}
@@ -114,13 +114,9 @@ def check_settings(params: Path, overrides: Mapping[str, Any] | None = None) -> 
         UserError: it cannot be read at all.
     """
     content = load_content(params, overrides)
-    problems = list(section_problems(content, str(params)))
-    if problems:
-        return problems, None
-    try:
-        return [], parse_settings(content, str(params))
-    except UserError as error:  # keys that contradict each other
-        return [str(error)], None
+    if found := problems(content):
+        return [f"{params}: {sentence}" for sentence in found], None
+    return [], parse_settings(content, str(params))
 
 
 def refuse(params: Path, category: str) -> None:

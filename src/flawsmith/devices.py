@@ -8,14 +8,16 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
+from flawsmith.config import ComputeSettings, Device, Precision
 from flawsmith.errors import UserError
-from flawsmith.settings import DEVICES, PRECISIONS, ComputeSettings
 
+DEVICES, PRECISIONS = get_args(Device), get_args(Precision)
 AUTO, FLOAT32, BFLOAT16 = PRECISIONS
-BEST = ComputeSettings(AUTO, AUTO)
+BEST = ComputeSettings("auto", "auto")
 DEVICE_VARIABLE, PRECISION_VARIABLE = "FLAWSMITH_DEVICE", "FLAWSMITH_PRECISION"
 
 

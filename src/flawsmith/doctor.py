@@ -21,10 +21,10 @@ from typing import Literal
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from flawsmith.config import Settings
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.extras import normalised, packages_of_extras
 from flawsmith.files import digest_file
-from flawsmith.settings import Settings
 
 Status = Literal["ok", "warn", "fail"]
 

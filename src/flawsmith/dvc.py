@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import yaml
 
+from flawsmith.config import Settings
 from flawsmith.errors import DISK_FULL, FlawsmithError, QualityGateError, UserError
 from flawsmith.files import digest_file, digest_json, read_json
 from flawsmith.git import run_git
 from flawsmith.processes import Finished, stream
-from flawsmith.settings import Settings
 
 OnLine = Callable[[str], None]
 Ran = Literal["ran", "restored", "unchanged"]

@@ -12,7 +12,7 @@ _PACKAGES = {
     "httpx": "prefect",
     "multipart": "python-multipart",
     "psycopg2": "psycopg2-binary",
-    "pydantic": "fastapi",
+    "ruamel": "ruamel.yaml",
     "sklearn": "scikit-learn",
     "starlette": "fastapi",
     "yaml": "pyyaml",

@@ -1,29 +1,49 @@
 """Where the stages of one category read and write: the one place that knows the folder names."""
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from flawsmith.config import Settings, load_settings
+from flawsmith.data.config import DataSettings
 from flawsmith.data.dataset import Dataset, Split
 from flawsmith.data.images import find_white_level
 from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, read_statistics
 from flawsmith.errors import UserError
 from flawsmith.files import restore
-from flawsmith.settings import DataSettings, Settings
 
 log = logging.getLogger(__name__)
 
+DVC_STAGE = "DVC_STAGE"  # the variable that DVC sets for the commands that it runs
 DEMO_DATA = "data"  # where the first stage renders, in the project also where `data.root` names another place
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of one category below the project's root (where params.yaml lies)."""
+    """Paths of one category below the project's root (where params.yaml lies), and the settings that hold for it."""
 
     settings: Settings
     category: str
     root: Path = Path()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", self.settings.of(self.category))
+
+    @property
+    def effective_settings(self) -> Path:
+        """The file that holds what params.yaml says for this category: what its stages depend on in dvc.yaml."""
+        return self.stage("settings") / "effective.json"
+
+    def as_recorded(self) -> "Layout":
+        """Return this layout, in a command that DVC runs with the settings that dvc.lock will name.
+
+        These stand in `effective_settings`; params.yaml may have been edited since DVC began.
+        """
+        if DVC_STAGE not in os.environ or not self.effective_settings.is_file():
+            return self
+        return replace(self, settings=load_settings(self.effective_settings))
 
     def surface(self) -> Dataset:
         """The category's folder of images.

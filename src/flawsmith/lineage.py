@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from flawsmith import dvc
+from flawsmith.config import Settings
 from flawsmith.dvc import Artefact, LockedStage, is_below
 from flawsmith.errors import UserError
-from flawsmith.settings import Settings
 from flawsmith.tracking import Run, RunFinder
 
 SHOWN = 12  # hex digits of a digest or run id that are drawn; enough to be found again

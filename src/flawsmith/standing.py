@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flawsmith.config import read_yaml
 from flawsmith.data.walk import FILE, entries, listed
 from flawsmith.dvc import read_stages
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file
-from flawsmith.layout import Layout
-from flawsmith.settings import read_yaml
+from flawsmith.layout import DVC_STAGE, Layout
 
 PARAMS = "params.yaml"
-DVC_STAGE = "DVC_STAGE"  # what DVC sets for the commands that it runs
 UNHASHED = ("__pycache__", ".pyc", ".tmp")  # of .dvcignore, what may come into being while a stage runs
 
 
@@ -84,8 +81,10 @@ def _look(layout: Layout, stage: str) -> dict[str, Any]:
         for name, file in _files_below(path) if path.is_dir() else ():
             seen[f"{path}/{name}"] = _signature(file)
     # a study and a call by hand have their values from elsewhere, and may go on while params.yaml is edited
-    for key in entry.get("params", []) if DVC_STAGE in os.environ else ():
-        seen[f"`{key}` in {PARAMS}"] = _parameter(layout.root / PARAMS, key)
+    for item in entry.get("params", []) if DVC_STAGE in os.environ else ():
+        for text, keys in (item if isinstance(item, dict) else {PARAMS: [item]}).items():
+            if place := _place(layout, text):
+                seen |= {f"`{key}` in {text}": _parameter(place, key) for key in keys}
     return seen
 
 
@@ -120,7 +119,7 @@ def _signature(path: Path) -> object:
 def _parameter(path: Path, key: str) -> Any:
     try:
         value: Any = read_yaml(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return None
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flawsmith import dvc
+from flawsmith.config import Settings
 from flawsmith.connection import (
     connect,
     local_uri,
@@ -38,7 +39,6 @@ from flawsmith.git import git_state
 from flawsmith.layout import Layout
 from flawsmith.processes import is_main_process
 from flawsmith.sequences import batched
-from flawsmith.settings import Settings
 from flawsmith.standing import Standing
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
+from flawsmith.config import load_settings
 from flawsmith.data.dataset import load_prepared
 from flawsmith.data.images import FloatImage, Mask, resize_image, resize_mask
 from flawsmith.data.tiling import Tiling
@@ -36,7 +37,6 @@ from flawsmith.evaluation.metrics import EIGHT_NEIGHBOURS
 from flawsmith.evaluation.samples import evaluation_set
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import load_settings
 from flawsmith_lab.bench.measure import guarded
 from flawsmith_lab.markdown import markdown
 

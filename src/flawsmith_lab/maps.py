@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawsmith.config import load_settings
 from flawsmith.data.dataset import PARTS, load_tiles, plan_tiles
 from flawsmith.data.tiling import Tiling
 from flawsmith.detector.distill import as_batch
@@ -32,7 +33,6 @@ from flawsmith.files import write_json
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.sequences import batched
-from flawsmith.settings import load_settings
 from flawsmith_lab.bench.measure import guarded
 from flawsmith_lab.markdown import markdown
 
@@ -140,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     given = parser.parse_args(arguments)
     weighings = [Weighing.parse(text) for text in given.weights]
-    replaced: dict[str, Any] = {"categories": [given.category], "evaluate.part": given.part}
-    replaced |= {"data.split_seed": given.seed, "evaluate.seed": given.seed}
+    replaced: dict[str, Any] = {"categories": [given.category], "evaluate.part": given.part, "seed": given.seed}
     if given.data is not None:
         replaced["data.root"] = str(given.data.resolve())
     layout = Layout(load_settings(given.params, replaced), given.category, given.params.parent)

@@ -1,7 +1,6 @@
 """A category folder: what is found, how it is split, and which mistakes of a user are named."""
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flawsmith import errors
+from flawsmith.config import load_settings
 from flawsmith.data import dataset
+from flawsmith.data.config import DataSettings
 from flawsmith.data.dataset import (
     GOOD,
     PARTS,
@@ -30,7 +31,6 @@ from flawsmith.data.dataset import (
 from flawsmith.data.images import Reading, on_levels, read_image, read_size, resize_image, write_png
 from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
-from flawsmith.settings import DataSettings, load_settings
 
 SIZE = 8
 
@@ -299,14 +299,16 @@ def test_the_size_limit_reaches_every_reader(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="over the limit of 6"):
         load_images([bottle.labelled_test()[0].path], SIZE, reading=Reading(63))
     for scale in (0.0, 0.5):
-        data = replace(tiled_data(scale), max_megapixels=63e-6)
+        data = tiled_data(scale, max_megapixels=63e-6)
         with pytest.raises(UserError, match="over the limit of 6"):
             list(iter_tiles(plan_tiles([bottle.labelled_test()[0].path], data), data))
 
 
 def tiled_data(scale: float, **changes: object) -> DataSettings:
-    base = DataSettings("data", 32, 0.2, 0, 100, 0, scale, tile_overlap=8, max_tiles=100)
-    return replace(base, **changes)  # type: ignore[arg-type]
+    """Settings with tiles that are smaller, and so quicker to cut, than params.yaml allows."""
+    data = DataSettings(scale=scale)
+    data.__dict__.update({"image_size": 32, "tile_overlap": 8, "max_tiles": 100, **changes})
+    return data
 
 
 def drawn(path: Path, height: int, width: int, seed: int) -> Path:

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from flawsmith.config import load_settings
 from flawsmith.data import statistics
 from flawsmith.data.images import Reading
 from flawsmith.data.statistics import find_copies, read_statistics
 from flawsmith.errors import UserError
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 
 SIDE = 128
 LIMIT = Reading(10**6)

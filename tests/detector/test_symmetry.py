@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawsmith.detector.config import DistillSettings
 from flawsmith.detector.symmetry import (
     AUTO,
     FEWEST,
@@ -23,7 +24,6 @@ from flawsmith.detector.symmetry import (
     symmetry_distances,
     turned,
 )
-from flawsmith.settings import DistillSettings
 
 SIDE = 32
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from flawsmith.config import load_settings
 from flawsmith.devices import BFLOAT16, CPU, FLOAT32
 from flawsmith.diffusion.readiness import colour_noise, energy_distance, judge_readiness
 from flawsmith.diffusion.train import random_crops, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, load_denoiser, save_denoiser
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.settings import load_settings
 from flawsmith.training import ResumePoint
 
 SETTINGS = replace(

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import read_image, write_png
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
@@ -23,7 +24,6 @@ from flawsmith.files import write_json
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 from flawsmith.stages import evaluate
 from flawsmith.tracking import StageRun
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from toy_detector import SIZE, Exported, ToyDetector
 
+from flawsmith.config import load_settings
 from flawsmith.data.dataset import load_images
 from flawsmith.data.images import write_png
 from flawsmith.detector.model import Detector, DetectorConfig, remember
@@ -18,7 +19,6 @@ from flawsmith.detector.teacher import build_teacher
 from flawsmith.export.onnx import export_network, write_model
 from flawsmith.export.parity import run_detector
 from flawsmith.inference.metadata import ModelMetadata
-from flawsmith.settings import load_settings
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import pytest
 from toy_detector import SIZE, Exported
 
 import flawsmith.stages.export as stage
+from flawsmith.config import load_settings
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_path, write_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import pytest
 from monitoring_samples import METADATA, SIZE, part
 from onnx import TensorProto, helper, numpy_helper
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
 from flawsmith.detector.teacher import Teacher, build_teacher
 from flawsmith.inference.predictor import Predictor
+from flawsmith.monitoring.config import MonitorSettings
 from flawsmith.monitoring.reference import Measurement, measure
-from flawsmith.settings import MonitorSettings, load_settings
 
 SHIPPED = load_settings(Path(__file__).parents[2] / "params.yaml")
 

@@ -10,9 +10,9 @@ from scipy.stats import binom
 
 from flawsmith.errors import UserError
 from flawsmith.evaluation.threshold import conformal_threshold
+from flawsmith.monitoring.config import MonitorSettings
 from flawsmith.monitoring.drift import FLAGGED, MMD, DriftReport, compare_flagged, judge
 from flawsmith.monitoring.reference import Measurement
-from flawsmith.settings import MonitorSettings
 
 RATE = 0.05
 

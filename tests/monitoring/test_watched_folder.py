@@ -22,10 +22,10 @@ from flawsmith.detector.teacher import Teacher
 from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
+from flawsmith.monitoring.config import MonitorSettings
 from flawsmith.monitoring.folder import Outcome, Watcher, monitor_folder
 from flawsmith.monitoring.reference import Measurement, save_reference
 from flawsmith.monitoring.report import plane
-from flawsmith.settings import MonitorSettings
 
 Watch = Callable[..., Outcome]
 Shoot = Callable[..., Path]

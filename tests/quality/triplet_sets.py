@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from flawsmith.config import Settings, load_settings
 from flawsmith.data.images import FloatImage, Mask, read_image, write_png
 from flawsmith.data.masks import read_mask
 from flawsmith.errors import QualityGateError
 from flawsmith.files import read_json, write_json
 from flawsmith.layout import Layout
 from flawsmith.quality.measures import part_path
-from flawsmith.settings import Settings, load_settings
 from flawsmith.stages.validate import run
 
 SIDE, COUNT = 64, 12

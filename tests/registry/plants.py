@@ -9,6 +9,7 @@ import pandas as pd
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.dvc import content_digest
@@ -17,7 +18,6 @@ from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.layout import Layout
 from flawsmith.registry.history import history
 from flawsmith.registry.store import Registry
-from flawsmith.settings import load_settings
 from flawsmith.tracking import stage_run
 
 SIDE = 64

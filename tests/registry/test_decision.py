@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from flawsmith.evaluation.compare import ModelComparison, ModelScores
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.files import write_json
+from flawsmith.registry.config import PromoteSettings
 from flawsmith.registry.decision import Evidence, ModelFacts, decide, estimates_json
-from flawsmith.settings import PromoteSettings
 
 RULES = PromoteSettings(
     seed=0,

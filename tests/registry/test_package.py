@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from toy_onnx import write_toy
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.dvc import Artefact, LockedStage
@@ -33,7 +34,6 @@ from flawsmith.registry.package import (
     lineage_json,
     write_health,
 )
-from flawsmith.settings import load_settings
 from flawsmith.tracking import Run
 
 SIZE = 32

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from plants import PARAMS, SIDE, Plant, onnx_model
 
+from flawsmith.config import load_settings
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file, digest_path, write_json
 from flawsmith.layout import Layout
@@ -23,7 +24,6 @@ from flawsmith.registry.history import describe_origin, history
 from flawsmith.registry.promotion import fetch_champion, rollback
 from flawsmith.registry.registration import register
 from flawsmith.registry.store import Registry
-from flawsmith.settings import load_settings
 from flawsmith.stages.promote import run as promote
 from flawsmith.tracking import stage_run
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from flawsmith.config import Settings, load_settings
 from flawsmith.data.dataset import Dataset
 from flawsmith.demo import render
+from flawsmith.demo.config import DemoDataSettings
 from flawsmith.errors import UserError
-from flawsmith.settings import DemoDataSettings, Settings, load_settings
 from flawsmith.stages.demo_data import run
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.files import write_json
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,7 @@ def test_a_stage_records_what_dvc_reruns_it_for(name: str, tmp_path: Path, monke
     with pytest.raises(RecordedError):
         STAGES[name].run(layout)
     content = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]
-    assert {name, "data"} <= {key.partition(".")[0] for key in content["params"]}
+    (keys,) = content["params"][0].values()
+    assert {name, "data"} <= {key.partition(".")[0] for key in keys}
     assert {name, "data"} <= set(recorded)
     assert recorded["data"]["image_size"] == layout.settings.data.image_size

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from small_settings import SHIPPED, SMALL, dotted
 
+from flawsmith.config import load_settings
 from flawsmith.data.dataset import plan_tiles
 from flawsmith.data.images import read_image, write_png
 from flawsmith.data.tiling import Tiling
@@ -20,7 +21,6 @@ from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 from flawsmith.stages import ddpm_train, distill, evaluate, export, promote, synthesize, validate
 from flawsmith.stages.explain import explain
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from flawsmith.config import load_settings
 from flawsmith.data.foreground import Foreground
 from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder
 from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import UserError
-from flawsmith.settings import load_settings
 from flawsmith.synthesis.generate import (
     MIN_SEEN,
     Workshop,
@@ -93,7 +93,7 @@ def test_gray_surfaces_get_gray_defects(workshop: Workshop) -> None:
 
 
 def test_invisible_defects_end_in_one_clear_error(workshop: Workshop) -> None:
-    strict = dataclasses.replace(workshop, settings=dataclasses.replace(SETTINGS, visibility=1.0))
+    strict = dataclasses.replace(workshop, settings=dataclasses.replace(SETTINGS, visibility=0.9))
     with pytest.raises(UserError, match=r"synthesize\.strength"):
         list(generate(strict, FIT, 3))
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from flawsmith.config import load_settings
 from flawsmith.data.foreground import Foreground
 from flawsmith.data.triplets import FIT
-from flawsmith.settings import SynthesizeSettings, load_settings
+from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, quotas, remake
 from flawsmith.synthesis.shades import sample_shade, shaded
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
 from flawsmith.data.triplets import TripletFolder, read_manifest
 from flawsmith.errors import UserError
 from flawsmith.layout import Layout
-from flawsmith.settings import load_settings
 from flawsmith.stages import synthesize
 from flawsmith.stages.explain import explain
 

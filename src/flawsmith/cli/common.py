@@ -10,8 +10,8 @@ import typer
 from flawsmith.errors import UserError
 
 if TYPE_CHECKING:
+    from flawsmith.config import Settings
     from flawsmith.layout import Layout
-    from flawsmith.settings import Settings
 
 STAGE_PANEL = "Pipeline stages, in order (`dvc repro` runs what has changed)"
 USE_PANEL = "Use and understand a model"
@@ -69,7 +69,7 @@ DEFAULT_PARAMS = Path("params.yaml")
 
 def read_settings(params: Path, overrides: list[str] | None) -> "Settings":
     """Load params.yaml with the values of `--set`."""
-    from flawsmith.settings import load_settings
+    from flawsmith.config import load_settings
 
     return load_settings(params, parse_overrides(overrides or []))
 
@@ -80,8 +80,8 @@ def read_layouts(params: Path, categories: list[str] | None, overrides: list[str
     Raises:
         UserError: `--set` names the categories too.
     """
+    from flawsmith.config import load_settings
     from flawsmith.layout import Layout
-    from flawsmith.settings import load_settings
 
     replaced = parse_overrides(overrides or [])
     if categories and "categories" in replaced:
@@ -111,9 +111,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     Raises:
         UserError: a text has no `=`, or its value is not valid YAML.
     """
-    import yaml
-
-    from flawsmith.settings import read_yaml
+    from flawsmith.config import read_yaml
 
     replaced: dict[str, Any] = {}
     for pair in pairs:
@@ -122,8 +120,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {pair}: write it as section.key=value, e.g. --set distill.batch=4.")
         try:
             replaced[key.strip()] = read_yaml(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {pair}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
+        except ValueError as error:
+            raise UserError(f"--set {pair}: the value is not valid YAML ({error}).") from error
     return replaced
 
 

@@ -1,6 +1,5 @@
 """Commands around the pipeline: study, check, doctor, fetch, params."""
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +20,7 @@ from flawsmith.cli.common import (
 from flawsmith.errors import UserError
 
 if TYPE_CHECKING:
-    from flawsmith.settings import Settings
+    from flawsmith.config import Settings
 
 if find_spec("flawsmith_lab"):  # in a checkout; the wheel leaves the laboratory out
     from flawsmith_lab.study.command import study
@@ -97,7 +96,7 @@ def show_params(
     overrides: SetOption = None,
 ) -> None:
     """Print every key of params.yaml: its value, meaning and bounds."""
-    from flawsmith.settings import SECTIONS
+    from flawsmith.config import SECTIONS
 
     settings = read_settings(params, overrides)
     if section is not None and section not in SECTIONS:
@@ -106,32 +105,23 @@ def show_params(
 
 
 def describe_section(settings: "Settings", name: str) -> str:
-    """A section of params.yaml as aligned lines: key, value, meaning and bounds."""
-    import dataclasses
+    """Write a section as aligned lines: key, value, meaning, what it may be, default."""
+    from flawsmith.config import FOLLOWS, SECTIONS
+    from flawsmith.sections import describe, rule, section_values
 
-    from flawsmith.settings import SECTIONS, section_values
-
-    values = section_values(getattr(settings, name.replace("-", "_")))
-    meanings = {
-        item.name: f"{item.metadata['meaning']}{_bounds(item.metadata)}" for item in dataclasses.fields(SECTIONS[name])
-    }
-    key_width, value_width = max(map(len, values)), max(len(_plain(value)) for value in values.values())
-    title = " ".join((SECTIONS[name].__doc__ or name).split()).replace("`", "")
-    lines = [f"  {key:{key_width}}  {_plain(value):{value_width}}  {meanings[key]}" for key, value in values.items()]
-    return "\n".join([title, *lines])
+    values = {key: _plain(value) for key, value in section_values(getattr(settings, name.replace("-", "_"))).items()}
+    key_width, value_width = (max(map(len, texts)) for texts in (values, values.values()))
+    lines = [" ".join((SECTIONS[name].__doc__ or name).split()).replace("`", "")]
+    for key, item in describe(SECTIONS[name]).items():
+        followed = FOLLOWS.get(f"{name}.{key}")
+        default = f"follows {followed}" if followed else _plain(item["default"])
+        what = f"{item['description']} ({rule(item)}; default: {default})"
+        lines.append(f"  {key:{key_width}}  {values[key]:{value_width}}  {what}")
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:
-    """As it is written in params.yaml."""
+    """Write a value as it stands in params.yaml."""
     if isinstance(value, list):
         return f"[{', '.join(map(_plain, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _bounds(metadata: Mapping[str, Any]) -> str:
-    if metadata["choices"]:
-        return f" ({' | '.join(metadata['choices'])})"
-    low, high = metadata["low"], metadata["high"]
-    if low is None:
-        return ""
-    return f" ({low:g} or more)" if high is None else f" ({low:g} to {high:g})"

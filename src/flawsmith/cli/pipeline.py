@@ -55,6 +55,17 @@ def demo_data(
         run(settings, params.parent, name, if_category)
 
 
+@app.command("settings", rich_help_panel=STAGE_PANEL)
+def write_settings(
+    category: CategoryOption = None, params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None
+) -> None:
+    """Write what params.yaml says for each category, with its overrides: what the stages depend on in dvc.yaml."""
+    from flawsmith.stages.settings import run
+
+    for layout in read_layouts(params, category, overrides):
+        run(layout)
+
+
 def _add_stage(name: str, meaning: str) -> None:
     def stage(
         category: CategoryOption = None, params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None
@@ -68,7 +79,7 @@ def _add_stage(name: str, meaning: str) -> None:
         place = list(STAGES).index(name) + 1, len(STAGES)
         for layout in layouts:
             with shown(name, layout.category, place, is_main_process()):
-                run(layout)
+                run(layout.as_recorded())
 
     app.command(name, help=meaning, rich_help_panel=STAGE_PANEL)(stage)
 

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from flawsmith.data.config import DataSettings
 from flawsmith.data.images import (
     READING,
     FloatImage,
@@ -40,7 +41,6 @@ from flawsmith.data.tiling import Place, Tiling
 from flawsmith.data.walk import SUFFIXES, Found, find, listed
 from flawsmith.errors import UserError, tell_once
 from flawsmith.sequences import evenly
-from flawsmith.settings import DataSettings
 
 GOOD = "good"
 GOOD_NAMES = {GOOD, "ok", "okay", "normal", "pass"}  # folders of `test`, in any case

@@ -20,7 +20,7 @@ from flawsmith.data.images import FloatImage, Mask, on_levels, resize_image, res
 from flawsmith.sequences import batched
 
 if TYPE_CHECKING:  # inference, which is served without it, needs no YAML
-    from flawsmith.settings import DataSettings
+    from flawsmith.data.config import DataSettings
 
 Run = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 """A network: (B, 3, S, S) in [0, 1] → anomaly maps (B, S, S) and scores (B,)."""

@@ -10,12 +10,12 @@ from scipy import ndimage
 
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import FloatImage, Mask, write_png
+from flawsmith.demo.config import DemoDataSettings
 from flawsmith.demo.defects import FABRIC_DEFECTS, METAL_DEFECTS
 from flawsmith.demo.fabric import draw_fabric
 from flawsmith.demo.metal import draw_metal
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import DemoDataSettings
 
 VISIBLE = 0.030  # change of a channel, of 1, that counts as visible: about 1.5 times the grain
 MIN_AREA = 24  # pixels in one piece; a defect that shows less, or nowhere twice what is visible, is drawn anew

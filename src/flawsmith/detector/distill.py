@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays
+from flawsmith.detector.config import DistillSettings
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.model import Detector, feature_products
@@ -23,7 +24,6 @@ from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.devices import Compute
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import DistillSettings
 from flawsmith.training import ResumePoint, Rows, check_finite, learning_rate
 
 BLOCK = 8  # images whose features are computed together

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flawsmith.detector.config import DistillSettings, TeacherSettings
 from flawsmith.detector.energy import energy_exponent, relative_energy
 from flawsmith.detector.memory import NormalMemory, as_places
 from flawsmith.detector.student import DistanceHead, SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
-from flawsmith.settings import DistillSettings, TeacherSettings, settings_digest
+from flawsmith.sections import settings_digest
 
 LEAST_DEVIATION = 1e-6  # less is that of nothing: a score in units of it would be a random large number
 

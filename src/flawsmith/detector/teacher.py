@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flawsmith.detector.config import TeacherSettings
 from flawsmith.errors import UserError
-from flawsmith.settings import TeacherSettings
 
 Features = tuple[Tensor, ...]  # one (B, C_k, H / stride_k, W / stride_k) a level, finest first
 

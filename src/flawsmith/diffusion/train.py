@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawsmith.devices import Compute
+from flawsmith.diffusion.config import DdpmTrainSettings
 from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator, torch_generator
-from flawsmith.settings import DdpmTrainSettings
 from flawsmith.training import ResumePoint, Rows, check_finite, learning_rate
 
 LOSS_COLUMNS = ("step", "loss", "learning_rate")

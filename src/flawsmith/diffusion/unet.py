@@ -12,9 +12,10 @@ from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flawsmith.diffusion.config import DdpmTrainSettings
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
-from flawsmith.settings import DdpmTrainSettings, parse_section, section_values, settings_digest
+from flawsmith.sections import parse_section, section_values, settings_digest
 
 TIME_CHANNELS = 128  # of the refiner's sinusoidal embedding
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from flawsmith.data.dataset import GOOD
 from flawsmith.errors import UserError
 from flawsmith.evaluation import metrics
+from flawsmith.evaluation.config import EvaluateSettings
 from flawsmith.evaluation.intervals import Estimate, blocks, percentile_interval, resample_counts, share_interval
 from flawsmith.evaluation.metrics import HEADLINE, KEYS, METRICS, Binned, Curve
 from flawsmith.evaluation.samples import Sample
 from flawsmith.evaluation.scoring import ArrayFile, Scorer, Scores, array_files, score_samples
 from flawsmith.evaluation.threshold import Threshold, conformal_threshold
 from flawsmith.inference.predictor import flags, is_defective
-from flawsmith.settings import EvaluateSettings
 
 NO_CURVE = Curve(np.zeros(0), np.zeros(0), np.zeros(0))  # of pixels, without any mask
 SAMPLED_PIXELS = 2**20  # of each class, to choose the bins from

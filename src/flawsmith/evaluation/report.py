@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flawsmith.config import Settings
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import write_png
 from flawsmith.evaluation.assess import Assessment, Example
@@ -19,7 +20,6 @@ from flawsmith.evaluation.metrics import HEADLINE, KEYS, METRICS
 from flawsmith.evaluation.samples import EvaluationSet
 from flawsmith.files import atomic_file
 from flawsmith.pages import DARK, LIGHT, Drawing, data_uri, figure_png, jpeg_uri, listed, percent, signed, write_page
-from flawsmith.settings import Settings
 
 PANE_SIDE = 256  # pixels; the lossless ones stay in the data folder
 SHEET_EXAMPLES = 16

@@ -19,9 +19,9 @@ from scipy.stats import betabinom
 from flawsmith.errors import UserError
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.inference.predictor import flags
+from flawsmith.monitoring.config import MonitorSettings
 from flawsmith.monitoring.reference import IMAGE_STATISTICS, Measurement
 from flawsmith.monitoring.statistics import Comparison, compare_mmd, population_stability_index
-from flawsmith.settings import MonitorSettings
 
 FLAGGED, MMD = "flagged share", "feature MMD"
 TESTS = 2  # what was not compared counts too: alpha must not depend on how many images were flagged

@@ -18,12 +18,12 @@ from flawsmith.files import atomic_folder, restore
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images
 from flawsmith.inference.writers import check_out
+from flawsmith.monitoring.config import MonitorSettings
 from flawsmith.monitoring.drift import DriftReport, judge
 from flawsmith.monitoring.reference import Measurement, measure
 from flawsmith.monitoring.report import CSV, HTML, JSON, Picture, Watched, write_outputs
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import MonitorSettings
 
 if TYPE_CHECKING:
     from flawsmith.detector.teacher import Teacher

@@ -19,10 +19,11 @@ from flawsmith.files import write_csv, write_json
 from flawsmith.inference.draw import draw_prediction
 from flawsmith.inference.predictor import Predictor, flags, is_defective
 from flawsmith.inference.sources import Unreadable
+from flawsmith.monitoring.config import MonitorSettings
 from flawsmith.monitoring.drift import FLAGGED, MMD, DriftReport
 from flawsmith.monitoring.reference import IMAGE_STATISTICS, Measurement
 from flawsmith.pages import Theme, dress, jpeg_uri, new_figure, themed, write_page
-from flawsmith.settings import MonitorSettings, section_values
+from flawsmith.sections import section_values
 
 HTML, JSON, CSV = "report.html", "drift.json", "scores.csv"
 PICTURE_SIDE = 360  # pixels of an overlay in the report

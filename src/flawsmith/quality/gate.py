@@ -9,11 +9,11 @@ from flawsmith.data.images import write_png
 from flawsmith.data.triplets import read_manifest
 from flawsmith.errors import QualityGateError
 from flawsmith.files import atomic_file, read_json, write_json
+from flawsmith.quality.config import ValidateSettings
 from flawsmith.quality.expectations import check
 from flawsmith.quality.measures import Measures, Scale, measure_folder
 from flawsmith.quality.sheet import draw_sheet, rank_worst
 from flawsmith.quality.verdict import DISTANCE, NOVELTY, Verdict, ddpm_rules, rules
-from flawsmith.settings import ValidateSettings
 
 KINDS: dict[object, str] = {str: "string", bool: "bool", bool | None: "boolean", float: "float64"}
 

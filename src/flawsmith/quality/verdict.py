@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flawsmith.settings import ValidateSettings
+from flawsmith.quality.config import ValidateSettings
 
 Severity = Literal["critical", "warning"]
 Kind = Literal["row count", "unique", "true", "not null", "range", "of all"]

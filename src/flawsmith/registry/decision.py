@@ -14,7 +14,7 @@ from typing import Any
 
 from flawsmith.evaluation.compare import ModelComparison
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.settings import PromoteSettings
+from flawsmith.registry.config import PromoteSettings
 
 
 @dataclass(frozen=True)

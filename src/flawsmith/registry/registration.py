@@ -18,7 +18,7 @@ from flawsmith.lineage import Lineage, read_lineage
 from flawsmith.registry import package
 from flawsmith.registry.evidence import ddpm_standing, parity_objections
 from flawsmith.registry.store import CONTENT, CONTENT_DIGEST, LINEAGE_TAG, MAX_TAG, PREFIX, Version, open_registry
-from flawsmith.settings import section_values
+from flawsmith.sections import section_values
 from flawsmith.tracking import current_actor, current_flow_run, stage_run
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from flawsmith.data.dataset import load_tiles, plan_tiles, tell_losses
 from flawsmith.data.images import to_uint8, write_png
 from flawsmith.detector.teacher import Teacher, build_teacher, pooled_features
 from flawsmith.devices import Compute
+from flawsmith.diffusion.config import SAMPLE_STEPS, DdpmTrainSettings
 from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
 from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
 from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, to_unit_range, train_denoiser
@@ -18,12 +19,11 @@ from flawsmith.files import atomic_folder, digest_json, digest_path, sole_writer
 from flawsmith.layout import Layout
 from flawsmith.processes import is_main_process
 from flawsmith.randomness import numpy_generator, torch_generator
-from flawsmith.settings import DdpmTrainSettings, section_values, settings_digest
+from flawsmith.sections import section_values, settings_digest
 from flawsmith.tracking import stage_run
 from flawsmith.training import ResumePoint
 
 STAGE = "ddpm-train"
-SAMPLE_STEPS = 40  # reverse steps of a plain sample: strided DDPM needs more than a few from pure noise
 SHEET_SAMPLES = 16
 RIM = 8  # pixels sampled around each crop and cut off, as synthesis uses the inside of its windows alone
 

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from flawsmith.config import Settings
 from flawsmith.demo.render import kind_of, write_category
 from flawsmith.files import atomic_folder
 from flawsmith.layout import DEMO_DATA, Layout
-from flawsmith.settings import Settings, section_values
+from flawsmith.sections import section_values
 from flawsmith.tracking import stage_run
 
 STAGE = "demo-data"

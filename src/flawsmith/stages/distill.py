@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flawsmith.data.config import DataSettings
 from flawsmith.data.dataset import Split, Tile, iter_tiles, normal_name, plan_tiles
 from flawsmith.data.images import to_uint8
 from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder, is_illumination_defect, read_manifest
+from flawsmith.detector.config import DistillSettings
 from flawsmith.detector.distill import LOSS_COLUMNS, Origins, Provenance, as_batch, distill
 from flawsmith.detector.memory import as_places, memory_size
 from flawsmith.detector.model import Detector, DetectorConfig, remember, save_detector
@@ -37,7 +39,7 @@ from flawsmith.files import atomic_folder, digest_json, digest_path, read_json, 
 from flawsmith.layout import Layout
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import DataSettings, DistillSettings, section_values, settings_digest
+from flawsmith.sections import section_values, settings_digest
 from flawsmith.tracking import stage_run
 from flawsmith.training import ResumePoint
 

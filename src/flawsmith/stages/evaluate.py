@@ -26,7 +26,7 @@ from flawsmith.files import atomic_folder, read_json
 from flawsmith.inference.network import Network
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import section_values
+from flawsmith.sections import section_values
 from flawsmith.tracking import stage_run
 
 STAGE, BASELINE = "evaluate", "knn"

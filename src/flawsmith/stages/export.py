@@ -26,7 +26,7 @@ from flawsmith.files import atomic_folder, digest_path, read_json, write_json
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.settings import section_values
+from flawsmith.sections import section_values
 from flawsmith.tracking import StageRun, stage_run
 
 MODEL, PARITY, COST, VARIANTS = "model.onnx", "parity.json", "cost.json", "variants"

@@ -17,7 +17,7 @@ from flawsmith.diffusion.unet import build_scheduler, load_denoiser
 from flawsmith.files import atomic_file, atomic_folder
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
-from flawsmith.settings import section_values, settings_digest
+from flawsmith.sections import section_values, settings_digest
 from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run

@@ -10,7 +10,7 @@ from flawsmith.errors import QualityGateError
 from flawsmith.files import atomic_folder
 from flawsmith.layout import Layout
 from flawsmith.quality.gate import enforce, inspect_triplets
-from flawsmith.settings import section_values
+from flawsmith.sections import section_values
 from flawsmith.tracking import stage_run
 
 log = logging.getLogger(__name__)

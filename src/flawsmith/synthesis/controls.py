@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
-from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.masks import TRIES, MaskDraw, MaskKind, Places, Room, log_uniform, on_margin
 
 Texture = NDArray[np.float32]  # (3, side, side) in [0, 255]

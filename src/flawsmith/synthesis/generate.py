@@ -28,7 +28,7 @@ from flawsmith.diffusion.unet import Denoiser
 from flawsmith.errors import UserError
 from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator, torch_generator
-from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.controls import cutpaste_texture, noise_mask, own_texture, rectangle_mask
 from flawsmith.synthesis.masks import MaskDraw, feathered, sample_mask
 from flawsmith.synthesis.shades import Shade, sample_shade, shaded

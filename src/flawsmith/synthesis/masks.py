@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
-from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
 
 MaskKind = Literal["perlin", "ridge", "noise", "rectangle", "scar", "shade"]  # the last four: controls.py, shades.py

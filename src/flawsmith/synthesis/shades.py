@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from flawsmith.data.images import Mask
-from flawsmith.settings import SynthesizeSettings
+from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.masks import MaskDraw, Places, distance_to, log_uniform
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
 

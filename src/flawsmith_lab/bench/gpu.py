@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from flawsmith.config import SECTIONS, read_yaml
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
-from flawsmith.settings import SECTIONS, read_yaml
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
 from flawsmith_lab.bench.measure import (
     DEMO_SURFACE,
@@ -57,8 +56,8 @@ def read_overlay(path: Path) -> dict[str, Any]:
         content = read_yaml(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name a preset with --overlay.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
         raise UserError(f"{path} must hold sections such as `ddpm-train:` with `key: value` lines below.")
     for section in content:

@@ -29,6 +29,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch.nn import functional as F
 
 from flawsmith import __version__
+from flawsmith.config import Settings
 from flawsmith.detector.memory import memory_size
 from flawsmith.detector.model import Detector, DetectorConfig
 from flawsmith.detector.teacher import Teacher
@@ -38,7 +39,6 @@ from flawsmith.export.onnx import export_network, write_model
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
 from flawsmith.progress import bar
-from flawsmith.settings import Settings
 from flawsmith_lab.bench import latency_peers, latency_worker
 from flawsmith_lab.bench.measure import bench_settings, describe, finish, guarded, machine, run_script
 from flawsmith_lab.markdown import markdown

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flawsmith.config import Settings, load_settings
 from flawsmith.demo.render import KINDS
 from flawsmith.devices import BFLOAT16, Compute
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
-from flawsmith.settings import Settings, load_settings
 from flawsmith.stages import demo_data
 
 DEMO_SURFACE = "brushed_metal"

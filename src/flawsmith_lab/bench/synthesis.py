@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from flawsmith.data.dataset import load_tiles, plan_tiles
 from flawsmith.data.triplets import FIT, TripletFolder
 from flawsmith.devices import Compute
+from flawsmith.diffusion.config import DdpmTrainSettings
 from flawsmith.diffusion.train import train_denoiser
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
+from flawsmith.sections import section_values
 from flawsmith.sequences import evenly
-from flawsmith.settings import DdpmTrainSettings, section_values
 from flawsmith.stages import ddpm_train, synthesize
 from flawsmith.synthesis.generate import Candidate, Workshop
 from flawsmith.training import ResumePoint

@@ -14,14 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 import flawsmith
+from flawsmith.config import FOLLOWS, Settings, load_settings, read_yaml
 from flawsmith.data.dataset import PARTS
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import digest_file, digest_json, digest_path, read_json
 from flawsmith.layout import Layout
-from flawsmith.settings import Settings, deciding_values, load_settings, read_yaml
+from flawsmith.sections import deciding_values
 
 KNN = "knn"
 DIFFUSION = "diffusion"  # of synthesize.texture
@@ -43,7 +42,7 @@ READS: Mapping[str, tuple[str, ...]] = {
 LABELLED = ("evaluate", KNN)  # what reads the whole category; the others read train/ alone
 USES_A_MODEL = ("cli", "demo", "monitoring", "registry", "serve")  # packages without a say in what a stage leaves
 
-SEED_KEYS = ("data.split_seed", *(f"{stage}.seed" for stage in PIPELINE if stage != "validate"))
+SEED_KEYS = ("seed", *(key for key, followed in FOLLOWS.items() if followed == "seed"))
 # Keys that a study sets itself, and what to use instead.
 OWN_KEYS = {"categories": "--categories", "data.root": "--data", "evaluate.part": "--part"}
 
@@ -184,7 +183,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         key, _, values = (part.strip() for part in text.partition("="))
         try:
             parsed = read_yaml(f"[{values}]")
-        except (yaml.YAMLError, ValueError):
+        except ValueError:
             parsed = []
         if "." not in key or not parsed or None in parsed:
             raise UserError(
@@ -275,7 +274,7 @@ def _settings_of(
     request: Request, categories: Sequence[str], method: str, grid: Mapping[str, Any], seed: int, part: str
 ) -> Settings:
     place = {} if request.data is None else {"data.root": str(request.data.resolve())}
-    own = {"categories": list(categories), "evaluate.part": part, **dict.fromkeys(SEED_KEYS, seed), **place}
+    own = {"categories": list(categories), "evaluate.part": part, "seed": seed, **place}
     replaced = {"tracking.mode": "off", **request.replaced, **grid, **METHODS[method].settings, **own}
     try:
         return load_settings(request.params, replaced)

@@ -107,14 +107,14 @@ def test_a_grid_of_another_form_or_that_repeats_itself_is_refused(texts, words):
         ({"categories": ("bolts",)}, "bolts does not exist"),
         ({"categories": ("tiles", "tiles")}, "--categories names one twice"),
         ({"seeds": ()}, "--seeds is empty"),
-        ({"seeds": (-1,)}, "-1; it must be 0 or more"),
+        ({"seeds": (-1,)}, "`seed` is -1; it must be a whole number of 0 or more"),
         ({"data": Path("nowhere")}, "nowhere/tiles does not exist"),
         ({"reference": "best"}, "--reference best: no such row; known are flawsmith"),
         ({"replaced": {"distill.seed": 3}}, "use --seeds"),
         ({"replaced": {"data.root": "x"}}, "use --data"),
         ({"grid": {"evaluate.part": ("all", "report")}}, "use --part"),
         ({"grid": {"distill.bach": (1, 2)}}, "did you mean `batch`"),
-        ({"grid": {"distill.batch": (1, 0)}}, "flawsmith distill.batch=0: .*must be from 1"),
+        ({"grid": {"distill.batch": (1, 0)}}, "flawsmith distill.batch=0: .*must be a whole number from 1"),
         ({"grid": {"export.latency_runs": (17, 18)}}, "no stage of flawsmith reads it"),
         ({"grid": {"distill.batch": (1, 2)}, "replaced": {"distill.batch": 2}}, "in --set and in --grid"),
         ({"grid": {"synthesize.mask": ("perlin", "noise")}, "methods": ("random-mask",)}, "random-mask sets it"),
@@ -154,7 +154,8 @@ def test_every_section_that_dvc_yaml_names_of_a_stage_decides_its_runs():
     read = set(SHARED)
     for name in PIPELINE:
         read |= set(READS[name])
-        assert set(stated[name]["params"]) - read <= ({"teacher"} if name == "ddpm-train" else {"synthesize.texture"})
+        (sections,) = stated[name]["params"][0].values()
+        assert set(sections) - read <= ({"teacher"} if name == "ddpm-train" else {"synthesize.texture"})
 
 
 def test_code_that_leaves_a_result_counts_and_what_uses_a_model_does_not(tmp_path):

@@ -1,0 +1,36 @@
+"""`evaluate`: metrics, threshold and report."""
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from flawsmith.sections import STRICT, Seed
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateSettings:
+    """`evaluate`: metrics, threshold and report."""
+
+    seed: Seed = Field(0, description="seed of the bootstrap and of the baseline's sampling")
+    part: Literal["all", "research", "report"] = Field(
+        "all",
+        description="which half of each type of labelled test image is judged (a fixed rule halves them): look as "
+        "often as you like at `research`, keep `report` for final figures",
+    )
+    false_alarm_rate: float = Field(
+        0.05, ge=1e-6, le=0.5, description="share of normal parts that may be flagged; sets the threshold"
+    )
+    bootstrap: int = Field(1000, ge=10, le=100_000, description="resamples of the 95 % intervals")
+    aupro_limit: float = Field(0.3, ge=0.01, le=1, description="integration limit of AUPRO (false positive rate)")
+    batch: int = Field(8, ge=1, le=1024, description="images scored together")
+    gallery: int = Field(32, ge=1, le=1000, description="images in the report's gallery")
+    baseline: Literal["euclidean", "cosine"] = Field(
+        "euclidean",
+        description="what the detector is compared with: `euclidean` (as PatchCore), `cosine` (the detector's memory "
+        "alone)",
+    )
+    baseline_vectors: int = Field(10_000, ge=100, le=10_000_000, description="size of the kNN baseline's memory bank")
+    parity_images: int = Field(
+        16, ge=8, le=1024, description="test images handed on for the export's parity certificate"
+    )

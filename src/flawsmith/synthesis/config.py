@@ -1,0 +1,104 @@
+"""`synthesize`: the synthetic defects."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from flawsmith.sections import STRICT, Range, Seed, Share
+
+Sides = tuple[Annotated[int, Field(ge=16, le=1024)], ...]
+Periods = tuple[Annotated[int, Field(ge=2, le=512)], ...]
+
+
+def default_windows(image_size: int, multiple: int) -> tuple[int, ...]:
+    """Sides from a quarter to half of the image, in pixels: multiples of `multiple`, the divisor of the UNet's input.
+
+    No side is under 32 pixels (a mask's soft edge needs room) or over 1024.
+    """
+    sides = (max(32, image_size * sixteenths // 16) for sixteenths in range(4, 9))
+    return tuple(sorted({min(-(-side // multiple) * multiple, 1024) for side in sides}))
+
+
+@dataclass(frozen=True, config=STRICT)
+class SynthesizeSettings:
+    """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process, or from one of its controls."""
+
+    seed: Seed = Field(0, description="seed of all triplets")
+    triplets: int = Field(
+        480, ge=2, le=1_000_000, description="triplets to make; one at least trains and one chooses the checkpoint"
+    )
+    texture: Literal["diffusion", "own", "cutpaste"] = Field(
+        "diffusion",
+        description="what fills a mask: `diffusion` (the DDPM), or a control: `own` (another normal's region, strongly "
+        "jittered), `cutpaste` (a patch of the same image)",
+    )
+    mask: Literal["perlin", "noise", "rectangle"] = Field(
+        "perlin",
+        description="outline of a defect: `perlin` (and ridges), or a control: `noise` (random pixels and blocks), "
+        "`rectangle` (CutPaste's patches and scars, of the paper's sizes)",
+    )
+    defects: Range[Annotated[int, Field(ge=1, le=16)]] = Field(
+        (1, 1), description="range of how many defects one image carries; they share `area`"
+    )
+    shade_share: Share = Field(0.2, description="share of triplets that carry a shade: a large soft change of light")
+    shade_area: Range[Share] = Field((0.02, 0.2), description="range of a shade's visible share of the image")
+    shade_change: Range[Share] = Field(
+        (0.05, 0.3), description="range of a shade's largest change of brightness (of 1)"
+    )
+    patch_share: Share = Field(
+        0.0,
+        description="share of the other triplets that carry a CutPaste patch instead: a part of the same image "
+        "elsewhere, of the paper's sizes",
+    )
+    rule: Literal["constant", "realnet"] = Field("constant", description="how the disturbance enters the variance")
+    strength: Range[Annotated[float, Field(ge=0, le=10)]] = Field(
+        (0.1, 0.4), description="range of s, the disturbance's standard deviation per T/20; 0 is the plain DDPM"
+    )
+    start: Range[Annotated[float, Field(ge=0.01, le=1)]] = Field(
+        (0.5, 0.9), description="range of the starting time t0 as a share of T"
+    )
+    steps: int = Field(14, ge=2, le=1000, description="reverse steps from t0 to 0")
+    disturb_until: Share = Field(0.35, description="disturb only while t/t0 is above this share")
+    octaves: int = Field(
+        4, ge=1, le=6, description="1 = white disturbance; more add coarser octaves of equal total variance"
+    )
+    windows: Sides = Field(
+        (64, 80, 96, 112, 128), min_length=1, description="sides of the square windows that are sampled, in pixels"
+    )
+    batch: int = Field(16, ge=1, le=1024, description="windows sampled together")
+    opacity: Range[Annotated[float, Field(ge=0.05, le=1)]] = Field(
+        (0.5, 1.0), description="range of the blend's opacity"
+    )
+    feather: float = Field(2.0, ge=0, le=32, description="width of the mask's soft edge in pixels")
+    perlin_periods: Periods = Field(
+        (8, 16, 32, 64), min_length=1, description="Perlin lattice periods in pixels (scales)"
+    )
+    perlin_threshold: Range[Annotated[float, Field(ge=-1, le=0.9)]] = Field(
+        (-0.1, 0.3), description="range of the threshold on Perlin noise in [-1, 1]"
+    )
+    ridge_share: Share = Field(
+        0.3, description="share of the drawn masks that are ridges of the noise (thin, crack-like)"
+    )
+    area: Range[Share] = Field((0.0003, 0.08), description="range of a mask's share of the image area")
+    min_changed: Share = Field(0.5, description="share of the mask that must have changed, else the triplet is dropped")
+    visibility: float = Field(
+        0.0314, ge=0, le=0.9, description="a pixel has changed if any channel moved by more than this (of 1)"
+    )
+    validation_fraction: float = Field(
+        0.15, ge=0.001, le=0.5, description="share of triplets that only choose the checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "SynthesizeSettings":
+        if self.texture == "diffusion" and self.mask == "rectangle":
+            raise ValueError(
+                "`synthesize.mask` is rectangle; its patches outgrow the windows in which the DDPM samples. Set "
+                "`synthesize.texture` to cutpaste or own, or another mask."
+            )
+        if self.shade_share and self.shade_change[0] <= self.visibility:
+            raise ValueError(
+                f"`synthesize.shade_change` begins at {self.shade_change[0]:g}; it must be above synthesize.visibility "
+                f"({self.visibility:g}), or nobody could see the shade."
+            )
+        return self
