@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import timm
 import torch
-from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from torch.nn import functional as F
 
 from flawsmith import __version__
@@ -73,18 +73,6 @@ class Setting:
 HEADLINE = Setting(256, 1, 2, "fp32")
 
 
-class _Random(CalibrationDataReader):
-    """Batches of random images for the calibration of int8."""
-
-    def __init__(self, name: str, batch: int, size: int) -> None:
-        generator = np.random.default_rng(0)
-        count = max(1, CALIBRATION // batch)
-        self._feeds = iter([{name: generator.random((batch, 3, size, size), np.float32)} for _ in range(count)])
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        return next(self._feeds, None)
-
-
 def quantise(model: Path, target: Path, size: int) -> None:
     """Write static int8 of every convolution and matrix product, weights a channel each; the same for all models.
 
@@ -93,13 +81,16 @@ def quantise(model: Path, target: Path, size: int) -> None:
     """
     taken = onnx.load(model, load_external_data=False).graph.input[0]
     batch = taken.type.tensor_type.shape.dim[0].dim_value or 1  # 0 where any will do
+    generator = np.random.default_rng(0)
+    images = (generator.random((batch, 3, size, size), np.float32) for _ in range(max(1, CALIBRATION // batch)))
+    feeds = ({taken.name: image} for image in images)
     before = logging.root.level
     logging.root.setLevel(logging.ERROR)  # onnxruntime advises a preparation that changes nothing here
     try:
         quantize_static(
             model,
             target,
-            _Random(taken.name, batch, size),
+            SimpleNamespace(get_next=lambda: next(feeds, None)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             per_channel=True,

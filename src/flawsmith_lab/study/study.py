@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def run_study(request: Request, workers: int, command: str) -> Outcome:
     return Outcome(len(rows), len(failed), request.out / "report.html")
 
 
-def compute_cells(plan: Plan, workers: int, failures: dict[Path, str], on_cell: Any) -> None:
+def compute_cells(plan: Plan, workers: int, failures: dict[Path, str], on_cell: Callable[[], None]) -> None:
     """Run every stage run that is not done yet, up to `workers` at once, and call `on_cell` after each cell.
 
     `failures` gets the reason of each run that failed, by its folder. What comes after a failed run is not tried; the
@@ -76,7 +76,7 @@ def compute_cells(plan: Plan, workers: int, failures: dict[Path, str], on_cell: 
     """
     if workers > 1:  # or each stage would take every core
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+    locks = {run.folder: threading.Lock() for run in plan.runs}
     done = {run.folder for run in plan.runs if run.is_done}
     log.info("%d cells, %d stage runs, %d of them done already", len(plan.cells), len(plan.runs), len(done))
 
