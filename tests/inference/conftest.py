@@ -5,12 +5,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
+from line_samples import Score
 from toy_onnx import METADATA, write_toy
 
 from flawsmith import cli
+from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.metadata import ModelMetadata
+from flawsmith.inference.options import PredictOptions, PredictReport
+from flawsmith.inference.predictor import Predictor
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +32,15 @@ def write_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def model(write_model: Callable[..., Path]) -> Path:
     return write_model()
+
+
+@pytest.fixture
+def score(model: Path, tmp_path: Path) -> Score:
+    def call(*inputs: Path, out: Path | None = None, stdin: int = 0, **options: Any) -> PredictReport:
+        chosen = PredictOptions(**options)
+        return predict_folder(Predictor(model), inputs or [tmp_path / "in"], out or tmp_path / "out", chosen, stdin)
+
+    return call
 
 
 @pytest.fixture

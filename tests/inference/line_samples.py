@@ -7,15 +7,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
 from PIL import Image
 
+from flawsmith.inference.options import PredictReport
+
 ROOT = Path(__file__).parents[2]
 DARK, BRIGHT = 40, 220
 PATIENCE = 120.0  # seconds for a process on a busy machine
+
+
+class Score(Protocol):
+    """`predict_folder` of the toy model: inputs, `out` and options as there, by default from in/ to out/."""
+
+    def __call__(self, *inputs: Path, out: Path | None = None, stdin: int = 0, **options: Any) -> PredictReport: ...
 
 
 def plate(

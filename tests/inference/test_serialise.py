@@ -14,6 +14,7 @@ from flawsmith.inference.draw import caption_parts, draw_prediction
 from flawsmith.inference.metadata import PREFIX, ModelMetadata
 from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Prediction, Predictor, flags, is_defective, region_threshold
+from flawsmith.inference.prefetch import Answer
 from flawsmith.inference.serialise import describe
 from flawsmith.inference.writers import Pictures
 
@@ -39,7 +40,9 @@ def test_a_region_is_shown_in_a_defective_image_alone_and_everywhere(
     assert (answer["peak_x"], answer["peak_y"]) == (17, 17)  # the peak is told of every image
 
     image = np.full((3, 64, 64), 0.5, np.float32)
-    Pictures(tmp_path, predictor, PredictOptions(overlays=False, masks=True)).add("a.png", image, prediction)
+    Pictures(tmp_path, predictor, PredictOptions(overlays=False, masks=True)).add(
+        "a.png", Answer("a", image, prediction)
+    )
     with Image.open(tmp_path / "masks" / "a.png") as mask:
         assert np.asarray(mask).any() == has_region
     unmarked = Prediction(score, prediction.is_defective, np.minimum(prediction.anomaly_map, 0))

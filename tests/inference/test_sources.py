@@ -11,15 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from line_samples import clip, json_lines, plate, start
+from line_samples import Score, clip, json_lines, plate, start
 
 from flawsmith.data.images import READING
 from flawsmith.data.walk import SUFFIXES
 from flawsmith.errors import UserError
 from flawsmith.inference import video
-from flawsmith.inference.folder import predict_folder
-from flawsmith.inference.options import PredictOptions
-from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import InputFile, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.video import read_frames
 
@@ -150,11 +147,11 @@ def test_results_come_as_lines_come(model: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "c.png", "deep", "model.onnx"]
 
 
-def test_a_stream_leaves_a_folder_too(model: Path, tmp_path: Path) -> None:
+def test_a_stream_leaves_a_folder_too(score: Score, tmp_path: Path) -> None:
     first, second = plate(tmp_path / "in" / "a.png"), plate(tmp_path / "in" / "a.jpg", bright=True)
     reading = stream_of("".join(f"{path}\n" for path in (first, second, first)).encode())
-    out, options = tmp_path / "out", PredictOptions(masks=True, formats=("jsonl", "csv"))
-    report = predict_folder(Predictor(model), [Path("-")], out, options, stdin=reading)
+    out = tmp_path / "out"
+    report = score(Path("-"), masks=True, formats=("jsonl", "csv"), stdin=reading)
     os.close(reading)
     assert (report.good, report.defective, report.exit_code(fail_on_defect=True)) == (2, 1, 3)
     rows = json_lines(out / "results.jsonl")
@@ -166,21 +163,21 @@ def test_a_stream_leaves_a_folder_too(model: Path, tmp_path: Path) -> None:
 
 
 def test_dots_in_a_streams_paths_lead_nowhere_else(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plate(tmp_path / "a.png")
     (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path / "sub")
     reading = stream_of(b"../a.png\n")
-    assert predict_folder(Predictor(model), [Path("-")], Path("out"), PredictOptions(), stdin=reading).good == 1
+    assert score(Path("-"), out=Path("out"), stdin=reading).good == 1
     os.close(reading)
     assert (tmp_path / "sub" / "out" / "overlays" / "__" / "a.png.png").is_file()
 
 
-def test_every_kth_frame_of_a_video_is_scored(model: Path, tmp_path: Path) -> None:
+def test_every_kth_frame_of_a_video_is_scored(score: Score, tmp_path: Path) -> None:
     film = clip(tmp_path / "clip.mp4", 12, bright=lambda index: index >= 8)
     plate(tmp_path / "clip.png")
-    report = predict_folder(Predictor(model), [film, tmp_path / "clip.png"], tmp_path / "out", PredictOptions(every=4))
+    report = score(film, tmp_path / "clip.png", every=4)
     found = results(tmp_path / "out")
     assert list(found) == ["clip.mp4#000000", "clip.mp4#000004", "clip.mp4#000008", "clip.png"]
     assert [row["verdict"] for row in found.values()] == ["good", "good", "defective", "good"]
@@ -228,10 +225,10 @@ def cut(path: Path, share: float) -> Path:
     ],
 )
 def test_frames_before_a_break_count(
-    model: Path, tmp_path: Path, name: str, codec: str, options: dict[str, str]
+    score: Score, tmp_path: Path, name: str, codec: str, options: dict[str, str]
 ) -> None:
     film = cut(clip(tmp_path / name, 40, codec=codec, options=options, bright=lambda index: index == 3), 0.6)
-    report = predict_folder(Predictor(model), [film], tmp_path / "out", PredictOptions(overlays=False))
+    report = score(film, overlays=False)
     found = results(tmp_path / "out")
     *frames, last = found
     assert 15 <= len(frames) < 35
@@ -249,24 +246,22 @@ def test_frames_before_a_break_count(
     assert report.exit_code() == 2
 
 
-def test_a_hole_in_a_video_ends_it_there(model: Path, tmp_path: Path) -> None:
+def test_a_hole_in_a_video_ends_it_there(score: Score, tmp_path: Path) -> None:
     film = clip(tmp_path / "clip.avi", 40, codec="mjpeg")
     content = bytearray(film.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 3000] = bytes(3000)
     film.write_bytes(content)
-    report = predict_folder(Predictor(model), [film], tmp_path / "out", PredictOptions(overlays=False))
+    report = score(film, overlays=False)
     assert report.good > 10
     (bad,) = report.skipped
     assert "clip.avi is damaged" in bad.reason or f"damaged: {report.good} of its 40 frames" in bad.reason
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\x00\x00\x00\x20ftypisom" + bytes(2000)])
-def test_what_is_no_video_is_unreadable(model: Path, tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_video_is_unreadable(score: Score, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "clip.mp4").write_bytes(content)
-    report = predict_folder(
-        Predictor(model), [tmp_path / "clip.mp4", plate(tmp_path / "z.png")], tmp_path / "out", PredictOptions()
-    )
+    report = score(tmp_path / "clip.mp4", plate(tmp_path / "z.png"))
     assert report.good == 1
     (bad,) = report.skipped
     assert bad.reason.startswith("clip.mp4 cannot be read as a video (")
@@ -290,24 +285,22 @@ def test_whole_videos_of_many_kinds_are_read_to_their_end(tmp_path: Path) -> Non
         assert [frame.index for frame in read_frames(clip(tmp_path / name, 7, codec=codec), 3, READING)] == [0, 3, 6]
 
 
-def test_frames_over_the_size_limit_are_refused_once(model: Path, tmp_path: Path) -> None:
-    report = predict_folder(
-        Predictor(model), [clip(tmp_path / "a.avi", 5)], tmp_path / "out", PredictOptions(max_pixels=1000)
-    )
+def test_frames_over_the_size_limit_are_refused_once(score: Score, tmp_path: Path) -> None:
+    report = score(clip(tmp_path / "a.avi", 5), max_pixels=1000)
     (bad,) = report.skipped
     assert "64 x 48 pixels, over the limit of 0.001 megapixels; crop it, or raise --max-megapixels" in bad.reason
 
 
 def test_without_pyav_a_video_is_refused_before_anything_else(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film, image = clip(tmp_path / "a.mp4", 2), plate(tmp_path / "a.png")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(video, "find_spec", lambda name: None if name == "av" else find_spec(name))
     with pytest.raises(UserError, match=r"pip install 'flawsmith\[video\]'"):
-        predict_folder(Predictor(model), [film, image], tmp_path / "out", PredictOptions())
+        score(film, image)
     assert not (tmp_path / "out").exists()
-    predict_folder(Predictor(model), [image], tmp_path / "out", PredictOptions())
+    score(image)
     on_a_stream = [InputFile(film, "a.mp4"), InputFile(image, "a.png")]
     first, second = tasks_of(on_a_stream, 1, READING, threading.Event())
     assert isinstance(first, Unreadable)

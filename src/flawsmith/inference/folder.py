@@ -14,13 +14,13 @@ from flawsmith.files import atomic_folder, restore
 from flawsmith.inference import video
 from flawsmith.inference.options import PredictOptions, PredictReport
 from flawsmith.inference.predictor import Predictor
-from flawsmith.inference.prefetch import Decoded, predict_stream
-from flawsmith.inference.serialise import describe
+from flawsmith.inference.prefetch import predict_stream
 from flawsmith.inference.sources import STREAM, InputFile, Inputs, Unreadable, find_images, read_stream, tasks_of
 from flawsmith.inference.writers import (
     Pictures,
     Write,
     check_out,
+    make_row,
     open_lines,
     open_rows,
     picture_name,
@@ -77,29 +77,20 @@ def predict_folder(
         total = None if is_stream or has_video else len(given.in_order)
         progress = stack.enter_context(bar(what=predictor.metadata.category, total=total, unit="image"))
         answers = predict_stream(tasks, predictor, options.batch, options.workers, stop)
-        for item, prediction in stack.enter_context(closing(answers)):
-            if item.image is None or prediction is None:
-                skipped.append(Unreadable(item.name, str(item.error)))
-                row = unreadable_row(item)
-            else:
-                height, width = item.image.shape[1:]
-                if said := predictor.tiling.objection(height, width):
-                    tell_once(
-                        f"lost {predictor.metadata.category}", f"{item.name} loses detail, and maybe others do: {said}"
-                    )
-                row = {"file": item.name, **describe(prediction, predictor, height, width)}
-                counts[row["verdict"]] += 1
-                if pictures is not None:
-                    row |= pictures.add(name_picture(item.name), item.image, prediction)
+        for answer in stack.enter_context(closing(answers)):
+            row = make_row(answer, predictor)
+            counts[row["verdict"]] += 1
+            if answer.error is not None:
+                skipped.append(Unreadable(answer.name, row["error"]))
+            elif answer.image is not None and (said := predictor.tiling.objection(*answer.image.shape[1:])):
+                key = f"lost {predictor.metadata.category}"
+                tell_once(key, f"{answer.name} loses detail, and maybe others do: {said}")
+            if pictures is not None:
+                row |= pictures.add(name_picture(answer.name), answer)
             for write in (*tables, *lines):
                 write(row)
             progress.update()
     return PredictReport(out, counts["good"], counts["defective"], len(skipped), passed_over, tuple(skipped))
-
-
-def unreadable_row(item: Decoded) -> dict[str, str]:
-    """Return the row of a file that could not be read."""
-    return {"file": item.name, "verdict": "unreadable", "error": str(item.error)}
 
 
 def _naming(files: Iterable[InputFile]) -> Callable[[str], str]:

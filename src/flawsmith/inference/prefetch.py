@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flawsmith.data.images import FloatImage
 from flawsmith.errors import UserError
@@ -15,11 +15,12 @@ HELD_PIXELS = 16_000_000  # of originals that are decoded or being scored (about
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A task's image `(3, H, W)`, or the error that says why there is none."""
+class Answer:
+    """A task's image `(3, H, W)` and the prediction on it, or the error that says why there is none."""
 
     name: str
     image: FloatImage | None = None
+    prediction: Prediction | None = None
     error: UserError | None = None
 
 
@@ -29,8 +30,8 @@ def predict_stream(
     batch: int,
     workers: int,
     stop: threading.Event | None = None,
-) -> Generator[tuple[Decoded, Prediction | None]]:
-    """Score images in the order of the tasks; yields None as the prediction where there is no image.
+) -> Generator[Answer]:
+    """Score images; yields an answer for each task, in the order of the tasks.
 
     A batch ends with `batch` tasks, or when its originals reach half of HELD_PIXELS; so it does not depend on which
     thread is ready first. Originals in memory stay below HELD_PIXELS and one image. Close the iterator to end early.
@@ -48,12 +49,12 @@ def predict_stream(
     walk = iter(tasks)
     changed, held = threading.Condition(), 0
 
-    def collect() -> tuple[list[Future[Decoded]], int]:
+    def collect() -> tuple[list[Future[Answer]], int]:
         """Start to decode the next batch; returns it with its pixels. It is empty at the end."""
         nonlocal held
         with changed:
             changed.wait_for(lambda: held * 2 <= HELD_PIXELS or stop.is_set())
-        futures: list[Future[Decoded]] = []
+        futures: list[Future[Answer]] = []
         pixels = 0
         for task in walk if not stop.is_set() else ():
             if task is not None:
@@ -77,7 +78,7 @@ def predict_stream(
             items = [future.result() for future in futures]
             answers = iter(predictor.predict([item.image for item in items if item.image is not None]))
             for item in items:
-                yield item, None if item.image is None else next(answers)
+                yield item if item.image is None else replace(item, prediction=next(answers))
             del futures, items, item  # their images must be gone before others may take their room
             with changed:
                 held -= pixels
@@ -99,10 +100,10 @@ def _count_pixels(task: Task | Unreadable) -> int:
         return 0
 
 
-def _decode(task: Task | Unreadable) -> Decoded:
+def _decode(task: Task | Unreadable) -> Answer:
     if isinstance(task, Unreadable):
-        return Decoded(task.name, error=UserError(task.reason))
+        return Answer(task.name, error=UserError(task.reason))
     try:
-        return Decoded(task.name, task.load())
+        return Answer(task.name, task.load())
     except UserError as error:
-        return Decoded(task.name, error=error)
+        return Answer(task.name, error=error)

@@ -17,20 +17,17 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import Any
 
 from flawsmith.data.images import FloatImage, count_pixels, read_image
 from flawsmith.data.walk import UNREADABLE, entries, image_kind
 from flawsmith.errors import UserError, name_file
 from flawsmith.files import digest_file
-from flawsmith.inference.folder import unreadable_row
 from flawsmith.inference.journal import Journal, Known, Signature, open_journal
 from flawsmith.inference.options import LINES, PredictOptions, PredictReport
-from flawsmith.inference.predictor import Prediction, Predictor
-from flawsmith.inference.prefetch import Decoded, predict_stream
-from flawsmith.inference.serialise import describe
+from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.prefetch import Answer, predict_stream
 from flawsmith.inference.sources import Task
-from flawsmith.inference.writers import Pictures, Write, open_lines, picture_name
+from flawsmith.inference.writers import Pictures, Write, make_row, open_lines, picture_name
 
 REST = 9  # a look is followed by a rest of so many times its length: a huge folder costs a tenth of one core at most
 GRACE = 2.0  # seconds a file must stay as it is before it is called unreadable: a copy may have stalled
@@ -147,8 +144,8 @@ class _Watch:
             tasks = [Task(each.name, partial(count_pixels, each.path), partial(self._load, each)) for each in ready]
             options = self._options
             with closing(predict_stream(tasks, self._predictor, options.batch, options.workers)) as answers:
-                for item, prediction in answers if tasks else ():
-                    self._settle(arrivals[item.name], item, prediction)
+                for answer in answers if tasks else ():
+                    self._settle(arrivals[answer.name], answer)
                     if is_over():
                         break
             now = time.monotonic()
@@ -243,22 +240,18 @@ class _Watch:
             raise problem
         return image
 
-    def _settle(self, arrival: _Arrival, item: Decoded, prediction: Prediction | None) -> None:
+    def _settle(self, arrival: _Arrival, answer: Answer) -> None:
         """Write down what came of an arrival, or leave it to a later look."""
-        if isinstance(item.error, _KnownContentError):
+        if isinstance(answer.error, _KnownContentError):
             self._journal.touch(arrival.name, arrival.signature)
-        if isinstance(item.error, _KnownContentError | _NotWholeError):
+        if isinstance(answer.error, _KnownContentError | _NotWholeError):
             return
-        if item.image is None or prediction is None:
-            doubt = self._doubtful.get(arrival.name)
-            if doubt is None or doubt[0] != arrival.signature:
-                self._doubtful[arrival.name] = (arrival.signature, time.monotonic())
-                return
-            row: dict[str, Any] = dict(unreadable_row(item))
-        else:
-            row = {"file": item.name, **describe(prediction, self._predictor, *item.image.shape[1:])}
-            row |= self._pictures.add(picture_name(item.name), item.image, prediction)
+        doubt = self._doubtful.get(arrival.name)
+        if answer.error is not None and (doubt is None or doubt[0] != arrival.signature):
+            self._doubtful[arrival.name] = (arrival.signature, time.monotonic())
+            return
         self._doubtful.pop(arrival.name, None)
+        row = make_row(answer, self._predictor) | self._pictures.add(picture_name(answer.name), answer)
         row = self._journal.add(row, Known(arrival.signature, arrival.digest))
         self.counts[row["verdict"]] += 1
         if self._follow is not None:

@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.data.images import FloatImage, Mask, write_png
+from flawsmith.data.images import Mask, write_png
 from flawsmith.errors import UserError, is_of_all
 from flawsmith.files import LOST, digest_name, fit_name, is_ours
 from flawsmith.inference.draw import draw_prediction
 from flawsmith.inference.options import FORMATS, PredictOptions
-from flawsmith.inference.predictor import Prediction, Predictor
+from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.prefetch import Answer
 from flawsmith.inference.regions import region_mask
+from flawsmith.inference.serialise import describe
 from flawsmith.inference.sources import STREAM, InputFile
 
 OVERLAYS, MASKS = "overlays", "masks"
@@ -38,10 +40,17 @@ RESULTS = frozenset({*FORMATS.values(), OVERLAYS, MASKS})
 COLUMNS = ("file", "verdict", "score", "threshold", "relative_score", "peak_x", "peak_y", "peak_value", "regions",
            "width", "height", "error")  # fmt: skip
 
-Row = Mapping[str, Any]  # what `serialise.describe` makes, with the file's name
+Row = Mapping[str, Any]  # as `make_row` makes it
 Write = Callable[[Row], object]
 
 log = logging.getLogger(__name__)
+
+
+def make_row(answer: Answer, predictor: Predictor) -> dict[str, Any]:
+    """Say what came of one file, as JSON values; the verdict on one that could not be read is `unreadable`."""
+    if answer.image is None or answer.prediction is None:
+        return {"file": answer.name, "verdict": "unreadable", "error": str(answer.error)}
+    return {"file": answer.name, **describe(answer.prediction, predictor, *answer.image.shape[1:])}
 
 
 @contextmanager
@@ -105,15 +114,18 @@ class Pictures:
         self._folder, self._predictor = folder, predictor
         self._kinds = [*([OVERLAYS] if options.overlays else []), *([MASKS] if options.masks else [])]
 
-    def add(self, name: str, image: FloatImage, prediction: Prediction) -> dict[str, str]:
-        """Write what is asked for; returns where it lies, relative to the folder, for the row.
+    def add(self, name: str, answer: Answer) -> dict[str, str]:
+        """Write what is asked for of an image that was read; returns where it lies in the folder, for the row.
 
         A picture that the file system does not take is left out and named in the log: the image has its verdict.
 
         Raises:
             OSError: no picture can be written there any more, such as on a full disk.
         """
-        written = {}
+        written: dict[str, str] = {}
+        image, prediction = answer.image, answer.prediction
+        if image is None or prediction is None:
+            return written
         for kind in self._kinds:
             if kind == OVERLAYS:
                 pixels: NDArray[np.uint8] | Mask = draw_prediction(image, prediction, self._predictor)
