@@ -6,7 +6,7 @@
 #     worker.sh setup     pools, limits, deployments and automations (`python -m flows.setup`), once for all workers
 #     worker.sh checkout  nothing more (for the init container of a kubernetes work pool)
 #
-# Further arguments go to `prefect worker start`. Tried by hand against a real server: docs/operations.md.
+# Further arguments go to `prefect worker start`. Tried by hand against a real server: docs/deploy/README.md.
 #
 # PREFECT_API_URL        the Prefect server, http://host:4200/api
 # MLFLOW_TRACKING_URI    the MLflow server, http://host:5000
