@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flawsmith.cli.common import DEFAULT_PARAMS, ParamsOption, SetOption, comma_list, parse_overrides
 from flawsmith.errors import UserError
 
 
@@ -27,10 +28,7 @@ def study(
             help="Of flawsmith, no-diffusion, random-mask, cutpaste, knn, memory. Default: flawsmith,knn.",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of params.yaml; repeatable."),
-    ] = None,
+    overrides: SetOption = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +49,7 @@ def study(
     workers: Annotated[
         int, typer.Option(metavar="N", help="Stages run at once; their times then say less.", min=1)
     ] = 1,
-    params: Annotated[Path, typer.Option("--params", help="The project's parameters.")] = Path("params.yaml"),
+    params: ParamsOption = DEFAULT_PARAMS,
 ) -> None:
     """Run the pipeline for many categories, seeds, methods and settings; compare them in one report.
 
@@ -60,7 +58,6 @@ def study(
 
     Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,knn --out study
     """
-    from flawsmith.cli.common import comma_list, parse_overrides
     from flawsmith_lab.study.plan import Request, parse_grid
     from flawsmith_lab.study.study import run_study
 
