@@ -3,15 +3,10 @@
     python -m flawsmith_lab.fidelity --category bottle
 
 For reporting alone: nothing is trained, tuned, chosen or gated by it. A crop is a square window around a defect, by the
-same law for real and synthetic ones, at working resolution. A distance by itself means little, so each is put beside
-others from as many crops: two random halves of the real defects (the least there is to reach), the synthetic crops'
-own places before the defect was put in, and normals at random places (what no defect at all would reach).
-
-Features are the teacher's pooled ones, each channel in units of its standard deviation over normal crops. KID,
-precision and recall use all channels. The Frechet distance needs covariances, which few crops cannot give in hundreds
-of dimensions, so it sees the leading principal components of normals alone: at most DIMENSIONS and at most half as many
-as there are crops. With few crops it is biased upwards (Chong & Forsyth, CVPR 2020): compare it within one table, where
-every row has as many crops, never across tables.
+same law for real and synthetic ones. Features are the teacher's pooled ones, each channel in units of its standard
+deviation over normal crops. The Frechet distance needs covariances, which few crops cannot give in hundreds of
+dimensions, so it sees the leading principal components of normals alone. With few crops it is biased upwards (Chong &
+Forsyth, CVPR 2020): compare it within one table, where every row has as many crops.
 """
 
 import argparse

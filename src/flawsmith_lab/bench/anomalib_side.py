@@ -1,10 +1,10 @@
 """anomalib's PatchCore and STFPM beside flawsmith's kNN: same folders, split, teacher weights and metric code.
 
-    python -m flawsmith_lab.bench.anomalib_side --python .venv-anomalib/bin/python [--category C] [--data DIR]
+    python -m flawsmith_lab.bench.anomalib_side [--category C] [--data DIR]
         [--weights FILE --backbone resnet18]                                              (make bench-anomalib)
 
 anomalib lives in an environment of its own: images go there as arrays, anomaly maps come back, and the evaluation's own
-code judges all of them on the same resamples. The last line of stdout is JSON.
+code judges all of them on the same resamples.
 """
 
 import json

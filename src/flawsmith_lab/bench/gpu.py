@@ -1,9 +1,6 @@
 """One category from normal images to ONNX on one GPU, with a preset as in the paper: seconds, memory, accuracy.
 
-    python -m flawsmith_lab.bench.gpu [--category C] [--data DIR] [--overlay docs/gpu-params.yaml]
-
-The pipeline's own stages run one after the other in a temporary folder (or in --out, where they stay). The last line of
-stdout is JSON. Without a GPU it refuses: on a CPU the preset takes days.
+python -m flawsmith_lab.bench.gpu [--category C] [--data DIR] [--overlay docs/gpu-params.yaml]     (make bench-gpu)
 """
 
 import tempfile
@@ -21,19 +18,7 @@ from flawsmith.errors import UserError
 from flawsmith.files import read_json
 from flawsmith.layout import Layout
 from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
-from flawsmith_lab.bench.measure import (
-    DEMO_SURFACE,
-    Target,
-    bench_settings,
-    describe,
-    finish,
-    first_category,
-    guarded,
-    machine,
-    parser,
-    prepare,
-    seconds_of,
-)
+from flawsmith_lab.bench import measure
 
 MINUTES = 10.0  # target for everything together
 STAGES: Mapping[str, Callable[[Layout], Any]] = {
@@ -73,7 +58,7 @@ def run_stages(layout: Layout, device: torch.device) -> dict[str, dict[str, floa
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = seconds_of(partial(run, layout), device)
+        seconds = measure.seconds_of(partial(run, layout), device)
         peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0
         found[name] = {"seconds": seconds, "gpu_peak_mb": peak}
         print(f"{name}: {seconds:.1f} s, {peak:.0f} MB of GPU memory at most", flush=True)
@@ -86,35 +71,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: there is no GPU, or the preset or the category cannot be used.
     """
-    options = parser("gpu", __doc__)
+    options = measure.parser("gpu", __doc__)
     options.add_argument("--overlay", type=Path, default=Path("docs/gpu-params.yaml"), help="default: %(default)s")
     options.add_argument("--out", type=Path, help="keep the stages' outputs there")
     chosen = options.parse_args(arguments)
     overlay = read_overlay(chosen.overlay)
-    category = chosen.category or first_category(chosen.data, DEMO_SURFACE)
-    bench_settings(chosen.params, category, chosen.data, overlay)  # a wrong preset is said on any machine
+    category = chosen.category or measure.first_category(chosen.data, measure.DEMO_SURFACE)
+    measure.bench_settings(chosen.params, category, chosen.data, overlay)  # a wrong preset is said on any machine
     compute = Compute.choose()
     if compute.device.type != "cuda":
         raise UserError(
             "torch sees no GPU here, and on a CPU this preset takes days; run it on a machine with one "
             "(`flawsmith doctor` says what torch sees), or measure the CPU preset with `make bench-synthesis`."
         )
-    found: dict[str, Any] = {"benchmark": "gpu", "category": category, "machine": machine(compute)}
-    print(f"{category}: {describe(found['machine'])}")
+    found: dict[str, Any] = {"benchmark": "gpu", "category": category, "machine": measure.machine(compute)}
+    print(f"{category}: {measure.describe(found['machine'])}")
     with nullcontext(chosen.out) if chosen.out else tempfile.TemporaryDirectory(prefix="flawsmith-gpu-") as root:
-        layout = prepare(chosen, Path(root), overlay)
+        layout = measure.prepare(chosen, Path(root), overlay)
         found["stages"] = run_stages(layout, compute.device)
         found["metrics"] = read_json(layout.stage("evaluate") / "metrics.json")
         found["onnx_megabytes"] = (layout.stage("export") / "model.onnx").stat().st_size / 1e6
     found["minutes"] = sum(stage["seconds"] for stage in found["stages"].values()) / 60
-    found["target"] = {"minutes": MINUTES, "met": Target("", -found["minutes"], -MINUTES).is_met}
+    found["target"] = {"minutes": MINUTES, "met": measure.Target("", -found["minutes"], -MINUTES).is_met}
     print(
         f"{found['minutes']:.1f} minutes in all (target: at most {MINUTES:g}) - "
         f"{'met' if found['target']['met'] else 'MISSED'}; image AUROC {found['metrics']['image_auroc']}, "
         f"AUPRO {found['metrics']['aupro']}"
     )
-    finish(found)
+    measure.finish(found)
 
 
 if __name__ == "__main__":
-    guarded(main, "bench-gpu")
+    measure.guarded(main, "bench-gpu")

@@ -2,10 +2,8 @@
 
     python -m flawsmith_lab.bench.latency [--model model.onnx] [--without-anomalib]        (make bench-latency)
 
-Every model runs in a process of its own, with the same code and the same random images, for every image size, batch,
-number of threads and precision asked for. Rounds take turns (ours, theirs, ours, ...), so that a noisy machine slows
-all of them alike. Weights are random unless --model names a trained model: how long a network takes does not depend on
-them. The last line of stdout is JSON.
+Every run is a process of its own, with the same code and the same random images for all models. Rounds take turns
+(ours, theirs, ours, ...), so that a noisy machine slows all of them alike.
 """
 
 import argparse

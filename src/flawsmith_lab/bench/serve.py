@@ -2,10 +2,8 @@
 
     python -m flawsmith_lab.bench.serve MODEL IMAGE... [--clients 30] [--seconds 60]        (make bench-serve)
 
-Each client keeps one connection and sends the next image when it has its answer, so there are always as many requests
-as clients; beyond the service's queue they are answered with 429, which counts as no error. Half way through, MODEL is
-written anew, which exchanges the model under full load. Clients run in the machine's own cores, beside the service.
-The last line of stdout is JSON.
+Each client keeps one connection and sends the next image when it has its answer. Half way through, MODEL is written
+anew, which exchanges the model under full load.
 """
 
 import argparse

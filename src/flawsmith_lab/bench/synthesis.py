@@ -1,10 +1,6 @@
 """How fast defects are made and the denoiser is trained here, beside what the machine could do.
 
-    python -m flawsmith_lab.bench.synthesis [--category C] [--data DIR]        (make bench-synthesis)
-
-Three questions: triplets a second; the achieved share of matmul speed in a training step of the denoiser; what it saves
-to sample a window around the mask instead of the image. The project is only read: everything is written into a
-temporary folder. The last line of stdout is JSON.
+python -m flawsmith_lab.bench.synthesis [--category C] [--data DIR]        (make bench-synthesis)
 """
 
 import shutil
@@ -33,19 +29,7 @@ from flawsmith.sequences import evenly
 from flawsmith.stages import ddpm_train, synthesize
 from flawsmith.synthesis.generate import Candidate, Workshop
 from flawsmith.training import ResumePoint
-from flawsmith_lab.bench.measure import (
-    Target,
-    count_flops,
-    describe,
-    finish,
-    guarded,
-    machine,
-    matmul,
-    parser,
-    prepare,
-    seconds_of,
-    synchronise,
-)
+from flawsmith_lab.bench import measure
 
 TRIPLETS_PER_SECOND, EFFICIENCY, FLOPS_RATIO = 5.0, 0.5, 10.0  # targets, at 256 px on 2 cores
 TRAIN_STEPS = 12  # timed steps of the denoiser's training; the first ones warm up
@@ -67,14 +51,14 @@ def training_speed(
     """
     alone = replace(settings, checkpoint_every=steps + WARM_UP + 1)
     resume = ResumePoint(scratch / "resume", "bench")
-    flops = count_flops(lambda: train_denoiser(images, replace(alone, steps=1), resume, compute))
-    product = matmul(compute)
+    flops = measure.count_flops(lambda: train_denoiser(images, replace(alone, steps=1), resume, compute))
+    product = measure.matmul(compute)
     products: list[float] = []  # FLOP/s
     taken: list[float] = []  # seconds
     started = [time.perf_counter()]
 
     def between(_step: int, _metrics: Mapping[str, float]) -> None:
-        synchronise(compute.device)
+        measure.synchronise(compute.device)
         taken.append(time.perf_counter() - started[0])
         products.append(product())
         started[0] = time.perf_counter()
@@ -142,12 +126,12 @@ def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
     drawn.sort(key=_side)
     windows = Counter(map(_side, drawn))
     one_of_side = {_side(item): item for item in drawn}
-    flops = {side: count_flops(partial(workshop.make, [item])) for side, item in one_of_side.items()}
-    whole = count_flops(partial(workshop.make, [in_whole_image(drawn[0])]))
+    flops = {side: measure.count_flops(partial(workshop.make, [item])) for side, item in one_of_side.items()}
+    whole = measure.count_flops(partial(workshop.make, [in_whole_image(drawn[0])]))
     local = sum(flops[side] * count for side, count in windows.items())
     chosen = [drawn[place] for place in evenly(len(drawn), compared, 0.5)]
     local_seconds, whole_seconds = (
-        sum(seconds_of(partial(workshop.make, [item]), workshop.compute.device) for item in items)
+        sum(measure.seconds_of(partial(workshop.make, [item]), workshop.compute.device) for item in items)
         for items in (chosen, [in_whole_image(item) for item in chosen])
     )
     return {
@@ -181,9 +165,9 @@ def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:
 
 def report(found: Mapping[str, Any]) -> str:
     """Write the figures in words."""
-    ddpm, local = found["ddpm"], found["local_against_whole"]
+    ddpm, local, machine = found["ddpm"], found["local_against_whole"], measure.describe(found["machine"])
     lines = (
-        f"{found['category']} at {found['image_size']} px; denoiser: {found['denoiser']}; {describe(found['machine'])}",
+        f"{found['category']} at {found['image_size']} px; denoiser: {found['denoiser']}; {machine}",
         f"synthesis: {found['triplets_per_second']:.2f} triplets/s (best chunk "
         f"{found['triplets_per_second_best']:.2f}), {found['accepted']:.0%} of the candidates could be seen",
         f"training step of the denoiser: {ddpm['step_seconds']:.3f} s for {ddpm['step_gflop']:.2f} GFLOP = "
@@ -198,17 +182,17 @@ def report(found: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and end with the JSON line."""
-    options = parser("synthesis", __doc__)
+    options = measure.parser("synthesis", __doc__)
     options.add_argument("--steps", type=int, default=TRAIN_STEPS, help="timed training steps of the denoiser")
     options.add_argument("--chunks", type=int, default=2, help="timed chunks of 4 batches of candidates")
     options.add_argument("--compared", type=int, default=COMPARED, help="triplets sampled in the whole image too")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="flawsmith-bench-") as scratch:
-        layout = prepare(chosen, Path(scratch), OVERRIDES)
+        layout = measure.prepare(chosen, Path(scratch), OVERRIDES)
         compute = Compute.choose(layout.settings.compute)
         size = layout.settings.data.image_size
         found: dict[str, Any] = {"benchmark": "synthesis", "category": layout.category, "image_size": size}
-        found["machine"] = machine(compute)
+        found["machine"] = measure.machine(compute)
         with compute.fast_math():
             trained = chosen.params.parent / "artifacts" / layout.category / ddpm_train.STAGE
             found["denoiser"] = provide_denoiser(layout, trained, chosen.steps)
@@ -217,15 +201,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workshop = synthesize.build_workshop(layout, compute)
             found |= {"ddpm": ddpm, **synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chosen.chunks)}
             found["local_against_whole"] = local_against_whole(workshop, chosen.compared)
+    local = found["local_against_whole"]["flops_ratio"]
     targets = [
-        Target("triplets per second", found["triplets_per_second"], TRIPLETS_PER_SECOND),
-        Target("training step over matmul speed", found["ddpm"]["efficiency"], EFFICIENCY),
-        Target("FLOPs saved by local sampling, times", found["local_against_whole"]["flops_ratio"], FLOPS_RATIO),
+        measure.Target("triplets per second", found["triplets_per_second"], TRIPLETS_PER_SECOND),
+        measure.Target("training step over matmul speed", found["ddpm"]["efficiency"], EFFICIENCY),
+        measure.Target("FLOPs saved by local sampling, times", local, FLOPS_RATIO),
     ]
     print(report(found), *(target.sentence() for target in targets), sep="\n")
     met = {target.name: {"value": target.value, "target": target.least, "met": target.is_met} for target in targets}
-    finish(found | {"targets": met})
+    measure.finish(found | {"targets": met})
 
 
 if __name__ == "__main__":
-    guarded(main, "bench-synthesis")
+    measure.guarded(main, "bench-synthesis")
