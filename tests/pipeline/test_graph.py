@@ -49,3 +49,19 @@ def test_a_users_category_is_seen_by_dvc_and_its_images_are_ignored_by_git(copie
     content = yaml.safe_load((copied.folder / "params.yaml").read_text())
     (copied.folder / "params.yaml").write_text(yaml.safe_dump({**content, "categories": [CATEGORY, "bottle"]}))
     assert "data/bottle.dvc" in copied.run("dvc", "dag", "--dot", "ddpm-train@bottle").stdout
+
+
+def test_a_value_of_one_category_leaves_the_others_up_to_date(copied: Project) -> None:
+    path = copied.folder / "params.yaml"
+    content = {**yaml.safe_load(path.read_text()), "categories": [CATEGORY, "woven_fabric"]}
+    path.write_text(yaml.safe_dump(content))
+    copied.run("dvc", "repro")
+    own = {**content, "overrides": {"woven_fabric": {"evaluate": {"false_alarm_rate": 0.02}}}}
+    path.write_text(yaml.safe_dump(own))
+    settings = [f"settings@{CATEGORY}", "settings@woven_fabric"]
+    ran = copied.ran(copied.run("dvc", "repro"))
+    assert sorted(ran) == sorted([*settings, "evaluate@woven_fabric", "export@woven_fabric"])
+    path.write_text("# a comment\n" + yaml.safe_dump({**own, "monitor": {"alpha": 0.02}}))  # no stage's business
+    code = copied.folder / "src" / "flawsmith" / "monitoring" / "config.py"
+    code.write_text(code.read_text() + "# as if a default had changed\n")
+    assert sorted(copied.ran(copied.run("dvc", "repro"))) == settings
