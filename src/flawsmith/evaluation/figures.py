@@ -3,7 +3,6 @@
 Nothing here decides anything. PNG bytes carry no time and no version, so equal results give equal files.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from flawsmith.evaluation.assess import Assessment
-from flawsmith.evaluation.measure import Performance
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.pages import Corner, Theme, dress, new_figure
 
@@ -21,7 +19,7 @@ class Panel(NamedTuple):
     """One panel of a figure: the curve drawn, the metric named in its legend, and its axes."""
 
     title: str
-    curve: Callable[[Performance], Curve]
+    curve: str  # one of `Performance.curves`
     metric: str
     x: str
     y: str
@@ -30,13 +28,13 @@ class Panel(NamedTuple):
 IMAGES = "defective images flagged"
 PIXELS = "defect pixels flagged"
 IMAGE_PANELS: tuple[Panel, ...] = (
-    Panel("Images: ROC (area)", lambda of: of.image_curve, "image_auroc", "good images flagged", IMAGES),
-    Panel("Images: precision-recall (average precision)", lambda of: of.image_curve, "image_ap", IMAGES, "precision"),
+    Panel("Images: ROC (area)", "image", "image_auroc", "good images flagged", IMAGES),
+    Panel("Images: precision-recall (average precision)", "image", "image_ap", IMAGES, "precision"),
 )
 PIXEL_PANELS: tuple[Panel, ...] = (
-    Panel("Pixels: ROC (area)", lambda of: of.pixel_curve, "pixel_auroc", "normal pixels flagged", PIXELS),
-    Panel("Pixels: precision-recall (average precision)", lambda of: of.pixel_curve, "pixel_ap", PIXELS, "precision"),
-    Panel("Regions: overlap (AUPRO)", lambda of: of.region_curve, "aupro", "normal pixels flagged",
+    Panel("Pixels: ROC (area)", "pixel", "pixel_auroc", "normal pixels flagged", PIXELS),
+    Panel("Pixels: precision-recall (average precision)", "pixel", "pixel_ap", PIXELS, "precision"),
+    Panel("Regions: overlap (AUPRO)", "region", "aupro", "normal pixels flagged",
      "mean overlap with a region"),
 )  # fmt: skip
 
@@ -88,7 +86,7 @@ def _draw_panel(axes: Axes, panel: Panel, result: Assessment, theme: Theme) -> N
         (result.baseline, "kNN baseline", theme.baseline, 1.6, "--"),
         (result.detector, "detector", theme.detector, 2.2, "-"),
     ):
-        curve, value = panel.curve(performance), performance.values[panel.metric].value
+        curve, value = performance.curves[panel.curve], performance.values[panel.metric].value
         across, up = _precision_steps(curve) if by_recall else (curve.false_positive_rate, curve.recall)
         axes.plot(
             across,

@@ -65,9 +65,8 @@ class Performance:
         by_defect: defect type → each of HEADLINE, that type's images against all good ones.
         draws: each of KEYS under each resample, `(B,)`; all detectors of one `measure` have the same resamples.
         defect_draws: the same for `by_defect`.
-        image_curve: exact image-level ROC and precision-recall.
-        pixel_curve: the same for pixels, at the bins' resolution.
-        region_curve: `recall` is the mean per-region overlap (PRO) here.
+        curves: `image`: exact ROC and precision-recall of images; `pixel`: the same of pixels, at the bins' resolution;
+            `region`: its `recall` is the mean per-region overlap (PRO).
         scores: test scores, in the samples' order.
         calibration: scores of the calibration normals.
         threshold: on image scores.
@@ -81,9 +80,7 @@ class Performance:
     by_defect: Mapping[str, Mapping[str, Estimate]]
     draws: Mapping[str, NDArray[np.float64]]
     defect_draws: Mapping[str, Mapping[str, NDArray[np.float64]]]
-    image_curve: Curve
-    pixel_curve: Curve
-    region_curve: Curve
+    curves: Mapping[str, Curve]
     scores: Scores
     calibration: Scores
     threshold: Threshold
@@ -92,6 +89,11 @@ class Performance:
     test_false_alarms: Estimate
     test_detections: Estimate
     detections: Mapping[str, Estimate]
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The values of METRICS that are numbers: those of pixels need masks."""
+        return {key: one.value for key, one in self.values.items() if np.isfinite(one.value)}
 
     def is_flagged(self, score: float) -> bool:
         """The verdict on a score."""
@@ -189,9 +191,11 @@ def _perform(
         by_defect={name: {key: estimates[name, key] for key in HEADLINE} for name in types},
         draws={key: draws["", key] for key in KEYS},
         defect_draws={name: {key: draws[name, key] for key in HEADLINE} for name in types},
-        image_curve=metrics.curve(Binned(images.negatives[0], images.positives[0])),
-        pixel_curve=metrics.curve(Binned(normal, inside)) if inside.any() else NO_CURVE,
-        region_curve=metrics.curve(Binned(normal, overlap)) if inside.any() else NO_CURVE,
+        curves={
+            "image": metrics.curve(Binned(images.negatives[0], images.positives[0])),
+            "pixel": metrics.curve(Binned(normal, inside)) if inside.any() else NO_CURVE,
+            "region": metrics.curve(Binned(normal, overlap)) if inside.any() else NO_CURVE,
+        },
         scores=scores,
         calibration=calibration,
         threshold=threshold,
@@ -261,10 +265,9 @@ def _sample_pixels(
     maps: ArrayFile, masks: ArrayFile, indices: Sequence[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Every k-th defect-free and every m-th defect pixel of the images at `indices`, at most SAMPLED_PIXELS of each."""
-    inside = sum(int(np.count_nonzero(masks.read(index))) for index in indices)
-    everything = sum(maps.size(index) for index in indices)
+    totals = np.sum([np.bincount(masks.read(index).ravel(), minlength=2) for index in indices], axis=0).tolist()
     # odd steps share no factor with the usual powers of two of an image's width, so they walk through all columns
-    steps = [-(-total // SAMPLED_PIXELS) | 1 for total in (everything - inside, inside)]
+    steps = [-(-total // SAMPLED_PIXELS) | 1 for total in totals]
     seen = [0, 0]
     picked: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
     for index in indices:

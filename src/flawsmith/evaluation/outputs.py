@@ -40,12 +40,12 @@ def write_data(
         headline = {key: None if is_missing(one) else round(one.value, 4) for key, one in performance.values.items()}
         write_json(folder / "summary" / f"{name}.json", headline)
     for roc, pr, curves in (
-        ("roc.csv", "pr.csv", (detector.image_curve, baseline.image_curve)),
-        ("curves/pixel_roc.csv", "curves/pixel_pr.csv", (detector.pixel_curve, baseline.pixel_curve)),
+        ("roc.csv", "pr.csv", (detector.curves["image"], baseline.curves["image"])),
+        ("curves/pixel_roc.csv", "curves/pixel_pr.csv", (detector.curves["pixel"], baseline.curves["pixel"])),
     ):
         _write_curve(folder / roc, "fpr", "tpr", [_recall_at(curve) for curve in curves], judged.scored_on)
         _write_curve(folder / pr, "recall", "precision", [_precision_at(curve) for curve in curves], judged.scored_on)
-    overlap = [_recall_at(curve) for curve in (detector.region_curve, baseline.region_curve)]
+    overlap = [_recall_at(curve) for curve in (detector.curves["region"], baseline.curves["region"])]
     _write_curve(folder / "curves/pro.csv", "fpr", "region_overlap", overlap, judged.scored_on)
     others = [_exact(score) for score in baseline.scores.scores]
     write_csv(

@@ -16,7 +16,7 @@ from flawsmith.evaluation.figures import draw_histogram, draw_image_curves, draw
 from flawsmith.evaluation.gallery import HeatScale, failures_sheet, panels, sheet
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.measure import Performance
-from flawsmith.evaluation.metrics import HEADLINE, KEYS, METRICS
+from flawsmith.evaluation.metrics import HEADLINE, METRICS
 from flawsmith.evaluation.samples import EvaluationSet
 from flawsmith.files import atomic_file
 from flawsmith.pages import DARK, LIGHT, Drawing, data_uri, figure_png, jpeg_uri, listed, percent, signed, write_page
@@ -93,7 +93,7 @@ def write_report(folder: Path, result: Assessment, header: ReportHeader) -> None
         "scores": partial(draw_histogram, result, title),
         "curves": partial(draw_image_curves, result, title),
     }
-    if len(result.detector.pixel_curve.recall):
+    if len(result.detector.curves["pixel"].recall):
         drawings["pixel_curves"] = partial(draw_pixel_curves, result, title, header.aupro_limit)
     figures = {}
     for name, drawing in drawings.items():
@@ -115,8 +115,7 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
     """The page alone. `figures` maps a name to its data URIs for light and dark."""
     detector, baseline, scale = result.detector, result.baseline, HeatScale.of(result.detector)
     counts = Counter(sample.defect for sample in result.samples)
-    measured = [key for key in KEYS if math.isfinite(detector.values[key].value)]
-    headline = [key for key in HEADLINE if key in measured]
+    headline = [key for key in HEADLINE if key in detector.measured]
     axis = min(0.9, int(10 * min(one.values[key].low for one in (detector, baseline) for key in headline)) / 10)
     write_page(
         path,
@@ -128,7 +127,7 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
         detector=detector,
         baseline=baseline,
         metrics=METRICS,
-        keys=measured,
+        keys=list(detector.measured),
         headline=headline,
         by_defect=HEADLINE,
         axis=axis,

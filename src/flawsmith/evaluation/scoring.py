@@ -3,7 +3,7 @@
 Memory does not grow with the number of images.
 """
 
-import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,40 +54,28 @@ def torch_scorer(detector: "nn.Module", place: "torch.device") -> Scorer:
 
 
 class ArrayFile:
-    """Arrays of one type and any shapes in a file; reading one costs its own size in memory.
+    """Arrays of any shapes in one file; reading one costs its own size in memory.
 
     A memory map would need them all of one shape, but a test set's images may differ in size.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._dtype: np.dtype[Any] = np.dtype(np.float32)
-        self._places: list[tuple[int, tuple[int, ...]]] = []  # of each array: its first byte and its shape
-        self._end = 0
+        self._starts: list[int] = []  # first byte of each array
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._starts)
 
     def append(self, array: NDArray[Any]) -> None:
-        """Add one array; the first one sets the type."""
-        if not self._places:
-            self._dtype = array.dtype
-        if array.dtype != self._dtype:
-            raise ValueError(f"array is {array.dtype}, the file holds {self._dtype}")
-        self._file.seek(self._end)
-        self._file.write(np.ascontiguousarray(array).tobytes())
-        self._places.append((self._end, array.shape))
-        self._end += array.nbytes
-
-    def size(self, index: int) -> int:
-        """How many numbers the array at `index` holds."""
-        return math.prod(self._places[index][1])
+        """Add one array."""
+        self._starts.append(self._file.seek(0, os.SEEK_END))
+        np.save(self._file, array, allow_pickle=False)
 
     def read(self, index: int) -> NDArray[Any]:
         """The array at `index`, a copy."""
-        first, shape = self._places[index]
-        self._file.seek(first)
-        return np.frombuffer(self._file.read(math.prod(shape) * self._dtype.itemsize), self._dtype).reshape(shape)
+        self._file.seek(self._starts[index])
+        array: NDArray[Any] = np.load(self._file, allow_pickle=False)
+        return array
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A detector as one self-contained ONNX file whose bytes depend on its weights and metadata alone."""
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -82,19 +83,18 @@ def name_nodes(model: onnx.ModelProto) -> None:
             node.name = f"{modules[-1]}/{node.name}"
 
 
-def strip_provenance(model: onnx.ModelProto) -> None:
-    """Remove, in place, what the exporter notes about its own machine: stack traces with absolute paths, doc strings.
+def strip_provenance(message: Any) -> None:
+    """Remove what the exporter notes about its own machine: stack traces with absolute paths, doc strings.
 
-    Intermediate shapes go too: onnxruntime infers them, and they carry the same notes.
+    Changes an ONNX message and all that it holds, in place. Intermediate shapes go too: onnxruntime infers them, and
+    they carry the same notes.
     """
-    model.ClearField("doc_string")
-    model.ClearField("metadata_props")
-    for function in model.functions:
-        function.ClearField("doc_string")
-        function.ClearField("metadata_props")
-        function.ClearField("value_info")
-        _strip_nodes(function.node)
-    _strip_graph(model.graph)
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props", "value_info"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                strip_provenance(part)
 
 
 def map_range(maps: NDArray[np.float32], pixel_threshold: float) -> tuple[float, float]:
@@ -110,26 +110,6 @@ def map_range(maps: NDArray[np.float32], pixel_threshold: float) -> tuple[float,
         low = pixel_threshold - 1.0  # every pixel lies above the threshold: there is no normal surface to start from
     low = float(f"{low:.6g}")
     return low, 2 * pixel_threshold - low
-
-
-def _strip_graph(graph: onnx.GraphProto) -> None:
-    graph.ClearField("doc_string")
-    graph.ClearField("metadata_props")
-    graph.ClearField("value_info")
-    for item in (*graph.input, *graph.output, *graph.initializer):
-        item.ClearField("doc_string")
-        item.ClearField("metadata_props")
-    _strip_nodes(graph.node)
-
-
-def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
-    for node in nodes:
-        node.ClearField("doc_string")
-        node.ClearField("metadata_props")
-        for attribute in node.attribute:
-            attribute.ClearField("doc_string")
-            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                _strip_graph(graph)
 
 
 def _check(model: onnx.ModelProto, size: int) -> None:

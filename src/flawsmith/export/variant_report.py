@@ -18,7 +18,7 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.export.onnx import write_model
 from flawsmith.export.parity import significant
 from flawsmith.export.variants import MAKERS
-from flawsmith.files import digest_file
+from flawsmith.files import digest_file, write_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.providers import package_version
 from flawsmith.layout import Layout
@@ -80,6 +80,27 @@ class Limits(NamedTuple):
 
     auroc_loss: float
     flip_share: float
+
+
+def write_variants(layout: Layout, model: Path, parity: NDArray[np.float32], folder: Path) -> dict[str, dict[str, Any]]:
+    """Fill `folder`: each variant asked for that loses little enough, a report on each, and summary.json.
+
+    Returns precision → report. `parity` are the test images that `evaluate` hands on, (N, 3, S, S).
+
+    Raises:
+        UserError: there is no held-out triplet but shades, or an image cannot be read.
+    """
+    settings = layout.settings.export
+    reports: dict[str, dict[str, Any]] = {}
+    if settings.variants:
+        images, limits = VariantImages.of(layout, parity), Limits(settings.max_auroc_loss, settings.max_flip_share)
+        for precision in settings.variants:
+            report = build_variant(precision, model, images, limits, folder / f"model-{precision}.onnx")
+            write_json(folder / f"parity-{precision}.json", report)
+            reports[precision] = report
+    summary = {name: {key: report[key] for key in ("exported", "reasons")} for name, report in reports.items()}
+    write_json(folder / "summary.json", summary)
+    return reports
 
 
 def build_variant(precision: str, model: Path, images: VariantImages, limits: Limits, path: Path) -> dict[str, Any]:

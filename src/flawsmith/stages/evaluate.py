@@ -7,16 +7,15 @@ alone, which needs the data and no trained model.
 """
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
 from flawsmith.data.tiling import Tiling
 from flawsmith.detector.model import load_detector
 from flawsmith.devices import Compute
-from flawsmith.evaluation.assess import Assessment, assess
+from flawsmith.evaluation.assess import assess
 from flawsmith.evaluation.baseline import fit_baseline
-from flawsmith.evaluation.measure import EvaluationOptions, Performance, flagged_share, measure
+from flawsmith.evaluation.measure import EvaluationOptions, flagged_share, measure
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import ReportHeader, summary, write_report
 from flawsmith.evaluation.samples import evaluation_set, normal_samples
@@ -67,7 +66,15 @@ def run(layout: Layout) -> None:
             write_data(folder, result, judged, read_json(weights / "config.json").get("precision", ""), shades)
             write_parity_images(folder / "parity", judged.samples, settings.evaluate.parity_images, tiling)
             write_report(folder, result, header)
-        tracked.log_metrics(_tracked_values(result))
+        tracked.log_metrics(
+            {
+                **result.detector.measured,
+                **{f"baseline_{key}": value for key, value in result.baseline.measured.items()},
+                "test_detection_rate": result.detector.test_detections.value,
+                "test_false_alarm_rate": result.detector.test_false_alarms.value,
+                "threshold": result.detector.threshold.value,
+            }
+        )
         for name in ("report.html", "metrics.json", "figures", "gallery"):
             tracked.log_artifact(out / name)
         tracked.set_output(out / "metrics.json")
@@ -94,7 +101,7 @@ def run_baseline(layout: Layout) -> None:
         )
         with atomic_folder(out) as folder:
             write_performance(folder, result, judged)
-        tracked.log_metrics(_measured(result))
+        tracked.log_metrics(result.measured)
         tracked.set_output(out / "metrics.json")
 
 
@@ -108,19 +115,3 @@ def _params(layout: Layout) -> dict[str, dict[str, Any]]:
     settings = layout.settings
     sections = {STAGE: settings.evaluate, "data": settings.data, "teacher": settings.teacher}
     return {name: section_values(section) for name, section in sections.items()}
-
-
-def _tracked_values(result: Assessment) -> dict[str, float]:
-    detector = result.detector
-    return {
-        **_measured(detector),
-        **{f"baseline_{key}": value for key, value in _measured(result.baseline).items()},
-        "test_detection_rate": detector.test_detections.value,
-        "test_false_alarm_rate": detector.test_false_alarms.value,
-        "threshold": detector.threshold.value,
-    }
-
-
-def _measured(performance: Performance) -> dict[str, float]:
-    values = {key: estimate.value for key, estimate in performance.values.items()}
-    return {key: value for key, value in values.items() if math.isfinite(value)}

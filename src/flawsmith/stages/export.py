@@ -21,7 +21,7 @@ from flawsmith.errors import UserError
 from flawsmith.export.cost import count_cost, describe_cost
 from flawsmith.export.onnx import map_range, write_model
 from flawsmith.export.parity import certificate, run_detector, time_predictor
-from flawsmith.export.variant_report import Limits, VariantImages, build_variant
+from flawsmith.export.variant_report import write_variants
 from flawsmith.files import atomic_folder, digest_path, read_json, write_json
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.predictor import Predictor
@@ -70,7 +70,11 @@ def run(layout: Layout) -> None:
             log.info("%s: %s", layout.category, describe_cost(cost))
             tracked.log_metrics({"multiply_adds": float(cost["multiply_adds"])})
             _time(layout, tracked, "", predictor, images)
-            _write_variants(layout, tracked, folder, images)
+            for precision, report in write_variants(layout, model, images, folder / VARIANTS).items():
+                _say_variant(layout.category, tracked, report)
+                if report["exported"]:
+                    variant = Predictor(folder / VARIANTS / f"model-{precision}.onnx")
+                    _time(layout, tracked, precision, variant, images)
         tracked.log_artifact(out)
         tracked.set_output(out / MODEL)
 
@@ -101,22 +105,6 @@ def _metadata(
         white_level=layout.data.white_level,
         **judged,
     )
-
-
-def _write_variants(layout: Layout, tracked: StageRun, folder: Path, parity: NDArray[np.float32]) -> None:
-    """Fill `folder`/variants: each variant asked for that loses little enough, a report on each, and a summary."""
-    settings, reports = layout.settings.export, dict[str, dict[str, Any]]()
-    if settings.variants:
-        images, limits = VariantImages.of(layout, parity), Limits(settings.max_auroc_loss, settings.max_flip_share)
-        for precision in settings.variants:
-            path = folder / VARIANTS / f"model-{precision}.onnx"
-            report = reports[precision] = build_variant(precision, folder / MODEL, images, limits, path)
-            write_json(folder / VARIANTS / f"parity-{precision}.json", report)
-            _say_variant(layout.category, tracked, report)
-            if report["exported"]:
-                _time(layout, tracked, precision, Predictor(path), parity)
-    summary = {name: {key: report[key] for key in ("exported", "reasons")} for name, report in reports.items()}
-    write_json(folder / VARIANTS / "summary.json", summary)
 
 
 def _say_variant(category: str, tracked: StageRun, report: dict[str, Any]) -> None:
