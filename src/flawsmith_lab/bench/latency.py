@@ -203,12 +203,12 @@ def time_setting(
                 del seen[who]
                 continue
             answer = json.loads(said)
-            if not answer["seconds"]:
+            if answer["seconds"]:
+                seen[who].append(answer["seconds"])
+                rows[who]["peak_mb"] = max(answer["peak_mb"], rows[who]["peak_mb"] or 0)
+            elif not seen[who]:
                 rows[who]["skipped"] = f"a run takes {answer['warm_up']:.1f} s; --limit is {chosen.limit:g} s"
                 del seen[who]
-                continue
-            seen[who].append(answer["seconds"])
-            rows[who]["peak_mb"] = max(answer["peak_mb"], rows[who]["peak_mb"] or 0)
     for who, rounds in seen.items():
         rows[who] |= summary(rounds, setting.batch)
     return list(rows.values())
