@@ -4,6 +4,7 @@ It listens on the loopback interface alone, asks for a password that lies in a f
 one database each for Prefect and MLflow. PostgreSQL refuses to run as root; root runs it as the user `postgres`.
 """
 
+import logging
 import os
 import pwd
 import re
@@ -15,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flawsmith.errors import FlawsmithError
+from flawsmith.errors import FlawsmithError, UserError
 from flows.machine import LOOPBACK
 from flows.supervisor import write_private
+
+logger = logging.getLogger("flows.stack")
 
 ROLE = "flawsmith"
 SYSTEM_USER = "postgres"  # what packages of PostgreSQL create
 DATABASES = ("prefect", "mlflow")
+GIVEN = "FLAWSMITH_STACK_DATABASE"  # names a PostgreSQL that runs already: `USER:PASSWORD@HOST:PORT`
+POSTGRESQL, SQLITE = "postgresql", "sqlite"
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,43 @@ class Postgres:
                 cursor.execute(f"CREATE DATABASE {name}")
         connection.close()
         return True
+
+
+def choose(state: Path, kept: str | None, wanted: bool) -> tuple[str, Path | None]:
+    """What holds the stack's data, and the binaries of a PostgreSQL of our own, if that does.
+
+    Args:
+        state: the state folder.
+        kept: what holds them already; None before the first start.
+        wanted: whether PostgreSQL may be used.
+
+    Raises:
+        UserError: what holds them cannot be used now.
+    """
+    anew = f"or remove {state} to start anew without what it holds"
+    given = f"the PostgreSQL of {GIVEN}" if os.environ.get(GIVEN) else None
+    if given:
+        if kept not in (None, given):
+            raise UserError(f"The data of this stack lie in {kept}; unset {GIVEN}, {anew}.")
+        return given, None
+    if kept == SQLITE or (kept is None and not wanted):
+        return SQLITE, None
+    if kept not in (None, POSTGRESQL):
+        raise UserError(f"The data of this stack lie in {kept}; set that, {anew}.")
+    if not wanted:
+        raise UserError(f"The data of this stack lie in PostgreSQL; leave out --no-postgres, {anew}.")
+    version = state / "postgres" / "PG_VERSION"
+    needed = version.read_text().strip() if kept and version.exists() else None
+    binaries = find_binaries(needed)
+    if kept and binaries is None:
+        raise UserError(
+            f"The data of this stack lie in PostgreSQL {needed or ''}, which is not installed; install it, {anew}."
+        )
+    problem = None if kept else "its server is not installed" if binaries is None else obstacle(state)
+    if problem is not None:
+        logger.warning("PostgreSQL is not used, because %s; the data go to SQLite files.", problem)
+        return SQLITE, None
+    return POSTGRESQL, binaries
 
 
 def find_binaries(version: str | None = None) -> Path | None:

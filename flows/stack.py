@@ -37,8 +37,6 @@ logger = logging.getLogger("flows.stack")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
-DATABASE = "FLAWSMITH_STACK_DATABASE"  # `USER:PASSWORD@HOST:PORT` of a PostgreSQL that runs already
-POSTGRESQL, SQLITE, GIVEN = "PostgreSQL", "SQLite", f"the PostgreSQL of {DATABASE}"
 READY_SECONDS = 180.0  # servers take some ten seconds on two idle cores; a busy machine gets much more
 SETUP_SECONDS = 300.0
 TITLES = {"postgres": "PostgreSQL", "prefect": "the Prefect server", "mlflow": "the MLflow server"}
@@ -226,39 +224,10 @@ class Stack:
         self.supervisor.stop([name for name in PAGES if programs[name]["start"] < programs["postgres"]["start"]])
 
     def _database(self) -> Postgres | str | None:
-        """What is to hold the data: PostgreSQL of our own, the address of a given one, or None: SQLite.
-
-        What holds them already is kept.
-
-        Raises:
-            UserError: that cannot be used now.
-        """
-        kept, given = self.database, os.environ.get(DATABASE)
-        anew = f"or remove {self.state} to start anew without what it holds"
-        if (given and kept not in (None, GIVEN)) or (kept == GIVEN and not given):
-            remedy = f"{'unset' if given else 'set'} {DATABASE}"
-            raise UserError(f"The data of this stack lie in {kept}; {remedy}, {anew}.")
-        if given:
-            self.database = GIVEN
-            return given
-        if kept == POSTGRESQL and not self._with_postgres:
-            raise UserError(f"The data of this stack lie in PostgreSQL; leave out --no-postgres, {anew}.")
-        version = self.state / "postgres" / "PG_VERSION"
-        needed = version.read_text().strip() if kept == POSTGRESQL and version.exists() else None
-        binaries = postgres.find_binaries(needed) if self._with_postgres and kept != SQLITE else None
-        if kept == POSTGRESQL and binaries is None:
-            raise UserError(
-                f"The data of this stack lie in PostgreSQL {needed or ''}, which is not installed; install it, {anew}."
-            )
-        if kept is None and self._with_postgres:
-            problem = "its server is not installed" if binaries is None else postgres.obstacle(self.state)
-            if problem is not None:
-                logger.warning("PostgreSQL is not used, because %s; the data go to SQLite files.", problem)
-                binaries = None
+        """What holds the data: PostgreSQL of our own, the address of a given one, or None: SQLite."""
+        self.database, binaries = postgres.choose(self.state, self.database, self._with_postgres)
         if binaries is None:
-            self.database = SQLITE
-            return None
-        self.database = POSTGRESQL
+            return os.environ.get(postgres.GIVEN)
         if "postgres" not in self._asked and self.supervisor.pid("postgres") is None:
             self.ports["postgres"] = free_port()
         server = Postgres(self.state, binaries, self.ports["postgres"])
@@ -336,21 +305,15 @@ def _answers(url: str) -> bool:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 StateOption = Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for data, logs and settings.")]
 DEFAULT_STATE = ROOT / ".stack"
-HIGHEST_PORT = 65535
+PortOption = partial(typer.Option, metavar="N", min=1, max=65535)
 
 
 @app.command()
 def up(
     state: StateOption = DEFAULT_STATE,
-    prefect_port: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=HIGHEST_PORT, help="Default: as last time, else 4200.")
-    ] = None,
-    mlflow_port: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=HIGHEST_PORT, help="Default: as last time, else 5000.")
-    ] = None,
-    postgres_port: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=HIGHEST_PORT, help="Default: any free one.")
-    ] = None,
+    prefect_port: Annotated[int | None, PortOption(help="Default: as last time, else 4200.")] = None,
+    mlflow_port: Annotated[int | None, PortOption(help="Default: as last time, else 5000.")] = None,
+    postgres_port: Annotated[int | None, PortOption(help="Default: any free one.")] = None,
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Workers on pool `gpu`. Default: one a checkout.")
     ] = None,

@@ -16,7 +16,8 @@ import pytest
 from flawsmith.errors import FlawsmithError, UserError
 from flows import postgres, stack, supervisor
 from flows.machine import LOOPBACK, check_port, clean_environment, free_port, visible_devices
-from flows.stack import DATABASE, ROOT, Stack
+from flows.postgres import GIVEN
+from flows.stack import ROOT, Stack
 from flows.supervisor import Supervisor, private_temporary
 
 # A parent whose child leaves its session, as the flow runs of a worker do.
@@ -217,27 +218,27 @@ def test_the_newest_postgresql_is_used_or_the_one_that_the_data_need(
 
 
 def test_data_stay_in_the_database_that_holds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text(json.dumps({"database": "PostgreSQL", "ports": {}}))
+    (tmp_path / "settings.json").write_text(json.dumps({"database": "postgresql", "ports": {}}))
     with pytest.raises(UserError, match="lie in PostgreSQL; leave out --no-postgres"):
         Stack(tmp_path, with_postgres=False)._database()
     (tmp_path / "postgres").mkdir()
     (tmp_path / "postgres" / "PG_VERSION").write_text("92\n")
     with pytest.raises(UserError, match="lie in PostgreSQL 92, which is not installed"):
         Stack(tmp_path)._database()
-    monkeypatch.setenv(DATABASE, "me:secret@db.example:5432")
-    with pytest.raises(UserError, match=f"lie in PostgreSQL; unset {DATABASE}"):
+    monkeypatch.setenv(GIVEN, "me:secret@db.example:5432")
+    with pytest.raises(UserError, match=f"lie in postgresql; unset {GIVEN}"):
         Stack(tmp_path)._database()
 
 
 def test_a_given_database_is_used_and_demanded_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(DATABASE, "me:secret@db.example:5432")
+    monkeypatch.setenv(GIVEN, "me:secret@db.example:5432")
     given = Stack(tmp_path)
     values = given._values(given._database(), [])
     assert values["prefect_database"] == "postgresql+asyncpg://me:secret@db.example:5432/prefect"
     assert values["mlflow_database"] == "postgresql://me:secret@db.example:5432/mlflow"
     (tmp_path / "settings.json").write_text(json.dumps({"database": given.database, "ports": {}}))
-    monkeypatch.delenv(DATABASE)
-    with pytest.raises(UserError, match=f"set {DATABASE}"):
+    monkeypatch.delenv(GIVEN)
+    with pytest.raises(UserError, match=f"lie in the PostgreSQL of {GIVEN}; set that"):
         Stack(tmp_path)._database()
 
 

@@ -13,10 +13,8 @@ installed, else SQLite; what is PostgreSQL's own is skipped then. A test waits f
 TIMEOUT is for what hangs.
 """
 
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 
 import pytest
 import yaml
-from stack_workers import FAST
+from stack_workers import FAST, load_module
 
 from flows.machine import free_port
 from flows.stack import Stack
@@ -45,17 +43,6 @@ LENIENT = {
         "latency_runs": 3,
     }
 }  # fmt: skip
-
-
-def load_module(name: str, path: Path) -> Any:
-    """Another folder's test module: pytest gives no other way to share what it defines."""
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 small_projects = load_module("small_projects", ROOT / "tests" / "pipeline" / "conftest.py")

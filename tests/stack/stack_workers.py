@@ -1,7 +1,10 @@
-"""Workers of the stack's tests: put to work, and killed."""
+"""What the stack's tests share: settings of servers, workers that come and go, other folders' modules."""
 
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -39,3 +42,14 @@ def kill(stack: Stack, name: str) -> None:
     for process in family:
         process.kill()
     psutil.wait_procs(family, timeout=30)
+
+
+def load_module(name: str, path: Path) -> Any:
+    """Another folder's test module: pytest gives no other way to share what it defines."""
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module

@@ -58,7 +58,7 @@ def make_stack(open_folder: Callable[[], Path]) -> Iterator[Callable[..., Stack]
 def test_the_session_runs_on_postgresql_where_it_is_installed(stack: Stack) -> None:
     if postgres.find_binaries() is None:
         pytest.skip("no PostgreSQL server is installed; these tests run on SQLite")
-    assert stack.database == "PostgreSQL"
+    assert stack.database == "postgresql"
     password = stack.state / "postgres-password"
     assert password.stat().st_mode & 0o077 == 0
     assert (stack.state / "supervisord.conf").stat().st_mode & 0o077 == 0
@@ -110,7 +110,7 @@ def test_down_stops_just_its_own_processes_and_the_data_outlive_a_killed_supervi
 ) -> None:
     first = make_stack()
     assert first.up(setup=False) == ["prefect", "mlflow"]
-    assert first.database == "SQLite"
+    assert first.database == "sqlite"
     first.api("flows/", {"name": "remembered"})
     ours = first.supervisor.family()
     assert len(ours) >= 2
@@ -120,7 +120,7 @@ def test_down_stops_just_its_own_processes_and_the_data_outlive_a_killed_supervi
 
     again = Stack(first.state)  # as `make up` in another shell: it knows no more than the folder says
     again.up(setup=False)  # PostgreSQL is allowed now, but the data lie in SQLite
-    assert (again.database, again.ports) == ("SQLite", first.ports)
+    assert (again.database, again.ports) == ("sqlite", first.ports)
     assert not set(ours) & set(again.supervisor.family()), "what the dead supervisor left was ended"
     assert [flow["name"] for flow in again.api("flows/filter", {})] == ["remembered"]
 

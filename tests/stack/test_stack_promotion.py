@@ -1,6 +1,5 @@
 """Promotion, refusal, rollback and a race of two processes, on the stack's own MLflow server and database."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,31 +9,21 @@ from typing import Any
 
 import pytest
 import yaml
+from stack_workers import load_module
 
 from flawsmith.registry.history import history
 from flawsmith.registry.registration import register
 from flawsmith.stages.promote import run as promote
 from flows.stack import Stack
 
-SOURCE = Path(__file__).parents[1] / "registry" / "plants.py"
-
-
-def load_plants() -> Any:
-    """tests/registry's plant, whose models answer as they are told, as a module."""
-    specification = importlib.util.spec_from_file_location("plants", SOURCE)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+PLANTS = Path(__file__).parents[1] / "registry" / "plants.py"
 
 
 @pytest.fixture(scope="module")
 def plant(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", stack.variables()["MLFLOW_TRACKING_URI"])
-        plant = load_plants().Plant(tmp_path_factory.mktemp("plant"))
+        plant = load_module("plants", PLANTS).Plant(tmp_path_factory.mktemp("plant"))
         params = plant.layout.root / "params.yaml"
         content = yaml.safe_load(params.read_text()) | {"categories": ["plate"]}
         params.write_text(yaml.safe_dump(content))
