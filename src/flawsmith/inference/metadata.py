@@ -41,7 +41,7 @@ class ModelMetadata:
 
     @property
     def score_unit(self) -> float:
-        """What a relative score counts in: the way from a typical normal part to the threshold; 1 if there is none."""
+        """The unit of a relative score: the way from a typical normal part to the threshold, or 1 if there is none."""
         way = self.threshold - self.typical_score
         return way if way > 1e-6 else 1.0
 
@@ -64,18 +64,23 @@ class ModelMetadata:
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
             key = f"{PREFIX}{item.name}"
-            if key not in properties and item.default is not dataclasses.MISSING:
-                continue  # written before there was such a property
-            if key not in properties:
+            text = properties.get(key)
+            if text is None and item.default is dataclasses.MISSING:
                 raise UserError(
                     f"{source} is not a flawsmith model (its metadata lacks `{key}`); "
                     "use the model.onnx of the export stage."
                 )
+            if text is None:
+                continue  # written before there was such a property
             try:
-                values[item.name] = _READERS.get(item.name, _KINDS[item.type])(properties[key])
+                values[item.name] = _KINDS[item.type](text)
+                if item.type is float and not math.isfinite(values[item.name]):
+                    raise ValueError(text)
+                if item.name == "input_size" and values[item.name] < 1:
+                    raise ValueError(text)
             except ValueError as error:
                 raise UserError(
-                    f"{source} has damaged metadata (`{key}` is {properties[key]!r}); export the model again."
+                    f"{source} has damaged metadata (`{key}` is {text!r}); export the model again."
                 ) from error
         made = cls(**values)
         try:
@@ -85,19 +90,4 @@ class ModelMetadata:
         return made
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise ValueError(text)
-    return value
-
-
-_READERS: dict[str, Callable[[str], Any]] = {"tile_overlap": int, "white_level": int}  # these may be 0
-_KINDS: dict[Any, Callable[[str], Any]] = {str: str, float: _finite, int: _positive}
+_KINDS: dict[Any, Callable[[str], Any]] = {str: str, float: float, int: int}

@@ -1,4 +1,4 @@
-"""An exported network in onnxruntime, without threshold or verdict: what `Predictor` and the evaluate stage score with.
+"""An exported network in onnxruntime, without threshold or verdict. `Predictor` and the evaluate stage score with it.
 
 No torch, so that it runs on a small machine at the line.
 """
@@ -16,8 +16,6 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import restore
 from flawsmith.inference import providers
 from flawsmith.inference.metadata import INPUT_NAME, OUTPUT_NAMES
-
-_SILENT = 4  # onnxruntime's severity "fatal": errors reach the caller as exceptions, not as log lines
 
 
 class Network:
@@ -80,7 +78,7 @@ def _read(path: Path) -> bytes:
 
 def _open(content: bytes, path: Path, threads: int | None, provider: str | None) -> tuple[Any, str]:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _SILENT
+    options.log_severity_level = providers.SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

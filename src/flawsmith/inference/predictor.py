@@ -68,7 +68,7 @@ class Predictor:
         self.pixel_threshold = _chosen("pixel_threshold", pixel_threshold, self.metadata.pixel_threshold)
 
     def reading(self, max_pixels: int = MAX_PIXELS, limit: str = Reading.limit) -> Reading:
-        """How images are read for this model: on the scale of values that it has learned. See `images.Reading`."""
+        """Say how images are read for this model: on the scale of values that it has learned."""
         return Reading(max_pixels, self.metadata.white_level, limit)
 
     def predict(self, images: Sequence[FloatImage]) -> list[Prediction]:
@@ -83,8 +83,9 @@ class Predictor:
         return self._judge([self.tiling.prepare(image) for image in images])
 
     def predict_prepared(self, images: Sequence[FloatImage]) -> list[Prediction]:
-        """As `predict`, of images that are at this model's working resolution already: only what a tile is cut from may
-        be scored twice without being resized twice. A model without tiles stretches them as it does any image.
+        """Score images that are at this model's working resolution already, so that they are not resized again.
+
+        A model without tiles stretches them as it does any image.
 
         Raises:
             UserError, FlawsmithError: as `predict`.
@@ -96,17 +97,17 @@ class Predictor:
         return self._judge(images)
 
     def relative_score(self, score: float, decimals: int = 4) -> float:
-        """A score on the scale where 1 is the threshold in force, and 0 a typical normal part of the threshold that the
-        file carries: 1 + (score - threshold) / `metadata.score_unit`.
+        """Bring a score to the scale on which the threshold in force is 1: 1 + (score - threshold) / score_unit.
 
-        Rounded away from 1, so that it lies above 1 if and only if the score lies above the threshold.
+        With the threshold that the file carries a typical normal part lies at 0. The result is rounded away from 1, so
+        that it lies above 1 if and only if the score lies above the threshold.
         """
         steps = (score - self.threshold) / self.metadata.score_unit * 10**decimals
         whole = math.ceil(steps) if is_defective(score, self.threshold) else math.floor(steps)
         return round(1 + whole / 10**decimals, decimals)
 
     def regions_above(self, prediction: Prediction) -> float:
-        """`region_threshold` of one image."""
+        """Return the map value above which a pixel of this image is shown as part of a region."""
         return region_threshold(prediction.is_defective, self.pixel_threshold)
 
     def _judge(self, prepared: Sequence[FloatImage]) -> list[Prediction]:
@@ -117,21 +118,23 @@ class Predictor:
 
 
 def is_defective(score: float, threshold: float) -> bool:
-    """The verdict: a part is flagged if its score lies strictly above the threshold."""
+    """Decide: a part is flagged if its score lies strictly above the threshold."""
     return score > threshold
 
 
 def flags(scores: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
-    """The verdicts on scores `(N,)`: in double precision, as `is_defective` judges each, for beside a float32 array
-    numpy would round the threshold to float32."""
+    """Decide on scores `(N,)` as `is_defective` does on each.
+
+    In double precision: numpy would round the threshold to float32 beside a float32 array.
+    """
     return np.asarray(scores, np.float64) > threshold
 
 
 def region_threshold(flagged: bool, pixel_threshold: float) -> float:
-    """The map value above which a pixel is shown as part of a region, in every output.
+    """Return the map value above which a pixel is shown as part of a region, in every output.
 
-    Regions belong to a defective image, so that no output contradicts the verdict: in a good one nothing lies above
-    infinity. Else it is the pixel threshold, as the float32 that parts the maps' float32 values exactly as it does.
+    Only a flagged image has regions, so that no output contradicts the verdict: of any other it is infinity. Else it is
+    the pixel threshold, rounded down to float32: it divides the maps' float32 values as the exact one does.
     """
     if not flagged:
         return math.inf

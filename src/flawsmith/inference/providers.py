@@ -1,8 +1,9 @@
-"""Where exported models compute: the one place that chooses onnxruntime's execution provider.
+"""Chooses onnxruntime's execution provider: where exported models compute.
 
-Of those that the installed onnxruntime offers, the first that loads: an NVIDIA GPU, OpenVINO, the CPU. `--provider`
-demands one, or FLAWSMITH_PROVIDER for whatever has no such option. Where neither does, FLAWSMITH_DEVICE=cpu keeps this
-off a GPU too; its `cuda` is a demand on torch alone: who trains on a GPU need not have onnxruntime-gpu.
+The first that the installed onnxruntime offers and that loads is taken: an NVIDIA GPU, OpenVINO, the CPU. `--provider`
+demands one; so does FLAWSMITH_PROVIDER, for commands without that option. Where neither does, FLAWSMITH_DEVICE=cpu
+keeps this off a GPU too. FLAWSMITH_DEVICE=cuda is a demand on torch alone: who trains on a GPU need not have
+onnxruntime-gpu.
 """
 
 import contextlib
@@ -35,19 +36,19 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
     "openvino": {"precision": "ACCURACY"},
 }
-_SILENT = 4  # onnxruntime's severity "fatal": what it would log is said here, in one sentence
+SILENT = 4  # onnxruntime's severity "fatal": what it would log is raised, or said here in one sentence
 
 log = logging.getLogger(__name__)
 
 
 def offered() -> list[str]:
-    """The providers that the installed onnxruntime was built with, by our names; whether they load is another thing."""
+    """List the providers that the installed onnxruntime was built with, by our names. Not all of them need to load."""
     found = onnxruntime.get_available_providers()
     return [name for name, theirs in NAMES.items() if theirs in found]
 
 
 def demanded(provider: str | None = None) -> str:
-    """What is asked for, one of CHOICES: `provider`, else by FLAWSMITH_PROVIDER, else the CPU if FLAWSMITH_DEVICE is.
+    """Return what is asked for, one of CHOICES: by `provider`, else FLAWSMITH_PROVIDER, else FLAWSMITH_DEVICE=cpu.
 
     Raises:
         UserError: there is no such provider, or the installed onnxruntime lacks it.
@@ -68,7 +69,7 @@ def demanded(provider: str | None = None) -> str:
 
 
 def open_session(model: str | bytes, options: Any, provider: str | None = None) -> tuple[Any, str]:
-    """An onnxruntime session of a model, and the provider that it really computes on.
+    """Open an onnxruntime session of a model; returns it and the provider that it really computes on.
 
     Args:
         model: the path of an ONNX file, or its bytes.
@@ -99,20 +100,20 @@ def open_session(model: str | bytes, options: Any, provider: str | None = None) 
 
 
 def package_version(name: str) -> str:
-    """Version of an installed package; onnxruntime is asked itself, for its GPU builds are packages of other names."""
+    """Return the version of an installed package. onnxruntime is asked itself: its GPU builds have other names."""
     return str(onnxruntime.__version__) if name == "onnxruntime" else version(name)
 
 
 def _open(model: str | bytes, options: Any, name: str) -> Any:
     if name != CPU:
-        onnxruntime.set_default_logger_severity(_SILENT)
+        onnxruntime.set_default_logger_severity(SILENT)
     if name in ("cuda", "tensorrt"):
         options.use_deterministic_compute = True
         _load_cuda()
     own = dict(_OPTIONS.get(name, {}))
     if name == "openvino" and options.intra_op_num_threads:
         own["num_of_threads"] = str(options.intra_op_num_threads)
-    # behind it who takes the operations that it lacks
+    # the providers behind it take the operations that it lacks
     behind = {CPU: [], "tensorrt": ["cuda", CPU]}.get(name, [CPU])
     providers = [(NAMES[name], own), *((NAMES[other], _OPTIONS.get(other, {})) for other in behind)]
     return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)

@@ -1,6 +1,6 @@
-"""From an anomaly map to places on the image: connected regions above the pixel threshold, their mask, and the peak.
+"""Finds places on the image in an anomaly map: connected regions above the pixel threshold, their mask, and the peak.
 
-A pixel of the map is a rectangle of the image. Boxes, areas, polygons and the mask all speak of these rectangles, so
+A pixel of the map is a rectangle of the image. Boxes, areas, polygons and the mask all are made of these rectangles, so
 they agree with each other.
 """
 
@@ -32,9 +32,10 @@ class Region:
 
 
 def find_regions(anomaly_map: NDArray[np.float32], pixel_threshold: float, height: int, width: int) -> list[Region]:
-    """Regions (8-connected) of a map `(h, w)` above the threshold, strongest first, scaled to `height` x `width`.
+    """List the regions (8-connected) of a map `(h, w)` above the threshold, strongest first, in pixels of the image.
 
-    The `MAX_REGIONS` strongest have a polygon of at most `contours.MAX_POINTS` corners, inside their box.
+    The image has `height` x `width` pixels. The `MAX_REGIONS` strongest regions have a polygon of at most
+    `contours.MAX_POINTS` corners, inside their box.
     """
     labels, count = ndimage.label(anomaly_map > pixel_threshold, structure=np.ones((3, 3)))
     if not count:
@@ -67,7 +68,7 @@ def find_regions(anomaly_map: NDArray[np.float32], pixel_threshold: float, heigh
 
 
 def region_mask(anomaly_map: NDArray[np.float32], pixel_threshold: float, height: int, width: int) -> Mask:
-    """The regions of a map `(h, w)` as a mask `(height, width)` of the image.
+    """Return the regions of a map `(h, w)` as a mask `(height, width)` of the image.
 
     A pixel of the image is set if the map's pixel at its centre lies above the threshold. Where the image has fewer
     pixels than the map, it is set if any of the map's pixels under it does: no region may vanish.
@@ -83,14 +84,14 @@ def region_mask(anomaly_map: NDArray[np.float32], pixel_threshold: float, height
 
 
 def find_peak(anomaly_map: NDArray[np.float32], height: int, width: int) -> tuple[float, int, int]:
-    """The map's largest value and its place `(value, x, y)` in pixels of a `height` x `width` image."""
+    """Return a map's largest value and its place `(value, x, y)` in pixels of a `height` x `width` image."""
     row, column = np.unravel_index(int(anomaly_map.argmax()), anomaly_map.shape)
     rows, columns = anomaly_map.shape
     return float(anomaly_map.max()), _centre(int(column), width / columns), _centre(int(row), height / rows)
 
 
 def _polygon(region: NDArray[np.bool_], box: tuple[slice, ...], down: float, across: float) -> tuple[Point, ...]:
-    """Of a region in its box of the map, in pixels of the image to two decimals."""
+    """Outline a region, given in its box of the map, in pixels of the image to two decimals."""
     corners = [((box[1].start + x) * across, (box[0].start + y) * down) for x, y in outline(region)]
     points = [(round(x, 2), round(y, 2)) for x, y in simplify(corners)]
     return (*points, points[0])

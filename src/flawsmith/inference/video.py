@@ -1,4 +1,4 @@
-"""Frames of video files, one after the other in bounded memory. Needs PyAV, the optional extra `video`."""
+"""Reads frames of video files, one after the other in bounded memory. Needs PyAV, the optional extra `video`."""
 
 import os
 from collections.abc import Iterator
@@ -29,10 +29,11 @@ class Frame:
     picture: "VideoFrame"
 
     def count_pixels(self) -> int:
+        """Return width times height."""
         return int(self.picture.width * self.picture.height)
 
     def convert(self) -> FloatImage:
-        """To RGB `(3, H, W)` in [0, 1], upright as the camera says, more than 8 bits kept."""
+        """Convert to RGB `(3, H, W)` in [0, 1], upright as the camera says. More than 8 bits are kept."""
         is_deep = any(component.bits > 8 for component in self.picture.format.components)
         pixels = self.picture.to_ndarray(format="rgb48le" if is_deep else "rgb24")  # (H, W, 3)
         turned = np.rot90(pixels, round(self.picture.rotation / 90))
