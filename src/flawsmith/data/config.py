@@ -20,7 +20,7 @@ class DataSettings:
 
     root: str = Field("data", description="folder that holds one folder a category")
     image_size: int = Field(
-        256, ge=64, le=2048, multiple_of=32, description="side of the square image that every model sees, in pixels"
+        256, ge=64, le=2048, multiple_of=32, description="side in pixels of the square image every model sees"
     )
     calibration_fraction: float = Field(0.2, ge=0.01, le=0.5, description="share of train/good that only calibrates")
     split_seed: Seed = Field(0, description="seed of the fit/calibration split")
@@ -39,10 +39,10 @@ class DataSettings:
         "cut into tiles of that size",
     )
     tile_overlap: int = Field(
-        32, ge=0, le=1024, description="pixels by which neighbouring tiles overlap at least; up to half a tile"
+        32, ge=0, le=1024, description="least overlap of neighbouring tiles in pixels; up to half a tile"
     )
     max_tiles: int = Field(
-        2000, ge=2, description="most tiles of normal images that training holds, taken evenly from the images"
+        2000, ge=2, description="most tiles of normals that training holds, taken evenly from the images"
     )
 
     @model_validator(mode="after")

@@ -52,15 +52,15 @@ class DistillSettings:
     head_channels: int = Field(48, ge=4, le=1024, description="channels of the segmentation head")
     locator_channels: int = Field(16, ge=4, le=1024, description="channels of the locator")
     cosine_weights: tuple[Weight, ...] = Field(
-        (1.0, 1.0), min_length=1, description="weight of the cosine loss a scale, finest first"
+        (1.0, 1.0), min_length=1, description="cosine loss: weight a scale, finest first"
     )
     focal_gamma: float = Field(2.0, ge=0, le=10, description="gamma of the focal loss")
     l1_weight: Weight = Field(1.0, description="weight of the L1 part of the segmentation loss")
     memory: int = Field(
-        40_000, ge=0, le=10_000_000, description="places of normal parts that are remembered; 0 for none"
+        40_000, ge=0, le=10_000_000, description="patches of normal parts that are remembered; 0 for none"
     )
     memory_dimensions: int = Field(
-        64, ge=0, le=4096, description="leading directions of their features that are compared; 0 for all"
+        64, ge=0, le=4096, description="leading directions of their features compared; 0 for all"
     )
     symmetry: Literal["auto", "none", "hflip", "vflip", "rot180", "flips", "rot90", "all"] = Field(
         "auto",
@@ -83,9 +83,7 @@ class DistillSettings:
         description="shares of the highest pixels; their standardised means are averaged to the image score",
     )
     cache_gigabytes: float = Field(4, ge=0, le=1024, description="memory for teacher features kept between steps")
-    validate_every: int = Field(
-        50, ge=1, le=1_000_000, description="steps between looks at the synthetic validation part"
-    )
+    validate_every: int = Field(50, ge=1, le=1_000_000, description="steps between looks at the validation triplets")
     patience: int = Field(10, ge=1, le=1000, description="looks without improvement before stopping early")
     checkpoint_every: int = Field(50, ge=1, le=1_000_000, description="steps between resumable checkpoints")
 

@@ -19,7 +19,7 @@ class EvaluateSettings:
         "often as you like at `research`, keep `report` for final figures",
     )
     false_alarm_rate: float = Field(
-        0.05, ge=1e-6, le=0.5, description="share of normal parts that may be flagged; sets the threshold"
+        0.05, ge=1e-6, le=0.5, description="share of good parts that may be flagged; sets the threshold"
     )
     bootstrap: int = Field(1000, ge=10, le=100_000, description="resamples of the 95 % intervals")
     aupro_limit: float = Field(0.3, ge=0.01, le=1, description="integration limit of AUPRO (false positive rate)")
@@ -31,6 +31,4 @@ class EvaluateSettings:
         "alone)",
     )
     baseline_vectors: int = Field(10_000, ge=100, le=10_000_000, description="size of the kNN baseline's memory bank")
-    parity_images: int = Field(
-        16, ge=8, le=1024, description="test images handed on for the export's parity certificate"
-    )
+    parity_images: int = Field(16, ge=8, le=1024, description="test images handed on for the parity certificate")

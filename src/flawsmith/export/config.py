@@ -13,18 +13,14 @@ class ExportSettings:
     """`export`: the ONNX file, its parity certificate, and variants of it in lower precision."""
 
     opset: int = Field(18, ge=17, le=28, description="ONNX opset")
-    tolerance: float = Field(
-        1e-3, ge=1e-9, le=1, description="largest allowed difference of map and score, torch against ONNX"
-    )
+    tolerance: float = Field(1e-3, ge=1e-9, le=1, description="largest difference of map and score, torch against ONNX")
     latency_runs: int = Field(20, ge=3, le=10_000, description="timed runs a batch size")
     variants: tuple[Literal["fp16", "int8"], ...] = Field((), description="lower precisions to write too")
     variant_images: int = Field(
-        64, ge=1, le=10_000, description="images of each kind (normal, synthetic defect) a variant is made from"
+        64, ge=1, le=10_000, description="normals, and synthetic defects, a variant is made from"
     )
     max_auroc_loss: Share = Field(0.005, description="most image AUROC on synthetic defects a variant may lose")
-    max_flip_share: Share = Field(
-        0.05, description="largest share of images a variant may judge otherwise than model.onnx"
-    )
+    max_flip_share: Share = Field(0.05, description="largest share of images a variant may judge otherwise")
 
     @model_validator(mode="after")
     def _check(self) -> "ExportSettings":

@@ -17,12 +17,8 @@ class MonitorSettings:
     seed: Seed = Field(0, description="seed of permutations and of the sample from a large folder")
     min_images: int = Field(20, ge=5, le=100_000, description="fewer readable images cannot be judged")
     max_images: int = Field(1000, ge=5, le=4000, description="of a larger folder this many images are drawn at random")
-    alpha: float = Field(
-        0.01, ge=0.0001, le=0.2, description="chance of a false drift alarm a folder, over all statistics together"
-    )
-    permutations: int = Field(
-        999, ge=99, le=100_000, description="random relabellings behind a p-value; at least 2 / alpha"
-    )
+    alpha: float = Field(0.01, ge=0.0001, le=0.2, description="chance of a false drift alarm a folder, over all tests")
+    permutations: int = Field(999, ge=99, le=100_000, description="relabellings behind a p-value; at least 2 / alpha")
     max_mmd: float = Field(0.03, ge=0, le=2, description="largest harmless squared MMD of the teacher's features")
     max_flagged_share: Share = Field(0.3, description="share of flagged images that a batch of bad parts may explain")
     gallery: int = Field(12, ge=0, le=1000, description="highest-scoring images drawn in the report")

@@ -7,8 +7,13 @@ from pydantic.dataclasses import dataclass
 
 from flawsmith.sections import STRICT, Range, Seed, Share
 
-Sides = tuple[Annotated[int, Field(ge=16, le=1024)], ...]
-Periods = tuple[Annotated[int, Field(ge=2, le=512)], ...]
+Side = Annotated[int, Field(ge=16, le=1024)]
+Period = Annotated[int, Field(ge=2, le=512)]
+Strength = Annotated[float, Field(ge=0, le=10)]
+Start = Annotated[float, Field(ge=0.01, le=1)]
+Opacity = Annotated[float, Field(ge=0.05, le=1)]
+Threshold = Annotated[float, Field(ge=-1, le=0.9)]
+Count = Annotated[int, Field(ge=1, le=16)]
 
 
 def default_windows(image_size: int, multiple: int) -> tuple[int, ...]:
@@ -26,7 +31,7 @@ class SynthesizeSettings:
 
     seed: Seed = Field(0, description="seed of all triplets")
     triplets: int = Field(
-        480, ge=2, le=1_000_000, description="triplets to make; one at least trains and one chooses the checkpoint"
+        480, ge=2, le=1_000_000, description="triplets to make, for training and for choosing the checkpoint"
     )
     texture: Literal["diffusion", "own", "cutpaste"] = Field(
         "diffusion",
@@ -38,56 +43,35 @@ class SynthesizeSettings:
         description="outline of a defect: `perlin` (and ridges), or a control: `noise` (random pixels and blocks), "
         "`rectangle` (CutPaste's patches and scars, of the paper's sizes)",
     )
-    defects: Range[Annotated[int, Field(ge=1, le=16)]] = Field(
-        (1, 1), description="range of how many defects one image carries; they share `area`"
-    )
+    defects: Range[Count] = Field((1, 1), description="defects an image; they share `area`")
     shade_share: Share = Field(0.2, description="share of triplets that carry a shade: a large soft change of light")
-    shade_area: Range[Share] = Field((0.02, 0.2), description="range of a shade's visible share of the image")
-    shade_change: Range[Share] = Field(
-        (0.05, 0.3), description="range of a shade's largest change of brightness (of 1)"
-    )
+    shade_area: Range[Share] = Field((0.02, 0.2), description="a shade's visible share of the image")
+    shade_change: Range[Share] = Field((0.05, 0.3), description="a shade's largest change of brightness (of 1)")
     patch_share: Share = Field(
         0.0,
-        description="share of the other triplets that carry a CutPaste patch instead: a part of the same image "
-        "elsewhere, of the paper's sizes",
+        description="share of the other triplets that carry a CutPaste patch instead (of the paper's sizes)",
     )
     rule: Literal["constant", "realnet"] = Field("constant", description="how the disturbance enters the variance")
-    strength: Range[Annotated[float, Field(ge=0, le=10)]] = Field(
-        (0.1, 0.4), description="range of s, the disturbance's standard deviation per T/20; 0 is the plain DDPM"
-    )
-    start: Range[Annotated[float, Field(ge=0.01, le=1)]] = Field(
-        (0.5, 0.9), description="range of the starting time t0 as a share of T"
-    )
+    strength: Range[Strength] = Field((0.1, 0.4), description="s, the disturbance's deviation per T/20; 0: plain DDPM")
+    start: Range[Start] = Field((0.5, 0.9), description="starting time t0 as a share of T")
     steps: int = Field(14, ge=2, le=1000, description="reverse steps from t0 to 0")
     disturb_until: Share = Field(0.35, description="disturb only while t/t0 is above this share")
-    octaves: int = Field(
-        4, ge=1, le=6, description="1 = white disturbance; more add coarser octaves of equal total variance"
-    )
-    windows: Sides = Field(
-        (64, 80, 96, 112, 128), min_length=1, description="sides of the square windows that are sampled, in pixels"
+    octaves: int = Field(4, ge=1, le=6, description="1: white disturbance; more add coarser octaves, same variance")
+    windows: tuple[Side, ...] = Field(
+        (64, 80, 96, 112, 128), min_length=1, description="sides of the sampled windows in pixels"
     )
     batch: int = Field(16, ge=1, le=1024, description="windows sampled together")
-    opacity: Range[Annotated[float, Field(ge=0.05, le=1)]] = Field(
-        (0.5, 1.0), description="range of the blend's opacity"
-    )
+    opacity: Range[Opacity] = Field((0.5, 1.0), description="the blend's opacity")
     feather: float = Field(2.0, ge=0, le=32, description="width of the mask's soft edge in pixels")
-    perlin_periods: Periods = Field(
-        (8, 16, 32, 64), min_length=1, description="Perlin lattice periods in pixels (scales)"
+    perlin_periods: tuple[Period, ...] = Field(
+        (8, 16, 32, 64), min_length=1, description="Perlin lattice periods in pixels"
     )
-    perlin_threshold: Range[Annotated[float, Field(ge=-1, le=0.9)]] = Field(
-        (-0.1, 0.3), description="range of the threshold on Perlin noise in [-1, 1]"
-    )
-    ridge_share: Share = Field(
-        0.3, description="share of the drawn masks that are ridges of the noise (thin, crack-like)"
-    )
-    area: Range[Share] = Field((0.0003, 0.08), description="range of a mask's share of the image area")
+    perlin_threshold: Range[Threshold] = Field((-0.1, 0.3), description="threshold on Perlin noise (-1 to 1)")
+    ridge_share: Share = Field(0.3, description="share of drawn masks that are ridges (thin, crack-like)")
+    area: Range[Share] = Field((0.0003, 0.08), description="a mask's share of the image area")
     min_changed: Share = Field(0.5, description="share of the mask that must have changed, else the triplet is dropped")
-    visibility: float = Field(
-        0.0314, ge=0, le=0.9, description="a pixel has changed if any channel moved by more than this (of 1)"
-    )
-    validation_fraction: float = Field(
-        0.15, ge=0.001, le=0.5, description="share of triplets that only choose the checkpoint"
-    )
+    visibility: float = Field(0.0314, ge=0, le=0.9, description="least change of a channel that counts as seen (of 1)")
+    validation_fraction: float = Field(0.15, ge=0.001, le=0.5, description="share that only chooses the checkpoint")
 
     @model_validator(mode="after")
     def _check(self) -> "SynthesizeSettings":
