@@ -25,7 +25,7 @@ from flawsmith.data.tiling import Tiling
 from flawsmith.detector.distill import as_batch
 from flawsmith.detector.model import Detector, load_detector
 from flawsmith.errors import UserError
-from flawsmith.evaluation.measure import EvaluationOptions, measure
+from flawsmith.evaluation.measure import measure
 from flawsmith.evaluation.metrics import KEYS
 from flawsmith.evaluation.samples import evaluation_set, normal_samples
 from flawsmith.evaluation.scoring import Scorer, tiled_scorer
@@ -118,7 +118,7 @@ def weigh_maps(layout: Layout, folder: Path, weighings: Sequence[Weighing]) -> l
         judged.samples,
         normal_samples(split.calibration, tiling, data.reading),
         numpy_generator(settings.seed, "bootstrap"),
-        replace(EvaluationOptions.of(settings), bootstrap=2),  # only the values are wanted
+        replace(settings, bootstrap=10),  # only the values are wanted
     )
     return [
         {"weights": weighing.text, **{key: round(performance.values[key].value, 5) for key in KEYS}}

@@ -18,7 +18,7 @@ from scipy import ndimage
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import FloatImage, Mask
 from flawsmith.evaluation.assess import Assessment, assess
-from flawsmith.evaluation.measure import EvaluationOptions
+from flawsmith.evaluation.config import EvaluateSettings
 from flawsmith.evaluation.samples import Sample
 from flawsmith.randomness import numpy_generator
 
@@ -60,7 +60,7 @@ def assess_synthetic(images: int, size: int, bootstrap: int = 1000) -> Assessmen
         [synthetic_sample(index, size) for index in range(images)],
         [synthetic_sample(4 * index, size) for index in range(10_000, 10_040)],
         numpy_generator(0, "assess-synthetic"),
-        EvaluationOptions(0.05, bootstrap, 0.3, batch=8, gallery=32),
+        EvaluateSettings(bootstrap=bootstrap, batch=8, gallery=32),
     )
 
 

@@ -14,11 +14,12 @@ from flawsmith.data.dataset import GOOD
 from flawsmith.errors import UserError
 from flawsmith.evaluation import threshold as threshold_module
 from flawsmith.evaluation.assess import FAILURES, LIMITING, assess, rank_errors, spread
-from flawsmith.evaluation.measure import EvaluationOptions, measure
+from flawsmith.evaluation.config import EvaluateSettings
+from flawsmith.evaluation.measure import measure
 from flawsmith.evaluation.metrics import HEADLINE, KEYS
 from flawsmith.randomness import numpy_generator
 
-OPTIONS = EvaluationOptions(false_alarm_rate=0.1, bootstrap=60, aupro_limit=0.3, batch=4, gallery=8)
+OPTIONS = EvaluateSettings(false_alarm_rate=0.1, bootstrap=60, aupro_limit=0.3, batch=4, gallery=8)
 SAMPLES = [synthetic_sample(index, 48) for index in range(20)]
 CALIBRATION = [synthetic_sample(4 * index, 48) for index in range(50, 70)]
 

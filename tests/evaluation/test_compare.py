@@ -13,8 +13,9 @@ from flawsmith.data.dataset import GOOD
 from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
 from flawsmith.evaluation.compare import COMPARED, RARE, ComparedImages, compare_models, pool_rare, predictor_scorer
+from flawsmith.evaluation.config import EvaluateSettings
 from flawsmith.evaluation.intervals import percentile_interval
-from flawsmith.evaluation.measure import EvaluationOptions, measure, paired_difference
+from flawsmith.evaluation.measure import measure, paired_difference
 from flawsmith.evaluation.metrics import HEADLINE, KEYS
 from flawsmith.evaluation.samples import Sample
 from flawsmith.inference.predictor import Predictor
@@ -22,7 +23,7 @@ from flawsmith.randomness import numpy_generator
 from flawsmith.stages.promote import _demand_scale
 
 SIZE = 24
-OPTIONS = EvaluationOptions(false_alarm_rate=0.05, bootstrap=100, aupro_limit=0.3, batch=8)
+OPTIONS = EvaluateSettings(false_alarm_rate=0.05, bootstrap=100, aupro_limit=0.3, batch=8)
 DRAWN = {GOOD: 20, "dent": 12, "scratch": 8, "stain": 3, "chip": 2}
 
 

@@ -13,9 +13,9 @@ from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import read_image, to_uint8
 from flawsmith.data.tiling import Tiling
 from flawsmith.evaluation.assess import LIMITING, assess
+from flawsmith.evaluation.config import EvaluateSettings
 from flawsmith.evaluation.gallery import HeatScale, failures_sheet, heat_panel, panels, sheet
 from flawsmith.evaluation.intervals import share_interval
-from flawsmith.evaluation.measure import EvaluationOptions
 from flawsmith.evaluation.metrics import KEYS
 from flawsmith.evaluation.outputs import metrics_content, write_data, write_parity_images
 from flawsmith.evaluation.report import (
@@ -264,7 +264,7 @@ def assessed(masks):
         [sample(index) for index in range(16)],
         [synthetic_sample(4 * index, 48) for index in range(10_000, 10_040)],
         np.random.default_rng(0),
-        EvaluationOptions(0.05, bootstrap=20, aupro_limit=0.3, batch=8, gallery=16),
+        EvaluateSettings(bootstrap=20, batch=8, gallery=16),
     )
 
 

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import FloatImage, Mask
+from flawsmith.evaluation.config import EvaluateSettings
 from flawsmith.evaluation.intervals import Estimate
-from flawsmith.evaluation.measure import EvaluationOptions, Performance, measure, paired_difference
+from flawsmith.evaluation.measure import Performance, measure, paired_difference
 from flawsmith.evaluation.metrics import KEYS
 from flawsmith.evaluation.samples import Sample
 from flawsmith.evaluation.scoring import Scorer, array_files, score_samples
@@ -91,7 +92,7 @@ def assess(
     samples: Sequence[Sample],
     calibration: Sequence[Sample],
     generator: np.random.Generator,
-    options: EvaluationOptions,
+    options: EvaluateSettings,
 ) -> Assessment:
     """Score, measure and pick what to show.
 

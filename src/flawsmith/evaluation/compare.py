@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.data.tiling import Tiling
+from flawsmith.evaluation.config import EvaluateSettings
 from flawsmith.evaluation.intervals import Estimate, share_interval
-from flawsmith.evaluation.measure import EvaluationOptions, Performance, flagged_share, measure, paired_difference
+from flawsmith.evaluation.measure import Performance, flagged_share, measure, paired_difference
 from flawsmith.evaluation.samples import Sample
 from flawsmith.evaluation.scoring import Scorer
 from flawsmith.inference.draw import resize_map
@@ -86,7 +87,7 @@ def compare_models(
     champion: Predictor | None,
     images: ComparedImages,
     generator: np.random.Generator,
-    options: EvaluationOptions,
+    options: EvaluateSettings,
     min_defect_images: int,
 ) -> ModelComparison:
     """Score both models on the same images.

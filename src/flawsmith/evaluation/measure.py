@@ -31,32 +31,6 @@ Values = Mapping[tuple[str, str], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """How to evaluate.
-
-    Attributes:
-        false_alarm_rate: share of normal parts that the threshold may flag, in (0, 1).
-        bootstrap: number of resamples.
-        aupro_limit: false positive rate that AUPRO goes up to, in (0, 1].
-        batch: images scored together.
-        gallery: examples shown in the report.
-    """
-
-    false_alarm_rate: float
-    bootstrap: int
-    aupro_limit: float
-    batch: int
-    gallery: int = 0
-
-    @classmethod
-    def of(cls, settings: EvaluateSettings) -> "EvaluationOptions":
-        """The options that the section `evaluate` of params.yaml gives."""
-        return cls(
-            settings.false_alarm_rate, settings.bootstrap, settings.aupro_limit, settings.batch, settings.gallery
-        )
-
-
-@dataclass(frozen=True)
 class Performance:
     """One detector on one test set.
 
@@ -105,7 +79,7 @@ def measure(
     samples: Sequence[Sample],
     calibration: Sequence[Sample],
     generator: np.random.Generator,
-    options: EvaluationOptions,
+    options: EvaluateSettings,
     maps: Sequence[ArrayFile] = (),
 ) -> tuple[Performance, ...]:
     """Score and measure every scorer on the same images and the same resamples.
@@ -167,7 +141,7 @@ def _perform(
     calibration: Scores,
     counts: ArrayFile,
     weights: NDArray[np.uint16],
-    options: EvaluationOptions,
+    options: EvaluateSettings,
 ) -> Performance:
     """`counts` holds the pixel counts `(3, K)` of each sample; `weights` are `(B, N)`."""
     names = np.asarray([sample.defect for sample in samples])

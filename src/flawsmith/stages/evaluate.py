@@ -15,7 +15,7 @@ from flawsmith.detector.model import load_detector
 from flawsmith.devices import Compute
 from flawsmith.evaluation.assess import assess
 from flawsmith.evaluation.baseline import fit_baseline
-from flawsmith.evaluation.measure import EvaluationOptions, flagged_share, measure
+from flawsmith.evaluation.measure import flagged_share, measure
 from flawsmith.evaluation.outputs import write_data, write_parity_images, write_performance
 from flawsmith.evaluation.report import ReportHeader, summary, write_report
 from flawsmith.evaluation.samples import evaluation_set, normal_samples
@@ -45,7 +45,6 @@ def run(layout: Layout) -> None:
         FlawsmithError: the detector does not export, or answers NaN.
     """
     settings, tiling, out = layout.settings, Tiling.of(layout.settings.data), layout.stage(STAGE)
-    options = EvaluationOptions.of(settings.evaluate)
     weights, verdict = layout.input("distill", "detector.safetensors").parent, layout.input("validate", "verdict.json")
     split, judged = layout.split(), evaluation_set(layout)
     if judged.labelled:
@@ -60,8 +59,8 @@ def run(layout: Layout) -> None:
             detector = tiled_scorer(network.run, tiling)
             calibration = normal_samples(split.calibration, tiling, layout.data.reading)
             generator = numpy_generator(settings.evaluate.seed, "bootstrap")
-            result = assess(detector, baseline, judged.samples, calibration, generator, options)
-            shades = flagged_share(detector, judged.shades, result.detector.threshold.value, options.batch)
+            result = assess(detector, baseline, judged.samples, calibration, generator, settings.evaluate)
+            shades = flagged_share(detector, judged.shades, result.detector.threshold.value, settings.evaluate.batch)
             header = ReportHeader.of(layout.category, settings, judged, read_json(verdict), shades)
             write_data(folder, result, judged, read_json(weights / "config.json").get("precision", ""), shades)
             write_parity_images(folder / "parity", judged.samples, settings.evaluate.parity_images, tiling)
@@ -97,7 +96,7 @@ def run_baseline(layout: Layout) -> None:
             judged.samples,
             normal_samples(split.calibration, Tiling.of(layout.settings.data), layout.data.reading),
             numpy_generator(settings.seed, "bootstrap"),
-            EvaluationOptions.of(settings),
+            settings,
         )
         with atomic_folder(out) as folder:
             write_performance(folder, result, judged)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
 from flawsmith.evaluation.compare import ComparedImages, ModelComparison, compare_models
-from flawsmith.evaluation.measure import EvaluationOptions
 from flawsmith.evaluation.samples import evaluation_set, normal_samples
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
@@ -46,7 +45,7 @@ def run(
             tiling if judged.labelled else None,
         )
         generator = numpy_generator(rules.seed, "promote")
-        options = replace(EvaluationOptions.of(evaluate), bootstrap=rules.bootstrap)
+        options = replace(evaluate, bootstrap=rules.bootstrap)
         comparison = compare_models(challenger, champion, images, generator, options, rules.min_defect_images)
         return comparison, judged.labelled
 

@@ -25,7 +25,7 @@ from flawsmith.detector.teacher import build_teacher
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.evaluation.baseline import fit_baseline
-from flawsmith.evaluation.measure import EvaluationOptions, Performance, measure, paired_difference
+from flawsmith.evaluation.measure import Performance, measure, paired_difference
 from flawsmith.evaluation.metrics import KEYS
 from flawsmith.evaluation.samples import Sample, labelled_samples, normal_samples
 from flawsmith.evaluation.scoring import Scorer, torch_scorer
@@ -123,7 +123,7 @@ def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[
             items,
             normal_samples(split.calibration, tiling, data.reading),
             numpy_generator(settings.seed, "bootstrap"),
-            EvaluationOptions.of(settings),
+            settings,
         )
     common = {"category": layout.category, "teacher": layout.settings.teacher.backbone, "fit_images": len(fit),
               "anomalib": answer["anomalib"], "anomalib_torch": answer["torch"]}  # fmt: skip
