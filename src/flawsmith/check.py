@@ -37,7 +37,7 @@ from flawsmith.errors import UserError
 from flawsmith.files import digest_file, digest_json, read_json, write_json
 from flawsmith.layout import Layout
 from flawsmith.progress import bar
-from flawsmith.standing import unseen_sentence
+from flawsmith.stage_inputs import unseen_sentence
 
 RECOMMENDED = 30  # normals
 FOLDERS = ("train", "test", "ground_truth")

@@ -39,7 +39,7 @@ from flawsmith.git import git_state
 from flawsmith.layout import Layout
 from flawsmith.processes import is_main_process
 from flawsmith.sequences import batched
-from flawsmith.standing import Standing
+from flawsmith.stage_inputs import check_inputs, look_at_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +92,15 @@ def stage_run(layout: Layout, stage: str, params: Mapping[str, Any]) -> Iterator
     if not is_main_process():
         yield StageRun()
         return
-    standing = Standing.of(layout, stage)
+    before = look_at_inputs(layout, stage)
     if layout.settings.tracking.mode == "off":
         yield StageRun()
-        standing.check()
+        check_inputs(layout, stage, before)
         return
     run = _MlflowRun(layout, stage, params)
     try:
         yield run
-        standing.check()
+        check_inputs(layout, stage, before)
         tags = {OUTPUT: dvc.content_digest(run.output)} if run.output else {}
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from small_settings import write_params
 from flawsmith.config import load_settings
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
+from flawsmith.stages import settings
 from flawsmith.tracking import stage_run
 
 DVC = """
@@ -62,6 +64,18 @@ def test_what_is_changed_while_a_stage_runs_makes_it_fail(
     with pytest.raises(FlawsmithError, match=rf"Changed while stage `distill` ran: .*{named}\. DVC would record"):  # noqa: SIM117
         with stage_run(layout, "distill", {}):
             change(layout.root)
+
+
+def test_a_stage_that_dvc_runs_takes_the_settings_that_dvc_records(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.run(layout)
+    assert load_settings(layout.effective_settings) == replace(layout.settings, categories=("plate",))
+    changed = Layout(load_settings(layout.root / "params.yaml", {"distill.batch": 3}), "plate", layout.root)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    assert changed.as_recorded().settings.distill.batch == 3
+    monkeypatch.setenv("DVC_STAGE", "distill@plate")
+    assert changed.as_recorded().settings.distill == layout.settings.distill
 
 
 def test_what_changes_no_content_is_no_change(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,12 @@
 """What a stage depends on must stay as it is while it runs, and DVC must see all of it.
 
-DVC hashes a stage's dependencies after its command has ended: a source file, an image or a parameter that was changed
-meanwhile would stand in dvc.lock as what the result was made from. So each stage looks before and after, and fails
-rather than let DVC record that. And DVC does not look into linked folders inside a dependency: new images there would
-go unnoticed.
+DVC hashes a stage's dependencies after its command has ended. A source file, an image or a parameter that was changed
+meanwhile would stand in dvc.lock as what the result was made from. So each stage looks before and after, and fails if
+something has changed. And DVC does not look into linked folders inside a dependency: it would miss new images there.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +21,58 @@ PARAMS = "params.yaml"
 UNHASHED = ("__pycache__", ".pyc", ".tmp")  # of .dvcignore, what may come into being while a stage runs
 
 
-@dataclass(frozen=True)
-class Standing:
-    """The dependencies that dvc.yaml names of a stage, as they are at a moment: of source files the content, of data
-    size and time of change, of parameters the values. Where there is no dvc.yaml there is nothing to compare."""
+def look_at_inputs(layout: Layout, stage: str) -> dict[str, Any]:
+    """Note all that dvc.yaml names as a stage's dependencies, as it is now.
 
-    layout: Layout
-    stage: str
-    seen: Mapping[str, Any]
+    Returns:
+        By name: the digest of a source file, size and time of change of another file, the value of a parameter. Nothing
+        where there is no dvc.yaml.
 
-    @classmethod
-    def of(cls, layout: Layout, stage: str) -> "Standing":
-        """Look at what a stage depends on.
-
-        Raises:
-            UserError: a dependency holds a linked folder.
-        """
-        return cls(layout, stage, _look(layout, stage))
-
-    def check(self) -> None:
-        """Look again.
-
-        Raises:
-            FlawsmithError: something has changed; it is named.
-        """
-        now = _look(self.layout, self.stage)
-        changed = sorted(name for name in self.seen.keys() | now.keys() if self.seen.get(name) != now.get(name))
-        if changed:
-            target = f"{self.stage}@{self.layout.category}"
-            raise FlawsmithError(
-                f"Changed while stage `{self.stage}` ran: {listed(changed)}. DVC would record the new content as what "
-                f"the result was made from; run `dvc repro {target}` again, or put the old content back and run "
-                f"`dvc commit --force {target}`."
-            )
-
-
-def unseen_sentence(link: Path) -> str:
-    """Why a linked folder inside a category is refused, and what to do."""
-    return (
-        f"{link} is a linked folder, and DVC does not see what lies in such a one: changed images would go unnoticed. "
-        "Copy the images there, link the whole folder of the category instead, or set `data.root` in params.yaml to "
-        "where they lie."
-    )
-
-
-def _look(layout: Layout, stage: str) -> dict[str, Any]:
+    Raises:
+        UserError: a dependency holds a linked folder.
+    """
     if not (layout.root / "dvc.yaml").is_file():
         return {}
     entry = read_stages(layout.root).get(stage, {})
     seen: dict[str, Any] = {}
     for text in entry.get("deps", []):
         path = _place(layout, text)
-        if path is None:
-            continue
-        if path.is_file():
+        if path and path.is_file():
             seen[str(path)] = _signature(path)
-        for name, file in _files_below(path) if path.is_dir() else ():
-            seen[f"{path}/{name}"] = _signature(file)
+        elif path and path.is_dir():
+            seen |= {f"{path}/{name}": _signature(file) for name, file in _files_below(path)}
     # a study and a call by hand have their values from elsewhere, and may go on while params.yaml is edited
     for item in entry.get("params", []) if DVC_STAGE in os.environ else ():
         for text, keys in (item if isinstance(item, dict) else {PARAMS: [item]}).items():
             if place := _place(layout, text):
                 seen |= {f"`{key}` in {text}": _parameter(place, key) for key in keys}
     return seen
+
+
+def check_inputs(layout: Layout, stage: str, before: Mapping[str, Any]) -> None:
+    """Compare a stage's dependencies with what `look_at_inputs` noted before it began.
+
+    Raises:
+        FlawsmithError: something has changed; it is named.
+    """
+    now = look_at_inputs(layout, stage)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        target = f"{stage}@{layout.category}"
+        raise FlawsmithError(
+            f"Changed while stage `{stage}` ran: {listed(changed)}. DVC would record the new content as what the "
+            f"result was made from; run `dvc repro {target}` again, or put the old content back and run "
+            f"`dvc commit --force {target}`."
+        )
+
+
+def unseen_sentence(link: Path) -> str:
+    """Say why a linked folder inside a category is refused, and what to do."""
+    return (
+        f"{link} is a linked folder, and DVC does not see what lies in such a one: changed images would go unnoticed. "
+        "Copy the images there, link the whole folder of the category instead, or set `data.root` in params.yaml to "
+        "where they lie."
+    )
 
 
 def _place(layout: Layout, text: str) -> Path | None:
