@@ -29,7 +29,8 @@ from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.watch import watch_folder
 
 POLL = 0.05
-UNTIL_IDLE = PredictOptions(poll=0.01, idle=0.1)
+SHORT = PredictOptions(poll=0.01, seconds=0.1)
+Once = Callable[..., PredictReport]
 
 
 @pytest.fixture
@@ -65,9 +66,19 @@ def watch_process(model: Path, line: Path, out: Path, *options: object) -> Itera
         process.communicate()
 
 
-def watch_once(model: Path, line: Path, out: Path, **options: Any) -> PredictReport:
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def once(model: Path, line: Path, out: Path) -> Once:
     """Watch until nothing new has come for a moment."""
-    return watch_folder(Predictor(model), line, out, PredictOptions(**{"poll": 0.02, "idle": 0.3, **options}))
+
+    def call(**options: Any) -> PredictReport:
+        return watch_folder(Predictor(model), line, out, PredictOptions(**{"poll": 0.02, "idle": 0.3, **options}))
+
+    return call
 
 
 def verdicts(out: Path) -> list[tuple[str, str]]:
@@ -75,10 +86,7 @@ def verdicts(out: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_images_are_scored_as_they_arrive_once_each(
-    model: Path, line: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    out = tmp_path / "out"
+def test_images_are_scored_as_they_arrive_once_each(model: Path, line: Path, number: signal.Signals, out: Path) -> None:
     plate(line / "before.png")
     with watch_process(model, line, out, "--masks", "--jsonl", "-") as process:
         wait_until(lambda: len(verdicts(out)) == 1, "the image that lay there")
@@ -108,8 +116,9 @@ def test_images_are_scored_as_they_arrive_once_each(
     assert (pixels > 0).sum() == pytest.approx(region["area"])
 
 
-def test_a_slow_copy_is_waited_for_and_a_rename_is_not_missed(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_slow_copy_is_waited_for_and_a_rename_is_not_missed(
+    model: Path, line: Path, tmp_path: Path, out: Path
+) -> None:
     noise = np.random.default_rng(0).integers(DARK, DARK + 9, (300, 400, 3), np.uint8)
     noise[:40] = BRIGHT
     Image.fromarray(noise).save(tmp_path / "big.png")
@@ -128,7 +137,7 @@ def test_a_slow_copy_is_waited_for_and_a_rename_is_not_missed(model: Path, line:
 
 
 def test_a_stalled_copy_is_not_called_broken(
-    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path, once: Once
 ) -> None:
     """It looks complete for a while, cannot be read, and is left alone until it has been still for longer."""
     monkeypatch.setattr(watch_module, "GRACE", 3.0)
@@ -144,14 +153,13 @@ def test_a_stalled_copy_is_not_called_broken(
         return load(path, reading)
 
     monkeypatch.setattr(watch_module, "read_image", seen)
-    report = watch_folder(Predictor(model), line, tmp_path / "out", PredictOptions(poll=0.05, idle=1.0))
+    report = once(poll=0.05, idle=1.0)
     assert (report.good, report.unreadable) == (1, 0)
-    assert verdicts(tmp_path / "out") == [("a.png", "good")]
+    assert verdicts(out) == [("a.png", "good")]
     assert len(read) == 2
 
 
-def test_a_broken_file_gets_one_line_and_the_watch_goes_on(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_broken_file_gets_one_line_and_the_watch_goes_on(model: Path, line: Path, out: Path) -> None:
     with watching(model, line, out):
         (line / "bad.png").write_bytes(b"no image")
         (line / "empty.jpg").touch()
@@ -167,27 +175,26 @@ def test_a_broken_file_gets_one_line_and_the_watch_goes_on(model: Path, line: Pa
 
 
 def test_linked_folders_are_watched_and_links_to_nothing_told(
-    model: Path, line: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    line: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, out: Path, once: Once
 ) -> None:
     plate(tmp_path / "nas" / "c.png")
     (line / "cam2").symlink_to(tmp_path / "nas")
     (line / "gone.png").symlink_to("nowhere.png")
     (line / "d.gif").touch()
-    report = watch_once(model, line, tmp_path / "out")
-    assert verdicts(tmp_path / "out") == [("cam2/c.png", "good")]
+    report = once()
+    assert verdicts(out) == [("cam2/c.png", "good")]
     assert (report.good, report.unreadable, report.passed_over) == (1, 1, {".gif": 1})
     assert report.exit_code() == 0
     assert caplog.text.count("gone.png is a link to nothing; the rest is watched.") == 1
 
 
-def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_restart_neither_repeats_nor_loses(line: Path, out: Path, once: Once) -> None:
     for name in "abc":
         plate(line / f"{name}.png")
-    assert watch_once(model, line, out).total == 3
+    assert once().total == 3
     assert [name for name, _ in verdicts(out)] == ["a.png", "b.png", "c.png"]
     before = (out / "results.jsonl").read_bytes()
-    assert watch_once(model, line, out).total == 0
+    assert once().total == 0
     assert (out / "results.jsonl").read_bytes() == before
     plate(line / "d.png")  # what came while nobody watched, ...
     old = (line / "a.png").stat()
@@ -198,14 +205,13 @@ def test_a_restart_neither_repeats_nor_loses(model: Path, line: Path, tmp_path: 
     (line / "c.png").write_bytes(content)  # ... or by itself, ...
     plate(line / "a.png", shade=DARK + 1)
     os.utime(line / "a.png", ns=(old.st_atime_ns, old.st_mtime_ns))  # ... or with its old time
-    assert watch_once(model, line, out).exit_code(fail_on_defect=True) == 3
+    assert once().exit_code(fail_on_defect=True) == 3
     assert (out / "results.jsonl").read_bytes().startswith(before)
     assert sorted(verdicts(out)[3:]) == [("a.png", "good"), ("b.png", "defective"), ("d.png", "good")]
 
 
-def test_a_kill_in_the_middle_loses_and_doubles_no_line(model: Path, line: Path, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_loses_and_doubles_no_line(model: Path, line: Path, out: Path, once: Once) -> None:
     """Killed with -9 twice, at whatever it was doing; a torn last line is taken back."""
-    out = tmp_path / "out"
     names = [f"{index:03}.png" for index in range(60)]
     for index, name in enumerate(names):
         plate(line / name, bright=index % 7 == 0, shade=DARK + index)
@@ -217,7 +223,7 @@ def test_a_kill_in_the_middle_loses_and_doubles_no_line(model: Path, line: Path,
         if kill:
             with (out / "results.jsonl").open("ab") as stream:
                 stream.write(b'{"file": "torn.png", "verd')
-    watch_once(model, line, out, masks=True)
+    once(masks=True)
     rows = json_lines(out / "results.jsonl")
     assert sorted(row["file"] for row in rows) == names
     assert {row["file"] for row in rows if row["verdict"] == "defective"} == set(names[::7])
@@ -226,7 +232,7 @@ def test_a_kill_in_the_middle_loses_and_doubles_no_line(model: Path, line: Path,
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
-    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path, once: Once
 ) -> None:
     plate(line / "a.png")
     load = watch_module.read_image
@@ -240,12 +246,12 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
         return image
 
     monkeypatch.setattr(watch_module, "read_image", replaced)
-    watch_folder(Predictor(model), line, tmp_path / "out", PredictOptions(poll=0.05, idle=0.5))
-    assert verdicts(tmp_path / "out") == [("a.png", "defective")]  # the first content was never whole to us
+    once(poll=0.05, idle=0.5)
+    assert verdicts(out) == [("a.png", "defective")]  # the first content was never whole to us
 
 
 def test_a_file_that_is_taken_away_leaves_no_line(
-    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Path, monkeypatch: pytest.MonkeyPatch, out: Path, once: Once
 ) -> None:
     plate(line / "a.png")
     plate(line / "b.png")
@@ -256,13 +262,12 @@ def test_a_file_that_is_taken_away_leaves_no_line(
         return digest(path)
 
     monkeypatch.setattr(watch_module, "digest_file", taken)
-    report = watch_folder(Predictor(model), line, tmp_path / "out", PredictOptions(poll=0.05, idle=0.5))
+    report = once(poll=0.05, idle=0.5)
     assert report.total == 1
-    assert verdicts(tmp_path / "out") == [("b.png", "good")]
+    assert verdicts(out) == [("b.png", "good")]
 
 
-def test_the_folder_may_vanish_and_come_back(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_folder_may_vanish_and_come_back(model: Path, line: Path, out: Path) -> None:
     with watching(model, line, out) as thread:
         shutil.rmtree(line)
         time.sleep(5 * POLL)
@@ -271,14 +276,14 @@ def test_the_folder_may_vanish_and_come_back(model: Path, line: Path, tmp_path: 
         wait_until(lambda: len(verdicts(out)) == 1, "the folder's return")
 
 
-def test_it_ends_after_its_time_with_results_inside_the_watched_folder(model: Path, line: Path) -> None:
+def test_it_ends_after_its_time_with_results_inside_the_watched_folder(model: Path, line: Path, out: Path) -> None:
     plate(line / "a.png")
-    watch_once(model, line, line / "out", idle=None, seconds=1.0)
+    watch_folder(Predictor(model), line, line / "out", PredictOptions(poll=POLL, seconds=1.0))
     assert verdicts(line / "out") == [("a.png", "good")]  # overlays are no arrivals
 
 
 @pytest.mark.slow
-def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) -> None:
+def test_waiting_costs_next_to_nothing(model: Path, line: Path) -> None:
     for index in range(200):
         (line / f"{index}.txt").touch()
     # In a process of its own: the time of threads that other tests left behind is none of the watch's cost.
@@ -290,86 +295,81 @@ def test_waiting_costs_next_to_nothing(model: Path, line: Path, tmp_path: Path) 
         "began = time.process_time(); watch_folder(predictor, line, out, PredictOptions(poll=0.2, seconds=4))\n"
         "print(time.process_time() - began)"
     )
-    arguments = [sys.executable, "-c", code, model, line, tmp_path / "out"]
+    arguments = [sys.executable, "-c", code, model, line, out]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.6  # 0.1 on the machine this was written on
 
 
-def test_two_watches_never_share_their_results(model: Path, line: Path, tmp_path: Path) -> None:
+def test_two_watches_never_share_their_results(model: Path, line: Path, out: Path, once: Once) -> None:
     with (
-        watching(model, line, tmp_path / "out"),
+        watching(model, line, out),
         pytest.raises(UserError, match="Another watch writes into"),
     ):
-        watch_once(model, line, tmp_path / "out")
+        once()
 
 
 def test_results_of_something_else_are_left_alone(
-    model: Path, write_model: Callable[..., Path], line: Path, tmp_path: Path
+    model: Path, write_model: Callable[..., Path], line: Path, tmp_path: Path, out: Path, once: Once
 ) -> None:
-    out = tmp_path / "out"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, UNTIL_IDLE)
+    once(poll=0.01, idle=0.1)
     lines = (out / "results.jsonl").read_bytes()
     other = Predictor(write_model(detector_digest="cd" * 32))
     with pytest.raises(UserError, match="results of another model"):
-        watch_folder(other, line, out, PredictOptions(poll=0.01, seconds=0.1))
+        watch_folder(other, line, out, SHORT)
     with pytest.raises(UserError, match="another model or threshold"):
-        watch_folder(Predictor(model, threshold=0.9), line, out, PredictOptions(poll=0.01, seconds=0.1))
+        watch_folder(Predictor(model, threshold=0.9), line, out, SHORT)
     with pytest.raises(UserError, match="name a new folder"):  # a plain predict would replace the journal
         predict_folder(other, [line], out, PredictOptions())
     assert (out / "results.jsonl").read_bytes() == lines
     for mine in (line, tmp_path):
         with pytest.raises(UserError, match=r"holds the watched folder"):
-            watch_folder(other, line, mine, PredictOptions(poll=0.01, seconds=0.1))
+            watch_folder(other, line, mine, SHORT)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"no results of a watch \(such as thesis\.tex\)"):
-        watch_folder(other, line, tmp_path / "docs", PredictOptions(poll=0.01, seconds=0.1))
+        watch_folder(other, line, tmp_path / "docs", SHORT)
     with pytest.raises(UserError, match="is no folder"):
-        watch_folder(other, tmp_path / "nowhere", tmp_path / "new", PredictOptions(poll=0.01, seconds=0.1))
+        watch_folder(other, tmp_path / "nowhere", tmp_path / "new", SHORT)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_watch_goes_on_where_the_model_computes_elsewhere(model: Path, line: Path, out: Path, once: Once) -> None:
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, UNTIL_IDLE)
+    once(poll=0.01, idle=0.1)
     known = json.loads((out / "model.json").read_text())
     (out / "model.json").write_text(json.dumps(known | {"provider": "cuda"}))
-    report = watch_folder(Predictor(model), line, out, UNTIL_IDLE)
+    report = once(poll=0.01, idle=0.1)
     assert report.total == 0
     assert json.loads((out / "model.json").read_text()) == known
 
 
-def test_a_damaged_journal_is_named_and_not_touched(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_damaged_journal_is_named_and_not_touched(model: Path, line: Path, out: Path, once: Once) -> None:
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, UNTIL_IDLE)
+    once(poll=0.01, idle=0.1)
     content = b"\x00\x00\n" + (out / "results.jsonl").read_bytes() + b"torn"
     (out / "results.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"results\.jsonl is damaged in line 1"):
-        watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, seconds=0.1))
+        watch_folder(Predictor(model), line, out, SHORT)
     assert (out / "results.jsonl").read_bytes() == content
 
 
-def test_odd_names_are_written_and_known_again(model: Path, line: Path, tmp_path: Path) -> None:
+def test_odd_names_are_written_and_known_again(line: Path, tmp_path: Path, out: Path, once: Once) -> None:
     odd = os.fsdecode(b"odd\xff \n.png")
     plate(tmp_path / "a.png").rename(line / odd)
-    out = tmp_path / "out"
     for _ in range(2):
-        watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1, overlays=False))
+        once(poll=0.01, idle=0.1, overlays=False)
         assert verdicts(out) == [(odd, "good")]
     journal = Journal(out / "results.jsonl")
     assert set(journal.known) == {odd}
     journal.close()
 
 
-def test_memory_follows_the_folder_and_forgives_an_absence(model: Path, line: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_memory_follows_the_folder_and_forgives_an_absence(line: Path, out: Path, once: Once) -> None:
     for name in ("kept.png", "taken.png", "away.png"):
         plate(line / name)
-    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1, overlays=False))
+    once(poll=0.01, idle=0.1, overlays=False)
     journal = Journal(out / "results.jsonl")
     journal.forget({"kept.png"}, now=0.0)
     journal.forget({"kept.png", "away.png"}, now=FORGET - 1)
@@ -380,11 +380,11 @@ def test_memory_follows_the_folder_and_forgives_an_absence(model: Path, line: Pa
 
 
 def test_a_file_that_comes_back_after_it_was_forgotten_is_a_new_arrival(
-    model: Path, line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path, once: Once
 ) -> None:
-    out, elsewhere = tmp_path / "out", tmp_path / "a.png"
+    elsewhere = tmp_path / "a.png"
     plate(line / "a.png")
-    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=0.1, overlays=False))
+    once(poll=0.01, idle=0.1, overlays=False)
     (line / "a.png").rename(elsewhere)
     monkeypatch.setattr(journal_module, "FORGET", 0.05)
 
@@ -393,6 +393,6 @@ def test_a_file_that_comes_back_after_it_was_forgotten_is_a_new_arrival(
 
     timer = threading.Timer(0.5, put_back)
     timer.start()
-    watch_folder(Predictor(model), line, out, PredictOptions(poll=0.01, idle=2.0, overlays=False))
+    once(poll=0.01, idle=2.0, overlays=False)
     timer.join()
     assert verdicts(out) == [("a.png", "good"), ("a.png", "good")]
