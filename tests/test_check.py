@@ -100,7 +100,7 @@ def test_what_would_fail_or_mislead_is_told(root: Path, spoil: Callable[[Path], 
 
 def test_few_calibration_images_are_told_with_the_number_that_would_do(root: Path) -> None:
     report = check(root / "params.yaml", overrides={"evaluate.false_alarm_rate": 0.01})
-    assert any("takes 99, or 495 normal images" in sentence for sentence in sentences(report, "warning"))
+    assert any("takes 99: 495 normal images" in sentence for sentence in sentences(report, "warning"))
 
 
 def test_images_in_the_wrong_folder_are_told_where_to_go(root: Path) -> None:

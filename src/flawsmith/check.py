@@ -222,12 +222,13 @@ class _Category:
         rate = 1 / (calibration + 1)
         self.facts |= {"fit": fit, "calibration": calibration, "false_alarm_rate": rate}
         parts = f"{fit} images to learn from, {calibration} to calibrate on"
-        self._tell(f"{parts}, which can promise a false-alarm rate of {rate:.1%} or more.")
+        self._tell(f"{parts}: the lowest false-alarm rate that these can promise is {rate:.1%}.")
         needed = math.ceil(1 / target - 1e-9) - 1
         if calibration < needed:
+            enough = f"{needed}: {math.ceil(needed / share)} normal images at data.calibration_fraction {share:g}"
             self._add("warning", f"{calibration} calibration images cannot promise the false-alarm rate of {target:g} "
-                      f"(evaluate.false_alarm_rate): that takes {needed}, or {math.ceil(needed / share)} normal images "
-                      f"at data.calibration_fraction {share:g}; add images or expect up to {rate:.0%}.")  # fmt: skip
+                                 f"(evaluate.false_alarm_rate), which takes {enough}; add images, or expect up to "
+                                 f"{rate:.0%}.")  # fmt: skip
         if normals < RECOMMENDED:
             self._add("warning", f"{normals} normal images are few; {RECOMMENDED} or more are recommended.")
 

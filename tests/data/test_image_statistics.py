@@ -132,7 +132,7 @@ def test_copies_stay_on_one_side_and_count_once(tmp_path: Path, caplog: pytest.L
     with caplog.at_level("WARNING", logger="flawsmith"):
         after = plate(tmp_path / "after", pictures | {f"x{name}": jpeg(it) for name, it in pictures.items()}).split()
     assert not before.copies
-    assert "80 images show only 40 pictures (" in caplog.text
+    assert "80 images show only 40 different picture(s) (" in caplog.text
     fit, calibration = ([path.name.lstrip("x") for path in part] for part in (after.fit, after.calibration))
     assert not set(fit) & set(calibration)
     assert len(calibration) == len(set(calibration)) == len(before.calibration) == 8

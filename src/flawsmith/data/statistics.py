@@ -140,9 +140,10 @@ def find_copies(paths: Sequence[Path], statistics: Sequence[ImageStatistics]) ->
 def copies_sentence(groups: Sequence[Group]) -> str:
     """Say which files show the same, and what is done about it."""
     named = "; ".join(_named(group, " = ") for group in groups[:NAMED]) + _more(len(groups), "group(s)")
+    found = f"{sum(map(len, groups))} images show only {len(groups)} different picture(s) ({named})"
     return (
-        f"{sum(map(len, groups))} images show only {len(groups)} pictures ({named}): copies stay on one side of the "
-        "fit/calibration split and count once for the threshold; remove all but one of each to silence this warning."
+        f"{found}: copies stay on one side of the fit/calibration split and count once for the threshold; remove all "
+        "but one of each to silence this warning."
     )
 
 
