@@ -120,12 +120,9 @@ def _observed(value: Any) -> str:
 
 def _demanded(item: Mapping[str, Any]) -> str:
     low, high = item["bounds"]
-    if low is None and high is None:
-        text = "true of each"
-    elif low is None or high is None:
-        text = f"at most {high:g}" if low is None else f"at least {low:g}"
-    else:
-        text = f"{low:g} to {high:g}"
+    text = "true of each"
+    if low is not None or high is not None:
+        text = f"at most {high:g}" if low is None else f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
     share = item.get("mostly", 1.0)
     return text if share >= 1 else f"{text}, for {share:.0%} of them"
 

@@ -1,20 +1,42 @@
-"""What the stack asks of this machine: ports, GPUs, and an environment that points nowhere else."""
+"""What the commands of flows/ share: errors as sentences, ports, GPUs, an environment that points nowhere else."""
 
 import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 
-from flawsmith.errors import UserError
+from flawsmith.errors import FlawsmithError, UserError, refusal
 
 LOOPBACK = "127.0.0.1"
 TUNING = ("PREFECT_FLOWS_", "PREFECT_LOGGING_", "PREFECT_SERVER_SERVICES_", "PREFECT_WORKER_")
 POINTING = ("PREFECT_", "MLFLOW_", "SUPERVISOR_")
 PLACING = frozenset(f"FLAWSMITH_{name}" for name in ("ACTOR", "CHECKOUT", "DEPLOYED_FROM", "FLOW_RUN", "GPU"))
+
+
+def command(name: str, call: Callable[[], object]) -> None:
+    """Run a command line; whatever goes wrong ends in one sentence on stderr and an exit status."""
+    try:
+        call()
+    except (FlawsmithError, OSError, httpx.TransportError) as error:
+        told: Exception | None = error
+        if isinstance(error, httpx.TransportError):
+            server = os.environ.get("PREFECT_API_URL")
+            told = UserError(
+                f"{server} does not answer ({error}); start it with `make up`, or correct PREFECT_API_URL."
+            )
+        elif isinstance(error, OSError):
+            told = refusal(error)
+        if not isinstance(told, FlawsmithError):
+            raise
+        print(f"{name}: {' '.join(str(told).split())}", file=sys.stderr)
+        raise SystemExit(told.exit_code) from error
 
 
 def visible_devices() -> list[str]:

@@ -36,7 +36,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
 from flawsmith.config import load_settings
+from flawsmith.errors import UserError
 from flows.artifacts import ENDINGS, OUTCOME, nightly_report, slug
+from flows.machine import command
 
 RETRAIN, NIGHTLY = "retrain/retrain", "nightly/nightly"
 POLL_SECONDS = 2.0
@@ -55,23 +57,24 @@ class CategoryRun:
     trouble: str = ""  # why there is no run, or no end
 
     @property
+    def _state(self) -> State[Any] | None:
+        return self.run.state if self.run else None
+
+    @property
     def may_try_again(self) -> bool:
         """Whether the sub-run crashed and is to be started again."""
-        crashed = self.run is not None and self.run.state is not None and self.run.state.is_crashed()
-        return crashed and self.tries < TRIES
+        return self._state is not None and self._state.is_crashed() and self.tries < TRIES
 
     @property
     def over(self) -> bool:
         """Whether nothing more happens to it this night."""
-        ended = self.run is not None and self.run.state is not None and self.run.state.is_final()
-        return bool(self.trouble) or (ended and not self.may_try_again)
+        ended = self._state is not None and self._state.is_final() and not self.may_try_again
+        return ended or bool(self.trouble)
 
     @property
     def state(self) -> str:
         """The name of the sub-run's state, or what prevents one."""
-        if self.trouble:
-            return self.trouble
-        return self.run.state.name or "?" if self.run and self.run.state else "not started"
+        return self.trouble or ((self._state.name or "?") if self._state else "not started")
 
     @property
     def outcome(self) -> str:
@@ -180,21 +183,19 @@ def verdict(items: Sequence[CategoryRun]) -> State[Any]:
     return Completed(message=f"{told}.")
 
 
-def main() -> int:
-    """Start the deployment, print what changes, and say how it ended."""
-    address = PREFECT_API_URL.value()
-    if not address:
-        print("flows.nightly: PREFECT_API_URL is not set; `make up` starts a server, .stack/env says where.",
-              file=sys.stderr)  # fmt: skip
-        return 2
+def main() -> None:
+    """Start the deployment, print what changes, and exit with 1 unless it ends well.
+
+    Raises:
+        UserError: there is no server or no deployment.
+    """
+    if not PREFECT_API_URL.value():
+        raise UserError("PREFECT_API_URL is not set; `make up` starts a server, .stack/env says where.")
     with get_client(sync_client=True) as client:
         try:
             night = _start(NIGHTLY, as_subflow=False)
-        except (httpx.TransportError, ObjectNotFound) as error:
-            remedy = "run `python -m flows.setup`" if isinstance(error, ObjectNotFound) else "start it with `make up`"
-            print(f"flows.nightly: {address} does not know {NIGHTLY} or does not answer ({error}); {remedy}.",
-                  file=sys.stderr)  # fmt: skip
-            return 2
+        except ObjectNotFound as error:
+            raise UserError(f"{PREFECT_API_URL.value()} knows no {NIGHTLY}; run `python -m flows.setup`.") from error
         print(f"{night.name}: {PREFECT_UI_URL.value()}/runs/flow-run/{night.id}", flush=True)
         children = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[night.id]))
         seen: dict[UUID, str] = {}
@@ -207,9 +208,9 @@ def main() -> int:
                     message = run.state.message if run.state and run.state.is_final() else None
                     print(f"{run.name}: {state}{f' - {message}' if message else ''}", flush=True)
             if night.state and night.state.is_final():
-                return 0 if night.state.is_completed() else 1
+                sys.exit(0 if night.state.is_completed() else 1)
             time.sleep(POLL_SECONDS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command("flows.nightly", main)

@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Annotated
 from uuid import UUID
 
-import httpx
 import typer
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flawsmith.config import load_settings
 from flawsmith.errors import FlawsmithError, UserError
+from flows.machine import command
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS = {
@@ -128,18 +129,5 @@ def automations(retrain: UUID, parameters: Iterable[str], window: float) -> list
     return [AutomationCore.model_validate(item) for item in yaml.safe_load(filled)]
 
 
-def run() -> None:
-    """The command: whatever goes wrong ends in one sentence."""
-    try:
-        typer.run(main)
-    except FlawsmithError as error:
-        print(f"flows.setup: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
-    except httpx.TransportError as error:
-        print(f"flows.setup: {PREFECT_API_URL.value()} does not answer ({error}); start it or correct PREFECT_API_URL.",
-              file=sys.stderr)  # fmt: skip
-        raise SystemExit(UserError.exit_code) from error
-
-
 if __name__ == "__main__":
-    run()
+    command("flows.setup", partial(typer.run, main))

@@ -26,10 +26,10 @@ import httpx
 import typer
 from filelock import FileLock, Timeout
 
-from flawsmith.errors import FlawsmithError, UserError, refusal
+from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.files import read_json, write_json
 from flows import postgres
-from flows.machine import LOOPBACK, check_port, clean_environment, free_port, visible_devices
+from flows.machine import LOOPBACK, check_port, clean_environment, command, free_port, visible_devices
 from flows.postgres import Postgres
 from flows.supervisor import Supervisor, write_private
 
@@ -365,14 +365,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _interrupt)  # a killed `up` cleans up as an interrupted one does
-    try:
-        app(prog_name="python -m flows.stack")
-    except (FlawsmithError, OSError) as error:
-        told = error if isinstance(error, FlawsmithError) else refusal(error)
-        if told is None:
-            raise
-        print("flows.stack: " + " ".join(str(told).split()), file=sys.stderr)
-        sys.exit(told.exit_code)
+    command("flows.stack", partial(app, prog_name="python -m flows.stack"))
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,13 +62,14 @@ def stream(
     cancelled flow, Ctrl-C) too, and even when this process is killed with SIGKILL: a stage that nobody waits for must
     not go on writing beside the one that replaces it.
     """
-    values = _environment(environment or {})
-    lines: list[str] = []
+    lines: deque[str] = deque(maxlen=KEPT_LINES)
+    own = str(Path(sys.executable).parent)  # this Python's programs come first
+    path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
     with tempfile.TemporaryFile() as kept:
         process = subprocess.Popen(
             command,
             cwd=root,
-            env=values,
+            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=kept if keep_stdout else subprocess.PIPE,
             stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT,
@@ -80,7 +82,7 @@ def stream(
             for raw in spoken:
                 # of a progress bar that redraws its line, what it showed last
                 line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2].rstrip()
-                lines = [*lines[1 - KEPT_LINES :], line]
+                lines.append(line)
                 on_line(line)
             status = process.wait()
         kept.seek(0)
@@ -114,15 +116,3 @@ def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def _signal_group(leader: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, number)
-
-
-def _environment(replaced: Mapping[str, str]) -> dict[str, str]:
-    """Ours, with this Python's programs first and output that comes line by line, without colours."""
-    own = str(Path(sys.executable).parent)
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([own, os.environ.get("PATH", os.defpath)]),
-        "PYTHONUNBUFFERED": "1",
-        "NO_COLOR": "1",
-        **replaced,
-    }
