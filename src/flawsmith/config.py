@@ -81,8 +81,9 @@ class Settings:
         return self.overrides.get(category, self)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all sections as plain JSON values, shaped like params.yaml."""
-        return {name: section_values(getattr(self, name.replace("-", "_"))) for name in SECTIONS}
+        """Return the seed and all sections as plain JSON values, shaped like params.yaml."""
+        sections = {name: section_values(getattr(self, name.replace("-", "_"))) for name in SECTIONS}
+        return {"seed": self.seed, **sections}
 
 
 SECTIONS: dict[str, Any] = {
@@ -90,7 +91,7 @@ SECTIONS: dict[str, Any] = {
     for name, item in Settings.__dataclass_fields__.items()
     if dataclasses.is_dataclass(item.type)
 }
-# A key that params.yaml does not name follows another one.
+# These keys follow another one where params.yaml does not name them.
 FOLLOWS = {
     "data.split_seed": "seed",
     **{f"{stage}.seed": "seed" for stage in ("ddpm-train", "synthesize", "distill", "evaluate", "promote", "monitor")},
@@ -99,6 +100,7 @@ FOLLOWS = {
     "validate.max_change_outside": "synthesize.visibility",
     "validate.outside_margin": "synthesize.feather",
 }
+# What `overrides` may hold; the others are the same for all categories.
 OVERRIDABLE = [name for name in SECTIONS if name not in ("demo-data", "tracking")]
 
 
