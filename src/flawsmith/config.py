@@ -135,7 +135,7 @@ def load_content(path: Path, replaced: Mapping[str, Any] | None = None) -> dict[
         if point and (not key or section in ("categories", "seed", "overrides")):
             known = "holds no keys" if key else "is to be followed by the name of a key"
             raise UserError(f"`{dotted}` cannot be replaced: `{section}` {known}.")
-        if section == "categories" and overrides:  # those of the others are no matter
+        if section == "categories" and isinstance(value, list):  # those of the others are no matter
             content["overrides"] = {name: own for name, own in overrides.items() if name in value}
         for place in [content, *(own for own in overrides.values() if isinstance(own, dict) and section in own)]:
             if not point:
@@ -196,6 +196,7 @@ def problems(content: Mapping[str, Any]) -> list[str]:
 
 
 def _override_problems(content: Mapping[str, Any], category: Any, own: Any) -> list[str]:
+    """Say what is wrong with a category's own keys, where those of all are right."""
     place = f"overrides.{category}"
     if category not in content["categories"]:
         return [f"`{place}` names no category{nearest(str(category), content['categories'])}."]
@@ -286,6 +287,7 @@ def _build(content: Mapping[str, Any]) -> Settings:
 
 
 def _conflicts(settings: Settings) -> Iterator[str]:
+    """Find keys of several sections that cannot work together."""
     size, ddpm, gate, synthesis = settings.data.image_size, settings.ddpm_train, settings.validate, settings.synthesize
     for name, sides in (("ddpm-train.crop", (ddpm.crop,)), ("synthesize.windows", synthesis.windows)):
         for side in sides:
