@@ -58,13 +58,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, and of each category the figures that a person asks for."""
+    """All findings, and for each category the figures that a person asks for."""
 
     findings: tuple[Finding, ...]
     categories: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[str]:
+        """The sentences of all errors."""
         return [item.sentence for item in self.findings if item.level == "error"]
 
     def to_json(self) -> dict[str, Any]:
@@ -120,10 +121,10 @@ def check_settings(params: Path, overrides: Mapping[str, Any] | None = None) -> 
 
 
 def refuse(params: Path, category: str) -> None:
-    """Check one category and refuse what would fail later.
+    """Check one category and refuse it if a later stage would fail.
 
     Raises:
-        UserError: it names all that would.
+        UserError: it names every error.
     """
     errors = check(params, [category]).errors
     if errors:

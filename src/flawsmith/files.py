@@ -123,16 +123,19 @@ class _Place:
 
     @classmethod
     def of(cls, path: Path) -> "_Place":
+        """Choose the room for a folder that need not exist yet."""
         target = path.resolve()
         is_fixed = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
         return cls(target, target if is_fixed else target.parent)
 
     @property
     def lock(self) -> Path:
+        """The lock file of writers."""
         return self.room / f".{digest_name(self.target.name)}.lock.tmp"
 
     @property
     def aside(self) -> Path:
+        """Where the old folder lies while the new one is put in."""
         return self.room / f".{digest_name(self.target.name)}.old.tmp"
 
     def is_away(self) -> bool:

@@ -35,9 +35,11 @@ class Bar(Protocol[ItemOut]):
 
     def __exit__(self, *error: object) -> Any: ...
 
-    def update(self, n: int = 1) -> Any: ...
+    def update(self, n: int = 1) -> Any:
+        """Count `n` more."""
 
-    def set_postfix(self, *, refresh: bool = True, **values: str) -> Any: ...
+    def set_postfix(self, *, refresh: bool = True, **values: str) -> Any:
+        """Show values behind the count."""
 
 
 def bar(

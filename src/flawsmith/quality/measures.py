@@ -1,4 +1,4 @@
-"""What is measured of a triplet (normal, defect, mask): plain numbers, no judgement.
+"""Measures of a triplet (normal, defect, mask): plain numbers, no judgement.
 
 A file that cannot be read gives a row with `decodable` False and NaN in what could not be measured, never a crash:
 the gate is there to report it.

@@ -1,7 +1,7 @@
 """What is demanded of the triplets, and the verdict: pure, so that both can be read and tested without any tool.
 
-Integrity (files, sizes, pixels, duplicates) binds every triplet and is critical. Looks bind the share `mostly`, for a
-synthesis draws its defects at random and a few odd ones do no harm.
+Integrity (files, sizes, pixels) binds every triplet and is critical. Rules of appearance bind the share `mostly` of the
+triplets, for a synthesis draws its defects at random and a few odd ones do no harm.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ MEASURED = ("mask_area", "components", "change_inside", "change_outside", "visib
 
 @dataclass(frozen=True)
 class Rule:
-    """One demand on a column of the measures, on their number, or (`of all`) on one figure that is true of them all."""
+    """One demand on a column of the measures, on their number, or (kind `of all`) on one figure for the whole set."""
 
     name: str
     kind: Kind
@@ -100,8 +100,8 @@ class Outcome:
     Attributes:
         passed: whether the demand is met, `mostly` taken into account.
         failing_ids: triplets that break it, in the order of the measures; they may be few enough to pass.
-        observed: the number of rows, or [smallest, largest] value of the column, or None if it holds none; of a rule
-            `of all`, the figure.
+        observed: by the rule's kind the number of rows, the figure of the whole set, or the smallest and largest value
+            of the column; None if there is none.
     """
 
     rule: Rule
@@ -144,7 +144,7 @@ class Verdict:
         }
 
     def reason(self) -> str:
-        """The failures of the worst severity in one clause; empty if there is none."""
+        """Name the failures of the worst severity in one clause; empty if there is none."""
         failed = [item for item in self.outcomes if not item.passed and item.rule.severity == self.severity]
         named = [self._named(outcome) for outcome in failed[:NAMES_SHOWN]]
         more = [f"{len(failed) - NAMES_SHOWN} more"] if len(failed) > NAMES_SHOWN else []
@@ -161,9 +161,9 @@ class Verdict:
 
 
 def decide(outcomes: Sequence[Outcome], triplets: int, reported: Severity | None = None) -> Verdict:
-    """Critical failures stop the pipeline, warnings are only reported; no outcome at all is no proof and stops it.
+    """Judge outcomes: a critical failure stops the pipeline, a warning does not; no outcome at all stops it too.
 
-    `reported` is the worst failure according to the tool that checked: the worse of the two views counts.
+    `reported` is the worst failure in the eyes of the tool that checked; the worse of the two views counts.
     """
     failed = {outcome.rule.severity for outcome in outcomes if not outcome.passed} | {reported}
     severity: Severity | None = None
