@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flawsmith.evaluation.intervals import blocks, percentile_interval, resample_counts, share_interval
+from flawsmith.evaluation.intervals import percentile_interval, resample_counts, share_interval
 
 
 def test_every_resample_keeps_each_groups_size():
@@ -47,10 +47,3 @@ def test_share_interval_is_wilsons():
     found = share_interval(2, 40)
     for end in (found.low, found.high):
         assert abs(2 / 40 - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / 40), abs=1e-6)
-
-
-@given(st.integers(0, 100), st.integers(1, 30))
-def test_blocks_cover_everything_once(total, size):
-    parts = list(blocks(total, size))
-    assert [index for part in parts for index in range(total)[part]] == list(range(total))
-    assert all(part.stop - part.start <= size for part in parts)

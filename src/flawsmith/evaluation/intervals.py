@@ -1,6 +1,6 @@
 """How sure a figure is: bootstrap over images, and Wilson's interval for shares."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,9 +51,3 @@ def share_interval(count: int, total: int) -> Estimate:
     half = _Z / shrink * float(np.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2)))
     # clipped to the share itself: at 0 and 1 rounding would leave the point just outside its own interval
     return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
-
-
-def blocks(total: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` that cover range(total)."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))

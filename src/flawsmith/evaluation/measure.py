@@ -15,16 +15,18 @@ from flawsmith.data.dataset import GOOD
 from flawsmith.errors import UserError
 from flawsmith.evaluation import metrics
 from flawsmith.evaluation.config import EvaluateSettings
-from flawsmith.evaluation.intervals import Estimate, blocks, percentile_interval, resample_counts, share_interval
+from flawsmith.evaluation.intervals import Estimate, percentile_interval, resample_counts, share_interval
 from flawsmith.evaluation.metrics import HEADLINE, KEYS, METRICS, Binned, Curve
 from flawsmith.evaluation.samples import Sample
 from flawsmith.evaluation.scoring import ArrayFile, Scorer, Scores, array_files, score_samples
 from flawsmith.evaluation.threshold import Threshold, conformal_threshold
 from flawsmith.inference.predictor import flags, is_defective
+from flawsmith.sequences import batched
 
 NO_CURVE = Curve(np.zeros(0), np.zeros(0), np.zeros(0))  # of pixels, without any mask
 SAMPLED_PIXELS = 2**20  # of each class, to choose the bins from
 RESAMPLES_AT_ONCE = 50  # bounds the bootstrap's memory: 3 x 50 x 4096 counts of 8 bytes are 5 MB
+IMAGES_AT_ONCE = 32  # the same, 3 MB
 
 Values = Mapping[tuple[str, str], NDArray[np.float64]]
 """(defect type or "" for all, key of METRICS) → values `(B,)`, one for each resample."""
@@ -153,7 +155,7 @@ def _perform(
     once = np.ones((1, len(names)), np.uint16)
     points, *parts = (
         _values(names, scores.scores, counts, part, options.aupro_limit)
-        for part in (once, *(weights[rows] for rows in blocks(len(weights), RESAMPLES_AT_ONCE)))
+        for part in (once, *(weights[rows] for rows in batched(range(len(weights)), RESAMPLES_AT_ONCE)))
     )
     draws = {key: np.concatenate([part[key] for part in parts]) for key in points}
     estimates = {key: percentile_interval(float(points[key][0]), draws[key]) for key in points}
@@ -217,11 +219,9 @@ def _values(
 
 def _weighted_counts(counts: ArrayFile, members: NDArray[np.bool_], weights: NDArray[np.uint16]) -> NDArray[np.float64]:
     """Counts of the member images, one or more, summed with each row of weights: `(B, 3, K)`."""
-    indices = np.flatnonzero(members)
-    parts = (indices[rows] for rows in blocks(len(indices), 32))
     sums: Iterator[NDArray[np.float64]] = (
-        np.tensordot(weights[:, part].astype(np.float64), np.stack([counts.read(int(one)) for one in part]), axes=1)
-        for part in parts
+        np.tensordot(weights[:, part].astype(np.float64), np.stack([counts.read(index) for index in part]), axes=1)
+        for part in batched(np.flatnonzero(members).tolist(), IMAGES_AT_ONCE)
     )
     return reduce(np.add, sums)
 

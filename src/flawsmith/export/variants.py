@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -28,10 +29,10 @@ _HALF_LIMIT = 65504.0 / 4  # a GPU's float16 overflows at 65504: no value seen h
 
 
 def to_fp16(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> onnx.ModelProto:
-    """The graph with its convolutions, and what lies between them, in float16; inputs and outputs stay float32.
+    """Rewrite the convolutions, and what lies between them, to float16; inputs and outputs stay float32.
 
     Args:
-        model: what `write_model` wrote; it stays as it is.
+        model: what `write_model` wrote; it is changed in place.
         images: (3, S, S) each, to look for values that float16 cannot hold. onnxruntime computes float16 in float32 on
             a CPU, so such a model would be right here and answer infinity on a GPU.
 
@@ -43,14 +44,12 @@ def to_fp16(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
     peak = _largest(model, answers, images)
     if not peak <= _HALF_LIMIT:
         raise FlawsmithError(f"a value inside reaches {peak:.3g}, too near to the largest that float16 holds")
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    _lower(copy.graph, half)
-    return copy
+    _lower(model.graph, half)
+    return model
 
 
 def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> onnx.ModelProto:
-    """The graph with its large convolutions in 8-bit integers (QDQ), weights a channel, activations a tensor.
+    """Bring the large convolutions to 8-bit integers (QDQ), with one scale a channel of weights, one an activation.
 
     Weights use 7 bits: a CPU without VNNI adds two 8-bit products in 16 bits, which saturates, so that the same file
     would answer differently on another machine.
@@ -67,13 +66,14 @@ def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
     quantised = _quantised_nodes(model)
     if not quantised:  # onnxruntime would take an empty list for "all"
         raise FlawsmithError("it has no dense convolution with an activation behind it")
+    feeds = ({INPUT_NAME: image[None]} for image in images)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         before.write_bytes(model.SerializeToString(deterministic=True))
         quantize_static(
             before,
             after,
-            _Reader(images),
+            SimpleNamespace(get_next=lambda: next(feeds, None)),  # all that calibration asks of a reader
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", *_ACTIVATIONS],
             nodes_to_quantize=quantised,
@@ -92,17 +92,6 @@ MAKERS: Mapping[str, Callable[[onnx.ModelProto, Iterable[NDArray[np.float32]]], 
     FP16: to_fp16,
     INT8: to_int8,
 }
-
-
-class _Reader:
-    """Images one by one, as onnxruntime's calibration asks for them."""
-
-    def __init__(self, images: Iterable[NDArray[np.float32]]) -> None:
-        self._images = iter(images)
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        image = next(self._images, None)
-        return None if image is None else {INPUT_NAME: image[None]}
 
 
 def _half_nodes(model: onnx.ModelProto) -> set[str]:
