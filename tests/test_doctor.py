@@ -21,7 +21,6 @@ from flawsmith.doctor import (
     run_checks,
     worst_status,
 )
-from flawsmith.extras import normalised
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -96,12 +95,6 @@ def test_versions_are_compared_with_the_constraints() -> None:
 def test_constraint_lines_are_read_as_pip_does() -> None:
     text = "A.b_C[extra]==1.2 ; python_version > '3'\n\n# x==1\n-c other.txt\n"
     assert {name: str(wanted.specifier) for name, wanted in parse_constraints(text).items()} == {"a-b-c": "==1.2"}
-
-
-@given(st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", fullmatch=True))
-def test_normalising_twice_changes_nothing(name: str) -> None:
-    assert normalised(normalised(name)) == normalised(name)
-    assert "_" not in normalised(name)
 
 
 @given(st.integers(0, 100), st.integers(0, 50), st.integers(50, 100))

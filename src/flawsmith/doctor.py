@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from flawsmith.config import Settings
 from flawsmith.errors import FlawsmithError, UserError
-from flawsmith.extras import normalised, packages_of_extras
+from flawsmith.extras import packages_of_extras
 from flawsmith.files import digest_file
 
 Status = Literal["ok", "warn", "fail"]
@@ -156,13 +157,13 @@ def check_extras(versions: Mapping[str, str], packages: Mapping[str, Sequence[st
 
 def parse_constraints(text: str) -> dict[str, Requirement]:
     """The lines of a constraints file by their names, normalised (PEP 503); comments and options are skipped."""
-    found = {}
+    found: dict[str, Requirement] = {}
     for line in text.splitlines():
         try:
             wanted = Requirement(line.partition("#")[0].strip())
         except InvalidRequirement:
             continue
-        found[normalised(wanted.name)] = wanted
+        found[canonicalize_name(wanted.name)] = wanted
     return found
 
 
@@ -209,7 +210,7 @@ def dvc_cache(root: Path) -> Path:
 
 def _installed_versions() -> dict[str, str]:
     pairs = ((item.metadata["Name"], item.version) for item in importlib.metadata.distributions())
-    return {normalised(name): version for name, version in pairs if name and version}
+    return {canonicalize_name(name): version for name, version in pairs if name and version}
 
 
 def _satisfies(version: str, wanted: Requirement) -> bool:

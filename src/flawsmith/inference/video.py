@@ -11,7 +11,6 @@ import numpy as np
 
 from flawsmith.data.images import FloatImage, Reading
 from flawsmith.errors import UserError
-from flawsmith.extras import missing
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -49,6 +48,8 @@ def is_video(path: Path) -> bool:
 def check_installed() -> None:
     """Raise a UserError where PyAV is missing."""
     if find_spec("av") is None:
+        from flawsmith.extras import missing
+
         raise missing("av", "video")
 
 
