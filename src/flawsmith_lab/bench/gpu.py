@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flawsmith.config import SECTIONS, read_yaml
+from flawsmith.config import load_content
 from flawsmith.devices import Compute
 from flawsmith.errors import UserError
 from flawsmith.files import read_json
@@ -37,17 +37,11 @@ def read_overlay(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, no YAML, or no mapping of sections to keys. Unknown keys are refused by the settings.
     """
-    try:
-        content = read_yaml(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name a preset with --overlay.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}.") from error
-    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a preset with --overlay.")
+    content = load_content(path)
+    if not all(isinstance(values, dict) for values in content.values()):
         raise UserError(f"{path} must hold sections such as `ddpm-train:` with `key: value` lines below.")
-    for section in content:
-        if section not in SECTIONS:
-            raise UserError(f"{path}: unknown section `{section}`; known are {', '.join(SECTIONS)}.")
     return {f"{section}.{key}": value for section, values in content.items() for key, value in values.items()}
 
 

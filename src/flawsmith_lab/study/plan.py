@@ -216,7 +216,7 @@ def build_plan(request: Request) -> Plan:
     for category, name, point, seed, part in itertools.product(
         categories, request.methods, points, request.seeds, request.parts
     ):
-        texture = {**point, **METHODS[name].settings}.get("synthesize.texture", base.synthesize.texture)
+        texture = {**point, **METHODS[name].settings}.get("synthesize.texture", base.of(category).synthesize.texture)
         stages = [one for one in METHODS[name].stages if one != "ddpm-train" or texture == DIFFUSION]
         read = {*SHARED, *(name for stage in stages for name in READS[stage])}
         grid = {key: value for key, value in point.items() if key in read or key.partition(".")[0] in read}

@@ -168,3 +168,10 @@ def test_code_that_leaves_a_result_counts_and_what_uses_a_model_does_not(tmp_pat
     assert code_digest(tmp_path) == before
     (tmp_path / "devices.py").write_text("after")
     assert code_digest(tmp_path) != before
+
+
+def test_a_category_s_own_settings_decide_its_stages(project):
+    params = project.params.read_text()
+    assert "overrides: {}" in params
+    project.params.write_text(params.replace("overrides: {}", "overrides: {tiles: {synthesize: {texture: own}}}"))
+    assert "ddpm-train" not in stages(build_plan(project.request()))
