@@ -116,12 +116,22 @@ def settings_with(*categories: str) -> Settings:
 def test_stages_stand_in_the_order_of_dvc_yaml() -> None:
     demo = settings_with("brushed_metal")
     names = [target.partition("@")[0] for target in dvc.stages_of(ROOT, demo, "brushed_metal")]
-    assert names == ["demo-data", "demo-data", "ddpm-train", "synthesize", "validate", "distill", "evaluate", "export"]
+    assert names == [
+        "demo-data",
+        "demo-data",
+        "settings",
+        "ddpm-train",
+        "synthesize",
+        "validate",
+        "distill",
+        "evaluate",
+        "export",
+    ]
 
 
 def test_the_surfaces_stages_belong_to_every_category_so_that_all_of_dvc_lock_can_be_pulled() -> None:
     targets = dvc.stages_of(ROOT, settings_with("my_bolts"), "my_bolts")
-    assert targets[:3] == ["demo-data@brushed_metal", "demo-data@woven_fabric", "ddpm-train@my_bolts"]
+    assert targets[:3] == ["demo-data@brushed_metal", "demo-data@woven_fabric", "settings@my_bolts"]
     assert all(target.endswith("@my_bolts") for target in targets[2:])
 
 
