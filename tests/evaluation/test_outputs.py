@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from small_settings import SHIPPED
 from synthetic import assess_synthetic, contrast_scorer, synthetic_sample
 
 from flawsmith.data.dataset import GOOD
@@ -28,6 +29,7 @@ from flawsmith.evaluation.report import (
 )
 from flawsmith.evaluation.samples import EvaluationSet
 from flawsmith.files import digest_path
+from flawsmith.settings import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def judged(result, labelled=True):
 
 
 def header(result, labelled=True, category="tiles"):
-    return ReportHeader(category, judged(result, labelled), aupro_limit=0.3, bootstrap=40, image_size=48, teacher="toy")
+    return ReportHeader(category, load_settings(SHIPPED), judged(result, labelled))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,53 +27,34 @@ SHEET_EXAMPLES = 16
 
 @dataclass(frozen=True)
 class ReportHeader:
-    """What is evaluated and how: the words and numbers of titles and notes.
+    """What is evaluated and how: titles and notes are made of it.
 
     Attributes:
         category: its name.
+        settings: what the run was asked for.
         judged: the images.
-        aupro_limit: false positive rate that AUPRO goes up to.
-        bootstrap: number of resamples.
-        image_size: side of the model's input in pixels.
-        teacher: name of the teacher's backbone.
-        gate: what the quality gate said of the triplets and the DDPM behind them.
-        warned: whether that is a warning.
+        verdict: the content of the quality gate's verdict.json; empty if there is none.
         flagged_shades: share of the shades that is flagged; None if there are none.
     """
 
     category: str
+    settings: Settings
     judged: EvaluationSet
-    aupro_limit: float
-    bootstrap: int
-    image_size: int
-    teacher: str
-    gate: str = ""
-    warned: bool = False
+    verdict: Mapping[str, Any] = field(default_factory=dict)
     flagged_shades: Estimate | None = None
 
-    @classmethod
-    def of(
-        cls,
-        category: str,
-        settings: Settings,
-        judged: EvaluationSet,
-        verdict: Mapping[str, Any],
-        flagged_shades: Estimate | None,
-    ) -> "ReportHeader":
-        """The header of a category's report; `verdict` is the content of verdict.json."""
-        warnings = [item["name"] for item in verdict["expectations"] if not item["passed"]]
-        said = f"with warnings ({', '.join(warnings)})" if warnings else "without a warning"
-        return cls(
-            category,
-            judged,
-            settings.evaluate.aupro_limit,
-            settings.evaluate.bootstrap,
-            settings.data.image_size,
-            settings.teacher.backbone,
-            f"The triplets passed the quality gate {said}. {verdict.get('ddpm') or ''}".strip(),
-            bool(warnings),
-            flagged_shades,
-        )
+    @property
+    def warnings(self) -> list[str]:
+        """Expectations that the triplets do not meet."""
+        return [item["name"] for item in self.verdict.get("expectations", ()) if not item["passed"]]
+
+    @property
+    def gate(self) -> str:
+        """What the quality gate said of the triplets and the DDPM behind them."""
+        if not self.verdict:
+            return ""
+        said = f"with warnings ({', '.join(self.warnings)})" if self.warnings else "without a warning"
+        return f"The triplets passed the quality gate {said}. {self.verdict.get('ddpm') or ''}".strip()
 
     @property
     def title(self) -> str:
@@ -94,7 +75,7 @@ def write_report(folder: Path, result: Assessment, header: ReportHeader) -> None
         "curves": partial(draw_image_curves, result, title),
     }
     if len(result.detector.curves["pixel"].recall):
-        drawings["pixel_curves"] = partial(draw_pixel_curves, result, title, header.aupro_limit)
+        drawings["pixel_curves"] = partial(draw_pixel_curves, result, title, header.settings.evaluate.aupro_limit)
     figures = {}
     for name, drawing in drawings.items():
         light, dark = (figure_png(drawing(theme)) for theme in (LIGHT, DARK))

@@ -61,7 +61,7 @@ def run(layout: Layout) -> None:
             generator = numpy_generator(settings.evaluate.seed, "bootstrap")
             result = assess(detector, baseline, judged.samples, calibration, generator, settings.evaluate)
             shades = flagged_share(detector, judged.shades, result.detector.threshold.value, settings.evaluate.batch)
-            header = ReportHeader.of(layout.category, settings, judged, read_json(verdict), shades)
+            header = ReportHeader(layout.category, settings, judged, read_json(verdict), shades)
             write_data(folder, result, judged, read_json(weights / "config.json").get("precision", ""), shades)
             write_parity_images(folder / "parity", judged.samples, settings.evaluate.parity_images, tiling)
             write_report(folder, result, header)
