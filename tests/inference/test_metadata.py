@@ -49,15 +49,16 @@ def test_a_damaged_property_is_named(metadata: ModelMetadata, key: str, value: s
         ModelMetadata.from_properties(properties, "m.onnx")
 
 
-def test_float32_thresholds_survive_as_text(metadata: ModelMetadata) -> None:
-    third = replace(metadata, threshold=1 / 3)
-    assert ModelMetadata.from_properties(third.to_properties(), "m").threshold == 1 / 3
-
-
-def test_a_file_from_before_tiles_sees_whole_images(metadata: ModelMetadata) -> None:
-    old = {key: value for key, value in metadata.to_properties().items() if key.removeprefix("flawsmith.") in KEYS}
-    assert len(old) == len(KEYS)
-    assert not ModelMetadata.from_properties(old, "m").tiling.is_tiled
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [("scale", 0.0), ("tile_overlap", 0), ("white_level", 0), ("precision", "fp32"), ("typical_score", 0.0)],
+)
+def test_a_file_from_before_there_was_a_property_has_its_default(
+    metadata: ModelMetadata, key: str, default: object
+) -> None:
+    properties = replace(metadata, white_level=4095).to_properties()
+    del properties[f"flawsmith.{key}"]
+    assert getattr(ModelMetadata.from_properties(properties, "m"), key) == default
 
 
 @given(st.integers(1, 64).map(lambda n: 32 * n), st.floats(0.01, 2), st.floats(0, 0.5))
@@ -71,9 +72,3 @@ def test_tiles_that_cannot_be_are_damage(metadata: ModelMetadata, key: str, valu
     properties = {**replace(metadata, scale=0.5, tile_overlap=16).to_properties(), f"flawsmith.{key}": value}
     with pytest.raises(UserError, match=r"m\.onnx has damaged metadata"):
         ModelMetadata.from_properties(properties, "m.onnx")
-
-
-def test_a_file_from_before_variants_is_in_float32(metadata: ModelMetadata) -> None:
-    properties = metadata.to_properties()
-    del properties["flawsmith.precision"]
-    assert ModelMetadata.from_properties(properties, "m.onnx").precision == "fp32"

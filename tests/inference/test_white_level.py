@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_settings import SHIPPED
-from toy_onnx import METADATA
 
 from flawsmith import errors
 from flawsmith.config import load_settings
@@ -98,10 +97,3 @@ def test_training_and_prediction_see_of_12_bits_what_they_see_of_8(
     assert np.abs(seen["eight"][0].astype(int) - seen["twelve"][0]).max() <= tolerance
     np.testing.assert_allclose(seen["eight"][1], seen["twelve"][1], atol=1 / 255)
     np.testing.assert_allclose(seen["eight"][2], seen["twelve"][2], atol=1 / 255)
-
-
-def test_a_model_tells_its_white_level_and_an_old_one_has_none(tmp_path: Path) -> None:
-    properties = replace(METADATA, white_level=4095).to_properties()
-    assert type(METADATA).from_properties(properties, "m").white_level == 4095
-    del properties["flawsmith.white_level"]
-    assert type(METADATA).from_properties(properties, "m").white_level == 0

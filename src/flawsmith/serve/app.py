@@ -124,7 +124,7 @@ class Service:
         with self.telemetry.phases.labels("draw").time():
             answer = describe(prediction, predictor, image.shape[1], image.shape[2])
             answer["model"] = {
-                "category": predictor.metadata.category, "version": loaded.version, "digest": loaded.digest,
+                "category": predictor.metadata.category, "version": loaded.version, "digest": predictor.digest,
                 "provider": predictor.provider,
             }  # fmt: skip
             if with_map:

@@ -21,30 +21,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer.
-
-    Attributes:
-        version: of the registry, "" for a file.
-        digest: SHA-256 of its ONNX file.
-    """
+    """A model ready to answer, and its version in the registry ("" for a file)."""
 
     predictor: Predictor
-    version: str
-    digest: str
+    version: str = ""
 
 
 class Source(Protocol):
     """Where models come from."""
 
     def newest(self) -> str:
-        """A mark that changes whenever the model does; cheap, for it is asked for again and again.
+        """Return a mark that changes whenever the model does. Cheap: it is asked for again and again.
 
         Raises:
             UserError: there is no model now.
         """
 
     def load(self, mark: str) -> Loaded:
-        """The model of a mark.
+        """Load the model of a mark.
 
         Raises:
             UserError: it is gone or damaged.
@@ -58,6 +52,7 @@ class FileSource:
         self._path, self._threads, self._provider = path, threads, provider
 
     def newest(self) -> str:
+        """Return a mark made of the file's inode, size and time."""
         try:
             found = self._path.stat()
         except OSError as error:
@@ -65,8 +60,9 @@ class FileSource:
         return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
 
     def load(self, mark: str) -> Loaded:
+        """Load the file as it is now."""
         predictor = Predictor(self._path, self._threads, provider=self._provider)
-        return Loaded(predictor, "", predictor.digest)
+        return Loaded(predictor)
 
 
 class RegistrySource:
@@ -78,12 +74,14 @@ class RegistrySource:
         self._registry, self._threads, self._provider = Registry(root, category), threads, provider
 
     def newest(self) -> str:
+        """Return the champion's version."""
         version = self._registry.champion()
         if not version:
             raise UserError(f"{self._registry.model} has no champion; run `flawsmith promote`.")
         return version
 
     def load(self, mark: str) -> Loaded:
+        """Download a version and check that its model is the one that was registered."""
         expected = self._registry.version(mark).digest
         with self._registry.download(mark) as folder:
             predictor = Predictor(folder / "model.onnx", self._threads, provider=self._provider)
@@ -92,7 +90,7 @@ class RegistrySource:
                 f"model.onnx of version {mark} of {self._registry.model} is not the file that was registered "
                 "(its digest differs); register the model again."
             )
-        return Loaded(predictor, mark, predictor.digest)
+        return Loaded(predictor, mark)
 
 
 class ModelSlot:
@@ -108,19 +106,14 @@ class ModelSlot:
         self, source: Source, seconds: float, on_change: Callable[[Loaded | None], None] = lambda loaded: None
     ) -> None:
         self._source, self._seconds, self._on_change = source, seconds, on_change
-        self._current: Loaded | None = None
+        self.current: Loaded | None = None  # the model to answer with; None before there is one
         self._mark = ""
         self._refused = ""  # why the newest model cannot be used: it is tried again, but complained of once
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    @property
-    def current(self) -> Loaded | None:
-        """The model to answer with; None before there is one."""
-        return self._current
-
     def refresh(self) -> bool:
-        """Look at the source once; whether the model was exchanged.
+        """Look at the source once; return whether the model was exchanged.
 
         Raises:
             FlawsmithError: there is no model, or it cannot be used; the present one stays.
@@ -131,7 +124,7 @@ class ModelSlot:
         loaded = self._source.load(mark)
         size = loaded.predictor.metadata.input_size
         loaded.predictor.predict([np.zeros((3, size, size), np.float32)])  # allocates, and fails now if it would later
-        self._current, self._mark, self._refused = loaded, mark, ""
+        self.current, self._mark, self._refused = loaded, mark, ""
         self._on_change(loaded)
         return True
 
@@ -154,8 +147,8 @@ class ModelSlot:
     def _follow(self) -> None:
         while not self._stop.wait(self._seconds):
             try:
-                if self.refresh() and self._current is not None:
-                    log.info("now answering with %s", self._current.version or self._current.digest[:12])
+                if self.refresh() and self.current is not None:
+                    log.info("now answering with %s", self.current.version or self.current.predictor.digest[:12])
             except Exception as error:  # whatever befalls the store, the present model goes on answering
                 reason = str(error) if isinstance(error, FlawsmithError) else f"{type(error).__name__}: {error}"
                 if reason != self._refused:

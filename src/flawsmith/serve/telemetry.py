@@ -44,7 +44,7 @@ class Telemetry:
         if loaded is not None:
             self._model.clear()
             model = loaded.predictor
-            self._model.labels(model.metadata.category, loaded.version, loaded.digest, model.provider).set(1)
+            self._model.labels(model.metadata.category, loaded.version, model.digest, model.provider).set(1)
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""
