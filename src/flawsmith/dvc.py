@@ -39,7 +39,7 @@ ADVICE = re.compile(
     r"\s*(To track the changes with git, run:|To enable auto staging, run:|git add |dvc config core\.autostage|"
     r"Use `dvc push` to send)"
 )
-STORE_DOWN = "The MLflow tracking store"  # how flawsmith.tracking begins the sentence about a store out of reach
+STORE_DOWN = "The MLflow tracking store"  # how flawsmith.connection begins the sentence about a store out of reach
 UNEXPECTED = "flawsmith: unexpected "
 FIRST_SIGNAL = 128  # a shell's exit status for a command killed by signal N is 128 + N
 
