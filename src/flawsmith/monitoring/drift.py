@@ -19,12 +19,11 @@ from scipy.stats import betabinom
 from flawsmith.errors import UserError
 from flawsmith.evaluation.intervals import Estimate, share_interval
 from flawsmith.inference.predictor import flags
-from flawsmith.monitoring.config import MonitorSettings
+from flawsmith.monitoring.config import TESTS, MonitorSettings
 from flawsmith.monitoring.reference import IMAGE_STATISTICS, Measurement
 from flawsmith.monitoring.statistics import Comparison, compare_mmd, population_stability_index
 
 FLAGGED, MMD = "flagged share", "feature MMD"
-TESTS = 2  # what was not compared counts too: alpha must not depend on how many images were flagged
 VISIBLE_CHANGE = 0.5  # deviations of the calibration normals by which brightness, ... must move to be named
 MIN_COMPARED = 5  # images judged good on either side; fewer make no distribution
 
@@ -49,7 +48,8 @@ class Statistic:
 
     @property
     def adjusted_p(self) -> float:
-        """The p-value adjusted for the number of statistics (Bonferroni)."""
+        """The p-value adjusted for both tests (Bonferroni), even where one could not be made: else `alpha` would depend
+        on how many images were flagged."""
         return min(1.0, TESTS * self.p_value)
 
     @property
