@@ -199,7 +199,7 @@ def _override_problems(content: Mapping[str, Any], category: Any, own: Any) -> l
     """Say what is wrong with a category's own keys, where those of all are right."""
     place = f"overrides.{category}"
     if category not in content["categories"]:
-        return [f"`{place}` names no category{nearest(str(category), content['categories'])}."]
+        return [f"`{place}` names no category{nearest(str(category), content['categories'])}"]
     if not isinstance(own, Mapping):
         return [f"`{place}` must hold sections such as `data:`, with their keys below."]
     found = list(_unknown(own, OVERRIDABLE, f"{place}."))
@@ -214,7 +214,7 @@ def _override_problems(content: Mapping[str, Any], category: Any, own: Any) -> l
 def _unknown(content: Mapping[str, Any], known: list[str], place: str) -> Iterator[str]:
     for key in content:
         if key not in known:
-            yield f"unknown section `{place}{key}`{nearest(str(key), known)}."
+            yield f"unknown section `{place}{key}`{nearest(str(key), known)}"
 
 
 def _category_problems(content: Mapping[str, Any]) -> Iterator[str]:

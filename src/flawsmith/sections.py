@@ -54,7 +54,7 @@ def section_problems(name: str, content: Any, section: type, place: str = "") ->
     known = describe(section)
     for key in content:
         if key not in known:
-            yield f"unknown key `{name}.{key}`{nearest(str(key), list(known))}."
+            yield f"unknown key `{name}.{key}`{nearest(str(key), list(known))}"
     try:
         section(**tuples({key: value for key, value in content.items() if key in known}))
     except ValidationError as error:
@@ -92,7 +92,7 @@ def rule(key: Mapping[str, Any]) -> str:
 def nearest(key: str, known: Sequence[str]) -> str:
     """End a sentence about an unknown name: with the nearest known one, else with all."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(known)}."
 
 
 def section_values(section: Any) -> dict[str, Any]:

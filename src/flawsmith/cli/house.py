@@ -101,6 +101,10 @@ def show_params(
     settings = read_settings(params, overrides)
     if section is not None and section not in SECTIONS:
         raise UserError(f"`{section}` is no section of params.yaml; known are {', '.join(SECTIONS)}.")
+    if section is None:
+        print(f"categories: {_plain(list(settings.categories))}: folders under data.root")
+        print(f"seed: {settings.seed}: of all that is drawn at random")
+        print(f"overrides: {_plain(list(settings.overrides))}: categories with values of their own\n")
     print("\n\n".join(describe_section(settings, name) for name in SECTIONS if section in (None, name)))
 
 
