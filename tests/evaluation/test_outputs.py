@@ -10,6 +10,7 @@ import pytest
 from small_settings import SHIPPED
 from synthetic import assess_synthetic, contrast_scorer, synthetic_sample
 
+from flawsmith.config import load_settings
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import read_image, to_uint8
 from flawsmith.data.tiling import Tiling
@@ -29,7 +30,6 @@ from flawsmith.evaluation.report import (
 )
 from flawsmith.evaluation.samples import EvaluationSet
 from flawsmith.files import digest_path
-from flawsmith.settings import load_settings
 
 
 @pytest.fixture(scope="module")
