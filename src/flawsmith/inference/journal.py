@@ -7,7 +7,7 @@ crash is taken back at the next start, and its image is scored again.
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flawsmith.errors import UserError
 from flawsmith.files import is_ours, read_json, write_json
 from flawsmith.inference.options import LINES
 from flawsmith.inference.predictor import Predictor
-from flawsmith.inference.writers import MASKS, OVERLAYS, describe_model, json_line
+from flawsmith.inference.writers import MASKS, OVERLAYS, check_out, describe_model, json_line
 
 FORGET = 3600.0  # seconds a file must be gone to be forgotten: a share may be away for some time and come back
 MODEL, LOCK = "model.json", ".lock"
@@ -102,7 +102,11 @@ def open_journal(folder: Path, out: Path, predictor: Predictor) -> Iterator[Jour
         UserError: `out` holds something else, the results of another model, or the watched folder; or another watch
             uses it.
     """
-    _check_folders(folder, out)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} holds the watched folder; name another folder for --out.")
+    is_watch = (out / MODEL).exists()  # `predict` without --watch may leave lines too, but no model.json
+    ours = {OVERLAYS, MASKS, MODEL, LOCK, *([LINES] if is_watch else [])}
+    check_out(out.resolve(), out, (), ours, "results of a watch")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK, timeout=0)
     try:
@@ -111,39 +115,17 @@ def open_journal(folder: Path, out: Path, predictor: Predictor) -> Iterator[Jour
         raise UserError(f"Another watch writes into {out}; end it first, or name a new folder for --out.") from error
     try:
         for path in (*out.glob(".*.tmp"), *(out / OVERLAYS).rglob(".*.tmp"), *(out / MASKS).rglob(".*.tmp")):
-            if _is_leftover(path):
+            if is_ours(path.name) and path.is_file():  # `atomic_file` had not put it in place when it was killed
                 path.unlink()
         model = json.loads(json.dumps(describe_model(predictor)))
         if (out / MODEL).exists() and read_json(out / MODEL) | {"provider": predictor.provider} != model:
             raise UserError(f"{out} holds results of another model or threshold; name a new folder for --out.")
         write_json(out / MODEL, model)
-        journal = Journal(out / LINES)
-        _sync_folder(out)
-        try:
+        with closing(Journal(out / LINES)) as journal:
+            _sync_folder(out)
             yield journal
-        finally:
-            journal.close()
     finally:
         lock.release()
-
-
-def _check_folders(folder: Path, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder for the results.")
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out} holds the watched folder; name another folder for --out.")
-    ours = {LINES, OVERLAYS, MASKS, MODEL, LOCK}
-    found = {path.name for path in out.iterdir() if not _is_leftover(path)} if out.is_dir() else set()
-    if found - ours or (LINES in found and MODEL not in found):
-        example = sorted(found - ours or found)[0]
-        raise UserError(
-            f"{out} holds files that are no results of a watch (such as {example}); name a new folder for --out."
-        )
-
-
-def _is_leftover(path: Path) -> bool:
-    """A file that `atomic_file` had not put in place when its process was killed."""
-    return is_ours(path.name) and path.is_file()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -187,11 +187,17 @@ def json_line(row: Row) -> str:
     return json.dumps(row, allow_nan=False)
 
 
-def check_out(target: Path, given: Path, files: Iterable[InputFile], ours: Collection[str] = RESULTS) -> None:
-    """Refuse a folder that holds anything but earlier results (`ours`), for it is replaced as a whole.
+def check_out(
+    target: Path,
+    given: Path,
+    files: Iterable[InputFile],
+    ours: Collection[str] = RESULTS,
+    what: str = "earlier results",
+) -> None:
+    """Refuse a folder for results that holds anything but `ours`, which the sentence calls `what`.
 
     Raises:
-        UserError: it holds something else, or one of `files` lies in it.
+        UserError: it is a file, it holds something else, or one of `files` lies in it.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{given} is a file; name a folder for the results.")
@@ -199,7 +205,7 @@ def check_out(target: Path, given: Path, files: Iterable[InputFile], ours: Colle
     others = {name for name in found if not is_ours(name)} - {*ours, LOST}
     if others or any(file.path.resolve().is_relative_to(target) for file in files):
         example = f" (such as {sorted(others)[0]})" if others else ""
-        raise UserError(f"{given} holds files that are no earlier results{example}; name a new folder for --out.")
+        raise UserError(f"{given} holds files that are no {what}{example}; name a new folder for --out.")
 
 
 def _flat(row: Row) -> list[Any]:
