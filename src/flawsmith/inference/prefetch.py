@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import ceil
 
 from flawsmith.data.images import FloatImage
 from flawsmith.errors import UserError
@@ -68,7 +69,8 @@ def predict_stream(
         return futures, pixels
 
     source, decoders = ThreadPoolExecutor(1, "source"), ThreadPoolExecutor(workers, "decode")
-    coming = deque(source.submit(collect) for _ in range(-(-workers // batch)))  # batches ahead that keep all busy
+    ahead = ceil(workers / batch)  # batches: as many as keep all workers busy
+    coming = deque(source.submit(collect) for _ in range(ahead))
     try:
         while True:
             futures, pixels = coming.popleft().result()
