@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -49,20 +49,10 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
-class Small(NamedTuple):
-    """A small detector with random weights, and its int8."""
-
-    whole: Path
-    int8: Path
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    folder = tmp_path_factory.mktemp("models")
-    found = Small(folder / "whole.onnx", folder / "int8.onnx")
-    random_model(bench_settings(TESTS.parent / "params.yaml", None, None, OVERRIDES), SIZE, found.whole)
-    quantise(found.whole, found.int8, SIZE)
-    return found
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A model for images of SIZE."""
+    return write_toy(tmp_path / "whole.onnx", input_size=SIZE)
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -70,19 +60,33 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
-def test_alone_every_setting_has_a_row_and_no_ratio(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--model", str(small.whole), "--without-anomalib", "--batches", "1,2", "--rounds", "2", "--runs", "3"])
+def test_alone_every_setting_has_a_row_and_no_ratio(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        [
+            "--model",
+            str(toy),
+            "--without-anomalib",
+            "--batches",
+            "1,2",
+            "--threads",
+            "1",
+            "--rounds",
+            "2",
+            "--runs",
+            "3",
+        ]
+    )
     found = last_line(capsys)
     assert found["ratio_vs_efficientad"] is None
     assert found["weights"] == "trained"
-    assert {(one["batch"], one["threads"], one["precision"]) for one in found["rows"]} == {
-        (batch, threads, precision) for batch in (1, 2) for threads in (1, 2) for precision in ("fp32", "int8")
+    assert {(one["batch"], one["precision"]) for one in found["rows"]} == {
+        (batch, precision) for batch in (1, 2) for precision in ("fp32", "int8")
     }
     for one in found["rows"]:
         assert 0 < one["p50_ms"] <= one["p95_ms"] <= one["p99_ms"]
-        assert one["images_per_second"] == pytest.approx(1000 * one["batch"] / one["p50_ms"], rel=0.01)
+        assert one["images_per_second"] == pytest.approx(1000 * one["batch"] / one["p50_ms"], rel=0.05)
         assert (one["rounds"], one["runs"]) == (2, 6)
-        assert one["peak_mb"] > one["model_mb"] > 0
+        assert one["peak_mb"] > 10 > one["model_mb"]
 
 
 def test_beside_peers_the_ratio_is_that_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +108,8 @@ def test_beside_peers_the_ratio_is_that_of_the_rows(tmp_path: Path, capsys: pyte
         assert found["ratios"][HEADLINE.name][peer] == found[f"ratio_vs_{peer}"]
 
 
-def test_what_takes_too_long_is_said_and_not_timed(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--model", str(small.whole), "--without-anomalib", "--batches", "1", "--threads", "1", "--precisions", "fp32",
+def test_what_takes_too_long_is_said_and_not_timed(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", str(toy), "--without-anomalib", "--batches", "1", "--threads", "1", "--precisions", "fp32",
           "--limit", "1e-9"])  # fmt: skip
     (row,) = last_line(capsys)["rows"]
     assert "--limit is 1e-09 s" in row["skipped"]
@@ -130,12 +134,18 @@ def test_patchcore_remembers_a_tenth_of_the_patches_of_200_images() -> None:
     assert PATCHCORE_VECTORS == 20480
 
 
-def test_int8_answers_nearly_as_fp32(small: Small) -> None:
-    assert small.int8.stat().st_size < small.whole.stat().st_size
+@pytest.mark.slow
+def test_a_random_detector_is_exported_and_its_int8_answers_nearly_as_fp32(tmp_path: Path) -> None:
+    whole, int8 = tmp_path / "whole.onnx", tmp_path / "int8.onnx"
+    random_model(bench_settings(TESTS.parent / "params.yaml", None, None, OVERRIDES), SIZE, whole)
+    quantise(whole, int8, SIZE)
+    assert int8.stat().st_size < whole.stat().st_size
     images = np.random.default_rng(0).random((3, 3, SIZE, SIZE), np.float32)
-    sessions = [onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in small]
+    sessions = [onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (whole, int8)]
     one, other = (session.run(["anomaly_map"], {"image": images})[0] for session in sessions)
     assert np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.5
+    with pytest.raises(UserError, match="is quantised already; name the fp32"):
+        main(["--without-anomalib", "--model", str(int8)])
 
 
 def test_the_workers_need_nothing_of_flawsmith(tmp_path: Path) -> None:
@@ -174,8 +184,6 @@ def test_options_that_make_no_sense_are_refused(params: Path, options: list[str]
         main(["--params", str(params), *options])
 
 
-def test_a_model_of_another_size_or_quantised_already_is_refused(small: Small) -> None:
+def test_a_model_of_another_size_is_refused(toy: Path) -> None:
     with pytest.raises(UserError, match=r"whole\.onnx takes images of 64 px; leave out --sizes, or --model"):
-        main(["--without-anomalib", "--model", str(small.whole), "--sizes", "256"])
-    with pytest.raises(UserError, match="is quantised already; name the fp32"):
-        main(["--without-anomalib", "--model", str(small.int8)])
+        main(["--without-anomalib", "--model", str(toy), "--sizes", "256"])
