@@ -10,7 +10,7 @@ import pytest
 from triplet_sets import SIDE, Report, edit, judge, write_manifest
 
 from flawsmith.data.images import FloatImage, Mask, write_png
-from flawsmith.quality.measures import part_path
+from flawsmith.data.triplets import part_path
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ from scipy import ndimage
 from triplet_sets import SIDE, make_set, make_triplet, write_triplet
 
 from flawsmith.data.images import FloatImage
+from flawsmith.data.triplets import part_path
 from flawsmith.quality.measures import (
     Measures,
     Scale,
     count_duplicates,
     measure_folder,
     measure_triplet,
-    part_path,
     ssim,
 )
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from triplet_sets import SIDE, Report, make_set, settings
 
-from flawsmith.quality.measures import Measures, part_path
+from flawsmith.data.triplets import part_path
+from flawsmith.quality.measures import Measures
 from flawsmith.quality.sheet import CAPTION, MISSING, OUTLINE, TILE, draw_sheet, rank_worst
 from flawsmith.quality.verdict import Outcome, decide, rules
 

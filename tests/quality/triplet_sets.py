@@ -11,10 +11,10 @@ from scipy import ndimage
 from flawsmith.config import Settings, load_settings
 from flawsmith.data.images import FloatImage, Mask, read_image, write_png
 from flawsmith.data.masks import read_mask
+from flawsmith.data.triplets import part_path
 from flawsmith.errors import QualityGateError
 from flawsmith.files import read_json, write_json
 from flawsmith.layout import Layout
-from flawsmith.quality.measures import part_path
 from flawsmith.stages.validate import run
 
 SIDE, COUNT = 64, 12

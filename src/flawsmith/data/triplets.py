@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FIT, VALIDATION = "fit", "val"
+PARTS = ("normal", "defect", "mask")
+
+
+def part_path(folder: Path, part: str, triplet_id: str) -> Path:
+    """Where one part of a triplet lies in a folder of triplets."""
+    return folder / part / f"{triplet_id}.png"
 
 
 def read_manifest(path: Path) -> "pa.Table":
@@ -68,19 +74,17 @@ class TripletFolder:
         Raises:
             UserError: a file is missing, unreadable or of another size than its siblings.
         """
-        name = f"{triplet_id}.png"
-        normal, defect = (read_image(self.folder / part / name) for part in ("normal", "defect"))
-        mask = read_mask(self.folder / "mask" / name)
+        paths = [part_path(self.folder, part, triplet_id) for part in PARTS]
+        normal, defect, mask = read_image(paths[0]), read_image(paths[1]), read_mask(paths[2])
         if not normal.shape[1:] == defect.shape[1:] == mask.shape:
             raise UserError(f"The images of triplet {triplet_id} in {self.folder} differ in size; synthesize again.")
         return normal, defect, mask
 
     def write(self, triplet_id: str, normal: NDArray[np.uint8], defect: NDArray[np.uint8], mask: Mask) -> None:
         """Write the three PNG files of one triplet from (3, H, W) bytes and a mask."""
-        name = f"{triplet_id}.png"
-        write_png(self.folder / "normal" / name, np.ascontiguousarray(normal.transpose(1, 2, 0)))
-        write_png(self.folder / "defect" / name, np.ascontiguousarray(defect.transpose(1, 2, 0)))
-        write_png(self.folder / "mask" / name, mask)
+        for part, pixels in (("normal", normal), ("defect", defect)):
+            write_png(part_path(self.folder, part, triplet_id), np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        write_png(part_path(self.folder, "mask", triplet_id), mask)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from scipy import ndimage
 from flawsmith.data.foreground import Foreground
 from flawsmith.data.images import FloatImage, Mask, read_image, to_uint8
 from flawsmith.data.masks import read_mask
+from flawsmith.data.triplets import PARTS, part_path
 from flawsmith.errors import UserError
 from flawsmith.progress import bar
 
-PARTS = ("normal", "defect", "mask")
 FOREGROUND_SAMPLE = 24  # normal images from which the foreground is estimated
 NAN = float("nan")
 
@@ -75,11 +75,6 @@ class Scale:
     visible_change: float
     outside_margin: int
     side: int
-
-
-def part_path(folder: Path, part: str, triplet_id: str) -> Path:
-    """Where the synthesize stage puts one part of a triplet."""
-    return folder / part / f"{triplet_id}.png"
 
 
 def measure_folder(folder: Path, listed: Sequence[str], scale: Scale) -> list[Measures]:

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flawsmith.data.images import draw_outline, read_image, resize_image, resize_mask, to_uint8
 from flawsmith.data.masks import read_mask
+from flawsmith.data.triplets import PARTS, part_path
 from flawsmith.errors import UserError
-from flawsmith.quality.measures import PARTS, Measures, part_path
+from flawsmith.quality.measures import Measures
 from flawsmith.quality.verdict import Outcome, Verdict
 
 TILE, GAP, CAPTION, COLUMNS = 160, 6, 34, 3  # pixels, pixels, pixels, triplets side by side
