@@ -134,7 +134,15 @@ def test_what_is_missing_is_named(layout: Layout, missing: str) -> None:
     assert not layout.stage("export").exists()
 
 
-def test_metrics_without_a_threshold_are_refused(layout: Layout) -> None:
-    write_json(layout.stage("evaluate") / "metrics.json", {"image_auroc": 0.9})
-    with pytest.raises(UserError, match=r"metrics\.json has no `threshold`"):
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metrics.json", b"{}", r"metrics\.json has no `threshold`"),
+        ("network.onnx", b"no network", r"network\.onnx is damaged; run `flawsmith evaluate"),
+    ],
+)
+def test_what_is_damaged_is_refused(layout: Layout, name: str, content: bytes, words: str) -> None:
+    (layout.stage("evaluate") / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
         stage.run(layout)
+    assert not layout.stage("export").exists()

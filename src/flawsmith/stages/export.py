@@ -24,6 +24,7 @@ from flawsmith.export.parity import certificate, run_detector, time_predictor
 from flawsmith.export.variant_report import write_variants
 from flawsmith.files import atomic_folder, digest_path, read_json, write_json
 from flawsmith.inference.metadata import ModelMetadata
+from flawsmith.inference.network import Network
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.sections import section_values
@@ -50,6 +51,11 @@ def run(layout: Layout) -> None:
     if settings.export.variants:
         layout.input("synthesize", "mask")
     params = {"export": section_values(settings.export), "data": section_values(settings.data)}
+    try:
+        Network(network)
+    except UserError as error:
+        again = f"run `flawsmith evaluate --category {layout.category}` again"
+        raise UserError(f"{network} is damaged; {again}.") from error
     with stage_run(layout, "export", params) as tracked:
         detector = load_detector(weights)
         images = load_images(sources, detector.config.image_size, layout.data.reading)
