@@ -10,6 +10,7 @@ description:
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -68,6 +69,7 @@ def section_problems(name: str, content: Any, section: type, place: str = "") ->
                 yield f"`{name}.{key}` is {content[key]!r}; it must be {rule(known[key])}."
 
 
+@cache
 def describe(section: type) -> dict[str, dict[str, Any]]:
     """Name each key's type, bounds, default and description, as JSON Schema does."""
     properties: dict[str, dict[str, Any]] = TypeAdapter(section).json_schema()["properties"]
@@ -80,8 +82,8 @@ def rule(key: Mapping[str, Any]) -> str:
         return f"one of {', '.join(key['enum'])}"
     if key["type"] == "array":
         items = key.get("items") or key["prefixItems"][0]
-        shape = {0: "a list", 2: "a range [low, high]"}.get(len(key.get("prefixItems", ())), "a list of three")
-        return f"{shape}: {'each ' if 'items' in key else 'both '}{rule(items)}"
+        shapes = {0: "a list: each", 2: "a range [low, high]: both", 3: "a list of three: each"}
+        return f"{shapes[len(key.get('prefixItems', ()))]} {rule(items)}"
     words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
     low, high = key.get("minimum"), key.get("maximum")
     bounds = "" if low is None else f" of {low} or more" if high is None else f" from {low:.10g} to {high:.10g}"
