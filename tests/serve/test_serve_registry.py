@@ -1,6 +1,5 @@
 """The champion behind the service: promoting another exchanges the model under load, without a failed request."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import mlflow
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
-from served import COMMAND, asking, encoded, plate, serving
+from served import asking, encoded, plate, serving
 from toy_onnx import write_toy
 
+from flawsmith.cli import app
 from flawsmith.errors import UserError
 from flawsmith.files import digest_file
 from flawsmith.registry.serving import log_serving_model
@@ -64,6 +64,7 @@ def store(whole_store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     return whole_store
 
 
+@pytest.mark.slow
 def test_promotion_under_load_fails_no_request(store: Store) -> None:
     first, second = store.add(1.0), store.add(2.0)
     store.promote(first[0])
@@ -98,9 +99,5 @@ def test_a_file_that_is_not_the_registered_one_is_never_answered_with(store: Sto
 def test_without_a_champion_it_does_not_start(store: Store) -> None:
     store.promote(store.add(1.0)[0])
     store.client.delete_registered_model_alias(NAME, "champion")
-    ended = subprocess.run(
-        [*COMMAND, "--params", str(store.folder / "params.yaml")],
-        capture_output=True, text=True, check=False, cwd=store.folder, timeout=120,
-    )  # fmt: skip
-    assert ended.returncode == 2
-    assert "flawsmith-plate has no champion; run `flawsmith promote`" in ended.stderr
+    with pytest.raises(UserError, match="flawsmith-plate has no champion; run `flawsmith promote`"):
+        app(["serve", "--params", str(store.folder / "params.yaml")], standalone_mode=False)
