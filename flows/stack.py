@@ -37,7 +37,7 @@ logger = logging.getLogger("flows.stack")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
-READY_SECONDS = 180.0  # servers take some ten seconds on two idle cores; a busy machine gets much more
+READY_SECONDS = 300.0  # servers take some ten seconds on two idle cores; a busy machine gets much more
 SETUP_SECONDS = 300.0
 TITLES = {"postgres": "PostgreSQL", "prefect": "the Prefect server", "mlflow": "the MLflow server"}
 PAGES = {"prefect": "api/health", "mlflow": "health"}
