@@ -10,6 +10,7 @@ champion already), `Refused` (no champion, or a proof is missing), `QualityGateF
 on), `BadInput`, `InfrastructureFailed`, `CategoryBusy`, `NotSetUp`, `GaveUp` (crashed too often), or `Failed`.
 """
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -195,7 +196,7 @@ def _stage(run: RunContext, target: str) -> StageOutcome:
 def _ask(run: RunContext, command: str, *options: str) -> dict[str, Any]:
     """Run `flawsmith register` or `promote`; a refusal is an answer (exit status 1 and JSON all the same)."""
     answer = ask(run.root, (0, 1), command, "--category", run.category, *options)
-    get_run_logger().info("%s", {key: value for key, value in answer.items() if key != "checks"})
+    get_run_logger().info("%s", json.dumps({key: value for key, value in answer.items() if key != "checks"}))
     return answer
 
 

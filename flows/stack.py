@@ -119,7 +119,7 @@ class Stack:
                 if not self.supervisor.runs():
                     self.supervisor.shut_down()  # what a killed supervisord has left
                 database, workers = self._database(), self._workers()
-                self._check_ports([*(["postgres"] if isinstance(database, Postgres) else []), *PAGES])
+                self._check_ports(["postgres", *PAGES] if isinstance(database, Postgres) else list(PAGES))
                 write_json(self._remembered, {"database": self.database, "ports": self.ports})
                 self._earlier = dict(self.ports)
                 self.supervisor.configure(self._values(database, workers))

@@ -125,7 +125,7 @@ class Supervisor:
     def stop(self, names: Sequence[str]) -> None:
         """Stop programs together, with all that they and their earlier lives have started."""
         for name in names:
-            with contextlib.suppress(Fault):  # it does not run
+            with contextlib.suppress(OSError, Fault):  # it does not run
                 self._ask("stopProcess", name, False)
         while any(self.pid(name) for name in names):  # supervisord kills what exceeds its seconds
             time.sleep(0.1)
