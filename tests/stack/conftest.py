@@ -15,6 +15,7 @@ TIMEOUT is for what hangs.
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -92,13 +93,13 @@ def stack(open_folder: Callable[[], Path], request: pytest.FixtureRequest) -> It
     environment |= dict.fromkeys(("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"), str(folder / "no-config"))
     ports = {"prefect": free_port(), "mlflow": free_port()}
     stack = Stack(folder / "state", ports=ports, environment=environment)
-    stack.up(setup=False)
     try:
+        stack.up(setup=False)
         yield stack
-        if request.session.testsfailed:
+    finally:
+        if sys.exc_info()[0] or request.session.testsfailed:
             for path in sorted((stack.state / "logs").glob("*.log")):  # what a server or worker died of
                 print(f"\n== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-60:]))
-    finally:
         stack.down()
 
 
