@@ -11,7 +11,7 @@ from typing import Any
 from flawsmith.config import Settings
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import write_png
-from flawsmith.evaluation.assess import Assessment, Example
+from flawsmith.evaluation.assess import Assessment
 from flawsmith.evaluation.figures import draw_histogram, draw_image_curves, draw_pixel_curves
 from flawsmith.evaluation.gallery import HeatScale, failures_sheet, panels, sheet
 from flawsmith.evaluation.intervals import Estimate
@@ -120,9 +120,7 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
         comparison=compare_to_baseline(result),
         alarm_warning=alarm_warning(detector),
         figures=figures,
-        gallery=[_card(example, scale) for example in result.gallery],
-        typical=[_card(example, scale) for example in result.typical],
-        limiting=[_card(example, scale) for example in result.limiting],
+        panes=lambda example: [jpeg_uri(pane, PANE_SIDE) for pane in panels(example, scale)],
         wrong=sum(example.is_wrong for example in result.gallery),
         kinds=Counter(example.verdict for example in result.gallery),
         saturated=any(estimate.low == estimate.high for estimate in detector.values.values()),
@@ -141,16 +139,14 @@ def summary(result: Assessment, judged: EvaluationSet) -> str:
 
 def compare_to_baseline(result: Assessment) -> str:
     """Whether the detector beats the baseline, as far as the paired bootstrap can tell."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {"clearly better": [], "clearly worse": [], "not distinguishable on these images": []}
+    better, worse, unclear = found.values()
     for key in HEADLINE:
         advantage = result.advantage[key]
-        if math.isnan(advantage.value):
-            continue
-        words = "clearly better" if advantage.low > 0 else "clearly worse" if advantage.high < 0 else ""
-        named = f"{METRICS[key].title} ({signed(advantage.value)})"
-        found.setdefault(words or "not distinguishable on these images", []).append(named)
-    order = ("clearly better", "clearly worse", "not distinguishable on these images")
-    parts = [f"{words} in {listed(found[words])}" for words in order if words in found]
+        if math.isfinite(advantage.value):
+            side = better if advantage.low > 0 else worse if advantage.high < 0 else unclear
+            side.append(f"{METRICS[key].title} ({signed(advantage.value)})")
+    parts = [f"{words} in {listed(named)}" for words, named in found.items() if named]
     return f"Against kNN on the same teacher's features it is {'; '.join(parts)}."
 
 
@@ -164,14 +160,6 @@ def alarm_warning(performance: Performance) -> str | None:
         f"calibration images let expect ({percent(expected)}): the test images differ from the normal images of "
         "training (light, position, product). Add such normal images to train/good."
     )
-
-
-def _card(example: Example, scale: HeatScale) -> dict[str, Any]:
-    return {
-        "example": example,
-        "kind": example.verdict.replace(" ", "-"),
-        "panes": [jpeg_uri(pane, PANE_SIDE) for pane in panels(example, scale)],
-    }
 
 
 def _number(value: float) -> str:
