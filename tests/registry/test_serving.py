@@ -308,7 +308,7 @@ def test_no_pickle_inside_the_version(registered: Registered) -> None:
     ("name", "file", "content"),
     [
         ("docs", "index.html", "quality/docs/index.html"),
-        ("other/index.html", "", "other/docs/index.html"),
+        ("other", "index.html", "other/docs/index.html"),
         ("report", "", "report.html"),
         ("model", "", "model.onnx"),
     ],
@@ -321,24 +321,6 @@ def test_one_artifact_is_fetched_alone(
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == 1
     with pytest.raises(UserError, match=r"holds no artifact `parity` \(it holds docs, model, other, report\)"):
         fetch_artifact(URI, "parity", tmp_path)
-
-
-def test_a_model_inside_a_folder_is_not_stored_twice(registered: Registered, tmp_path: Path) -> None:
-    content = tmp_path / "content"
-    content.mkdir()
-    write_toy(content / "model.onnx", gain=0.5)
-    (content / "parity.json").write_text("{}")
-    experiment = MlflowClient().get_experiment_by_name("serving").experiment_id
-    with mlflow.start_run(experiment_id=experiment):
-        info = log_serving_model(content / "model.onnx", {"content": content})
-    downloaded = tmp_path / "downloaded"
-    downloaded.mkdir()
-    mlflow.artifacts.download_artifacts(info.model_uri, dst_path=str(downloaded))
-    assert [path.relative_to(downloaded).as_posix() for path in downloaded.rglob("*.onnx")] == [
-        "artifacts/content/model.onnx"
-    ]
-    (answer,) = mlflow.pyfunc.load_model(info.model_uri).predict(pd.DataFrame({"image": [DEFECTIVE]}))
-    assert answer["score"] == pytest.approx(registered.expected(DEFECTIVE, tmp_path)["score"] / 2, rel=1e-6)
 
 
 def test_what_could_not_be_served_is_not_logged(tmp_path: Path) -> None:

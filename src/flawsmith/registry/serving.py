@@ -63,9 +63,8 @@ class SurfaceModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Open the ONNX file of this version."""
-        config = context.model_config or {}
-        self._predictor = Predictor(Path(context.artifacts[config["artifact"]], config["file"]))
-        self._max_pixels = int(config["max_pixels"])
+        self._predictor = Predictor(Path(context.artifacts[MODEL]))
+        self._max_pixels = int((context.model_config or {})["max_pixels"])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -137,23 +136,17 @@ def log_serving_model(
     Args:
         model: the `model.onnx` of the export stage.
         artifacts: files and folders that belong to the version (a report, Data Docs), by a short name under which
-            `fetch_artifact` finds them again. A model inside one of the folders is not stored twice.
+            `fetch_artifact` finds them again.
         max_pixels: larger images are refused before they are decoded.
 
     Raises:
         UserError: a file is missing, or is no ONNX model of flawsmith.
     """
-    held = {name: path.resolve() for name, path in (artifacts or {}).items()}
+    held = {MODEL: model, **(artifacts or {})}
     missing = next((path for path in held.values() if not path.exists()), None)
     if missing is not None:
         raise UserError(f"{missing} does not exist; run the stage that writes it first (`dvc repro`).")
     Predictor(model)  # refuses now what could not be served later
-    home = next((name for name, path in held.items() if model.resolve().is_relative_to(path)), None)
-    if home is None:
-        if MODEL in held:
-            raise ValueError(f"the artifact name {MODEL!r} is the ONNX file's")
-        home, held[MODEL] = MODEL, model.resolve()
-    config = {"artifact": home, "file": model.resolve().relative_to(held[home]).as_posix(), "max_pixels": max_pixels}
     # an input example, which MLflow warns for, would be a second way to say what the signature says
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         entry = Path(folder, "served.py")
@@ -162,32 +155,29 @@ def log_serving_model(
         return mlflow.pyfunc.log_model(
             name=NAME,
             python_model=str(entry),
-            artifacts={name: str(path) for name, path in held.items()},
+            artifacts={name: str(path.resolve()) for name, path in held.items()},
             code_paths=[str(_copy_package(Path(folder)))],
             signature=signature(),
             pip_requirements=pip_requirements(),
-            model_config=config,
+            model_config={"max_pixels": max_pixels},
         )
 
 
 def fetch_artifact(model_uri: str, name: str, folder: Path) -> Path:
-    """Download one artifact of a registered version, or a file or folder inside it, and nothing else.
+    """Download one artifact of a registered version, and nothing else.
 
     Args:
         model_uri: `models:/<name>/<version>` or `models:/<name>@<alias>`.
-        name: as given to `log_serving_model` (`MODEL` for an ONNX file that lay in none of the folders), with a path
-            below it or without.
+        name: as given to `log_serving_model`; `MODEL` is the ONNX file.
         folder: an existing folder to put it into.
 
     Raises:
         UserError: the model has no artifact of that name.
     """
-    top, _, below = name.partition("/")
     held = mlflow.models.get_model_info(model_uri).flavors["python_function"].get("artifacts", {})
-    if top not in held:
-        raise UserError(f"{model_uri} holds no artifact `{top}` (it holds {', '.join(sorted(held))}).")
-    path = f"{held[top]['path']}/{below}".rstrip("/")
-    return Path(mlflow.artifacts.download_artifacts(f"{model_uri}/{path}", dst_path=str(folder)))
+    if name not in held:
+        raise UserError(f"{model_uri} holds no artifact `{name}` (it holds {', '.join(sorted(held))}).")
+    return Path(mlflow.artifacts.download_artifacts(f"{model_uri}/{held[name]['path']}", dst_path=str(folder)))
 
 
 def _copy_package(folder: Path) -> Path:
