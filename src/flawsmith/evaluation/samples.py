@@ -39,6 +39,7 @@ class Sample:
 
     @property
     def is_defective(self) -> bool:
+        """Whether it shows a defect."""
         return self.defect != GOOD
 
 
