@@ -23,11 +23,11 @@ from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.monitoring.config import MonitorSettings
-from flawsmith.monitoring.folder import Outcome, Watcher, monitor_folder
+from flawsmith.monitoring.folder import MonitorOutcome, Watcher, monitor_folder
 from flawsmith.monitoring.reference import Measurement, save_reference
 from flawsmith.monitoring.report import plane
 
-Watch = Callable[..., Outcome]
+Watch = Callable[..., MonitorOutcome]
 Shoot = Callable[..., Path]
 
 
@@ -49,7 +49,7 @@ def watch(
 ) -> Watch:
     """Watch a folder with cheaper settings; keywords change them."""
 
-    def run(folder: Path, out: str = "out", **changes: int) -> Outcome:
+    def run(folder: Path, out: str = "out", **changes: int) -> MonitorOutcome:
         chosen = replace(settings, **{"gallery": 3, "permutations": 399, **changes})
         return monitor_folder(Watcher(predictor, teacher, reference, "plate version 1"), folder, tmp_path / out, chosen)
 

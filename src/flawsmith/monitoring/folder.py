@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MonitorOutcome:
     """What became of a folder."""
 
     watched: Watched
@@ -63,7 +63,7 @@ class Watcher:
 
 def monitor_folder(
     watcher: Watcher, folder: Path, out: Path, settings: MonitorSettings, max_pixels: int = MAX_PIXELS
-) -> Outcome:
+) -> MonitorOutcome:
     """Measure the images below `folder`, judge them against the reference, and put the results into the folder `out`.
 
     Of more than `settings.max_images` files so many are drawn at random, so that time and memory are bounded. A file
@@ -115,7 +115,7 @@ def monitor_folder(
             settings=settings,
         )
         write_outputs(results, watched, _highest(predictor, files, current, settings.gallery, max_pixels))
-    return Outcome(watched, out)
+    return MonitorOutcome(watched, out)
 
 
 def _draw(files: Sequence[InputFile], settings: MonitorSettings) -> list[InputFile]:

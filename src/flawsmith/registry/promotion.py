@@ -33,7 +33,7 @@ IN_PROGRESS = timedelta(minutes=10)  # a change whose alias has not followed yet
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PromotionOutcome:
     """What became of a promotion: `promoted`, `refused`, or `unchanged` (it is the champion already)."""
 
     outcome: str
@@ -68,7 +68,7 @@ def promote(
     reason: str = "",
     readmit: bool = False,
     dry_run: bool = False,
-) -> Outcome:
+) -> PromotionOutcome:
     """Make a version (by default the newest) the champion if the evidence allows it.
 
     Args:
@@ -90,7 +90,7 @@ def promote(
     known = registry.version(champion) if champion else None
     if known and known.digest == target.digest:
         same = "" if known.number == target.number else f" (version {target.number} is the same file)"
-        return Outcome(
+        return PromotionOutcome(
             "unchanged", registry.model, target.number, champion, f"Version {champion} is the champion already{same}.",
             dry_run=dry_run,
         )  # fmt: skip
@@ -101,7 +101,7 @@ def promote(
         evidence = gather(new, old, compare, barred, rules.latency_runs)
         decision = decide(evidence, rules)
         words = " ".join(part for part in (reason, decision.reason) if part)
-        outcome = Outcome(
+        outcome = PromotionOutcome(
             "promoted" if decision.promote else "refused", registry.model, target.number, champion, words,
             evidence.labelled, decision.checks, dry_run=dry_run,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def promote(
     return replace(outcome, entry=number)
 
 
-def rollback(layout: Layout, *, reason: str, to: str = "", dry_run: bool = False) -> Outcome:
+def rollback(layout: Layout, *, reason: str, to: str = "", dry_run: bool = False) -> PromotionOutcome:
     """Make the champion before the present one (or version `to`) the champion again, after its health check.
 
     The content that is rolled back is barred: no later `promote` takes it up again unless it is told to readmit it.
@@ -153,7 +153,7 @@ def rollback(layout: Layout, *, reason: str, to: str = "", dry_run: bool = False
     target, known = registry.version(number), registry.version(champion)
     if target.number == champion:
         raise UserError(f"Version {champion} of {registry.model} is the champion; name another one with --to.")
-    outcome = Outcome("rolled-back", registry.model, target.number, champion, reason, dry_run=dry_run)
+    outcome = PromotionOutcome("rolled-back", registry.model, target.number, champion, reason, dry_run=dry_run)
     with registry.download(target.number) as folder:
         check_version(folder, layout.settings.promote.health_tolerance)
         if dry_run:

@@ -10,13 +10,15 @@ from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.sources import find_images
 from flawsmith.layout import Layout
-from flawsmith.monitoring.folder import Outcome, Watcher, monitor_folder
+from flawsmith.monitoring.folder import MonitorOutcome, Watcher, monitor_folder
 from flawsmith.monitoring.reference import load_reference
 
 MODEL, REFERENCE = "model.onnx", "reference.npz"  # names in a registered version
 
 
-def run(layout: Layout, folder: Path, out: Path, model: Path | None = None, reference: Path | None = None) -> Outcome:
+def run(
+    layout: Layout, folder: Path, out: Path, model: Path | None = None, reference: Path | None = None
+) -> MonitorOutcome:
     """Watch a folder with the category's champion, or with a model and the reference measured with it.
 
     Raises:

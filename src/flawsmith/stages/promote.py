@@ -14,14 +14,14 @@ from flawsmith.evaluation.samples import evaluation_set, normal_samples
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
-from flawsmith.registry.promotion import Outcome, promote
+from flawsmith.registry.promotion import PromotionOutcome, promote
 
 log = logging.getLogger(__name__)
 
 
 def run(
     layout: Layout, *, version: str = "", reason: str = "", readmit: bool = False, dry_run: bool = False
-) -> Outcome:
+) -> PromotionOutcome:
     """Compare, decide and act for one category; arguments and errors are those of `registry.promotion.promote`."""
 
     def compare(challenger: Predictor, champion: Predictor | None) -> tuple[ModelComparison, bool]:
