@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
-from monitoring_samples import METADATA, SIZE, part
-from onnx import TensorProto, helper, numpy_helper
+from monitoring_samples import METADATA, part
+from toy_onnx import write_toy
 
 from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
@@ -21,25 +19,7 @@ SHIPPED = load_settings(Path(__file__).parents[2] / "params.yaml")
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    axes = [numpy_helper.from_array(np.array(value), name) for name, value in (("channel", [1]), ("all", [1, 2, 3]))]
-    graph = helper.make_graph(
-        [
-            helper.make_node("ReduceMean", ["image", "channel"], ["anomaly_map"], keepdims=1),
-            helper.make_node("ReduceMax", ["anomaly_map", "all"], ["score"], keepdims=0),
-        ],
-        "brightness",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
-        [
-            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, ["batch", 1, SIZE, SIZE]),
-            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
-        ],
-        initializer=axes,
-    )
-    made: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(made, METADATA.to_properties())
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    path.write_bytes(made.SerializeToString())
-    return path
+    return write_toy(tmp_path_factory.mktemp("model") / "model.onnx", **vars(METADATA))
 
 
 @pytest.fixture(scope="session")
