@@ -118,7 +118,9 @@ def _fibre(
     half = generator.uniform(*half_width)
     colour = LINT[generator.integers(len(LINT))] * generator.uniform(0.8, 1.2)
     opacity = generator.uniform(*opacities)
-    return _lay(piece, path, half, colour, opacity, lift=generator.uniform(0.6, 2.2), dark=generator.uniform(0.15, 0.4))
+    return _lay(
+        piece, path, half, colour, opacity, lift=generator.uniform(0.6, 2.2), dark=opacity * generator.uniform(0.2, 0.5)
+    )
 
 
 def _lay(
@@ -156,15 +158,15 @@ def _film(generator: Generator, blob: Blob, density: float, hue: NDArray[np.floa
 
 def metal_fibre(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """Lint from a wiping cloth."""
-    return _fibre(piece, generator, (25, 100), (0.35, 0.9), (0.4, 0.95))
+    return _fibre(piece, generator, (12, 70), (0.2, 0.5), (0.07, 0.25))
 
 
 def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """A point was dragged over the surface: a groove with burrs, its depth changing along the way."""
     turn = generator.uniform(np.deg2rad(12), np.deg2rad(168))
-    path = draw_path(generator, piece.size, generator.uniform(22, 120), generator.uniform(0, 0.12), piece.angle + turn)
-    width = generator.uniform(0.55, 1.2)
-    steep = np.exp(generator.uniform(np.log(0.22), np.log(0.8)))  # slope of the flanks
+    path = draw_path(generator, piece.size, generator.uniform(12, 80), generator.uniform(0, 0.12), piece.angle + turn)
+    width = generator.uniform(0.4, 0.9)
+    steep = np.exp(generator.uniform(np.log(0.15), np.log(0.6)))  # slope of the flanks
     distance, _, share = near_path(path, piece.size, 10)
     fade = smooth_step(np.minimum(share, 1 - share) * 8) * wobble(generator, share, max(3, len(path) // 60), 0.5, 1.0)
     groove = np.exp(-((distance / width) ** 2) / 2)
@@ -176,17 +178,17 @@ def metal_scratch(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
 
 def metal_dent(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """Something blunt pressed the sheet in; the brushing bends with it."""
-    blob = draw_blob(generator, piece.size, generator.uniform(8, 24), 0.12)
-    steep = np.exp(generator.uniform(np.log(0.04), np.log(0.18)))
+    blob = draw_blob(generator, piece.size, generator.uniform(5, 14), 0.12)
+    steep = np.exp(generator.uniform(np.log(0.02), np.log(0.06)))
     bowl = np.exp(-2 * blob.relative**2) - 0.12 * np.exp(-(((blob.relative - 1.25) / 0.3) ** 2))
     return replace(piece, height=piece.height - steep * blob.radius * bowl), blob.relative < 2.2
 
 
 def metal_stain(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     """A drop of coolant dried."""
-    blob = draw_blob(generator, piece.size, generator.uniform(9, 34), generator.uniform(0.1, 0.35))
+    blob = draw_blob(generator, piece.size, generator.uniform(5, 22), generator.uniform(0.1, 0.35))
     hue = np.array([1.0, 1.0, 1.0]) + generator.uniform(0, 1) * np.array([-0.25, 0.0, 0.45])
-    density = np.exp(generator.uniform(np.log(0.055), np.log(0.25)))
+    density = np.exp(generator.uniform(np.log(0.022), np.log(0.07)))
     film = _film(generator, blob, density, hue)
     return replace(piece, tint=piece.tint * film), blob.inside > -6
 
@@ -197,12 +199,12 @@ def metal_pit(piece: Metal, generator: Generator) -> tuple[Metal, Mask]:
     rows, columns = pixel_grid(piece.size)
     height, bare = piece.height, np.zeros((piece.size, piece.size), np.float64)
     rust = np.zeros_like(bare)
-    for _ in range(int(generator.integers(2, 7))):
+    for _ in range(int(generator.integers(1, 4))):
         place = centre + spread * generator.standard_normal(2)
-        radius = np.exp(generator.normal(np.log(1.2), 0.35))
+        radius = np.exp(generator.normal(np.log(0.75), 0.3))
         distance = np.hypot(rows - place[0], (columns - place[1]) / generator.uniform(0.8, 1.4)) / radius
-        height = height - 0.8 * radius * np.exp(-(distance**2))
-        bare = np.maximum(bare, np.exp(-(distance**4)) * generator.uniform(0.35, 0.85))
+        height = height - 0.2 * radius * np.exp(-(distance**2))
+        bare = np.maximum(bare, np.exp(-(distance**4)) * generator.uniform(0.06, 0.28))
         rust = np.maximum(rust, np.exp(-((distance / 2.6) ** 2)))
     rust = rust * generator.uniform(0, 0.25) * (generator.random() < 0.6)
     tint = piece.tint * (1 - bare[..., None]) * np.exp(-rust[..., None] * np.array([0.5, 1.0, 1.6]))

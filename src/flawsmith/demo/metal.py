@@ -15,6 +15,7 @@ from flawsmith.demo.optics import (
     Overlay,
     draw_camera,
     from_spectrum,
+    norm,
     pixel_grid,
     smooth_field,
     strokes,
@@ -97,7 +98,7 @@ def _brushing(generator: np.random.Generator, size: int, angle: float) -> Field:
     for length, width, weight in ((40, 0.3, 1.3), (120, 0.5, 1.0), (260, 1.5, 0.6)):
         turned = angle + float(np.deg2rad(generator.normal(0, 0.6)))
         layer = strokes(generator.standard_normal((size, size), dtype=np.float32), turned, length, width)
-        dense += np.complex128(weight * size / np.linalg.norm(layer)) * layer
+        dense += (weight * size / norm(layer)) * layer
     height = 0.13 * unit(from_spectrum(dense, size))
     density = float(np.exp(0.2 * generator.standard_normal()))
     grooves = np.zeros_like(dense)
@@ -115,5 +116,5 @@ def _tone(generator: np.random.Generator, size: int, angle: float) -> Field:
     spectrum = np.zeros((size, size // 2 + 1), np.complex128)
     for length, width, weight in ((180, 2.5, 0.8), (300, 9.0, 1.0)):
         layer = strokes(generator.standard_normal((size, size), dtype=np.float32), angle, length, width)
-        spectrum += np.complex128(weight * size / np.linalg.norm(layer)) * layer
+        spectrum += (weight * size / norm(layer)) * layer
     return unit(from_spectrum(spectrum, size))

@@ -47,6 +47,11 @@ def from_spectrum(spectrum: NDArray[np.complex128], size: int) -> Field:
     return np.asarray(fft.irfft2(spectrum, s=(size, size)), np.float64)
 
 
+def norm(spectrum: NDArray[np.complex128]) -> float:
+    """The square root of the sum of squares; `np.linalg.norm` is five times slower on complex numbers."""
+    return float(np.sqrt(np.vdot(spectrum, spectrum).real))
+
+
 def unit(field: Field) -> Field:
     """Shift and scale to mean 0 and standard deviation 1."""
     return np.asarray((field - field.mean()) / (field.std() + 1e-9), np.float64)

@@ -1,7 +1,10 @@
 """Renders one category of the demo data: normal images, and defective ones with the mask of what the defect changed."""
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,9 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.randomness import numpy_generator
 
 VISIBLE = 0.030  # change of a channel, of 1, that counts as visible: about 1.5 times the grain
-MIN_AREA = 24  # pixels in one piece; a defect that shows less, or nowhere twice what is visible, is drawn anew
-TRIES = 50
+FAINTEST = 1.3 * VISIBLE  # least change where a defect shows most
+MIN_AREA = 24  # pixels in one piece; a defect that shows less is drawn anew
+TRIES, TRIES_A_PIECE = 200, 25  # draws of a defect, in all and on one piece
 EIGHT = np.ones((3, 3), np.bool_)  # a pixel and its eight neighbours
 
 
@@ -72,16 +76,17 @@ def render_defective(surface: str, defect: str, size: int, generator: np.random.
     kind = kind_of(surface)
     if defect not in kind.defects:
         raise UserError(f"{surface} has no defect `{defect}`; it has {', '.join(kind.defects)}.")
-    piece = kind.draw(generator, size)
-    light = piece.light()
-    smooth = piece.camera.develop(light, grain=False)
-    for _ in range(TRIES):
+    for attempt in range(TRIES):
+        if attempt % TRIES_A_PIECE == 0:  # the sheen of some pieces hides a faint defect everywhere
+            piece = kind.draw(generator, size)
+            light = piece.light()
+            smooth = piece.camera.develop(light, grain=False)
         damaged, footprint = kind.defects[defect](piece, generator)
         # outside the footprint nothing may change, so nothing does, whatever tails a formula has
         damaged_light = np.where(footprint[..., None], damaged.light(), light)
         change = np.abs(piece.camera.develop(damaged_light, grain=False) - smooth).max(axis=0)
         mask = visible_mask(change)
-        if largest_part(mask) >= MIN_AREA and change.max() >= 2 * VISIBLE:
+        if largest_part(mask) >= MIN_AREA and change.max() >= FAINTEST:
             return Twin(piece.camera.develop(light), piece.camera.develop(damaged_light), mask)
     raise FlawsmithError(f"no visible {defect} came out of {TRIES} draws on {surface} at {size} pixels; report this.")
 
@@ -116,12 +121,22 @@ def write_category(folder: Path, surface: str, settings: DemoDataSettings) -> No
     def generator(*names: str | int) -> np.random.Generator:
         return numpy_generator(settings.seed, "demo-data", surface, *names)
 
-    for part, count in (("train", settings.train_good), ("test", settings.test_good)):
-        for index in range(count):
-            image = render_normal(surface, size, generator(part, GOOD, index))
-            write_png(folder / part / GOOD / f"{index:03d}.png", image)
-    for defect in kind.defects:
-        for index in range(settings.test_per_defect):
-            twin = render_defective(surface, defect, size, generator("test", defect, index))
-            write_png(folder / "test" / defect / f"{index:03d}.png", twin.defective)
-            write_png(folder / "ground_truth" / defect / f"{index:03d}_mask.png", twin.mask)
+    def write_normal(part: str, index: int) -> None:
+        image = render_normal(surface, size, generator(part, GOOD, index))
+        write_png(folder / part / GOOD / f"{index:03d}.png", image)
+
+    def write_defective(defect: str, index: int) -> None:
+        twin = render_defective(surface, defect, size, generator("test", defect, index))
+        write_png(folder / "test" / defect / f"{index:03d}.png", twin.defective)
+        write_png(folder / "ground_truth" / defect / f"{index:03d}_mask.png", twin.mask)
+
+    jobs = [
+        partial(write_normal, part, index)
+        for part, count in (("train", settings.train_good), ("test", settings.test_good))
+        for index in range(count)
+    ]
+    jobs += [partial(write_defective, defect, i) for defect in kind.defects for i in range(settings.test_per_defect)]
+    # threads: NumPy and SciPy let go of the interpreter for nearly all of the work
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda job: job(), jobs):  # the first error ends it
+            pass
