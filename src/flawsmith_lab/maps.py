@@ -22,8 +22,8 @@ from torch import Tensor
 from flawsmith.config import load_settings
 from flawsmith.data.dataset import PARTS, load_tiles, plan_tiles
 from flawsmith.data.tiling import Tiling
-from flawsmith.detector.distill import as_batch
 from flawsmith.detector.model import Detector, load_detector
+from flawsmith.detector.teacher import as_batch
 from flawsmith.errors import UserError
 from flawsmith.evaluation.measure import measure
 from flawsmith.evaluation.metrics import KEYS

@@ -1,29 +1,24 @@
-"""Which symmetries the normals themselves have."""
+"""Which turns and mirror images the normals show."""
 
-from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flawsmith.detector.config import DistillSettings
-from flawsmith.detector.symmetry import (
+from flawsmith.detector.augmentation import (
+    AUGMENTATIONS,
     AUTO,
     FEWEST,
-    LOOKED_AT,
     NONE,
-    SYMMETRIES,
-    choose_symmetry,
-    evenly,
-    symmetry_distances,
-    turned,
+    augmentation_distances,
+    choose_augmentation,
+    transformed,
 )
+from flawsmith.detector.config import DistillSettings
 
 SIDE = 32
 
@@ -35,7 +30,7 @@ def arrow(generator: np.random.Generator, element: int) -> NDArray[np.uint8]:
     image[:, 6:10, 18:25] = 240
     image[:, 20:26, 9:14] = 150
     moved = np.roll(image, generator.integers(-3, 4, 2), axis=(1, 2))
-    return turned(moved, element)
+    return transformed(moved, element)
 
 
 def patches(images: NDArray[np.uint8]) -> Tensor:
@@ -51,43 +46,43 @@ def pictures(elements: tuple[int, ...], count: int = 48) -> NDArray[np.uint8]:
 
 def test_the_elements_are_the_eight_of_d4() -> None:
     image = np.random.default_rng(0).integers(0, 255, (3, 5, 5))
-    shown = {turned(image, element).tobytes() for element in range(8)}
+    shown = {transformed(image, element).tobytes() for element in range(8)}
     assert len(shown) == 8
-    assert turned(image, 0).tobytes() == image.tobytes()
-    assert np.array_equal(turned(image, 4), image[..., ::-1])
-    assert np.array_equal(turned(image, 6), image[..., ::-1, :])
-    assert np.array_equal(turned(image, 2), image[..., ::-1, ::-1])
+    assert transformed(image, 0).tobytes() == image.tobytes()
+    assert np.array_equal(transformed(image, 4), image[..., ::-1])
+    assert np.array_equal(transformed(image, 6), image[..., ::-1, :])
+    assert np.array_equal(transformed(image, 2), image[..., ::-1, ::-1])
 
 
-@pytest.mark.parametrize("name", SYMMETRIES)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_each_symmetry_is_a_group(name: str) -> None:
     image = np.arange(9).reshape(3, 3)
-    shown = {turned(image, element).tobytes() for element in SYMMETRIES[name]}
-    twice = {turned(turned(image, one), other).tobytes() for one in SYMMETRIES[name] for other in SYMMETRIES[name]}
+    shown = {transformed(image, element).tobytes() for element in AUGMENTATIONS[name]}
+    elements = AUGMENTATIONS[name]
+    twice = {transformed(transformed(image, one), other).tobytes() for one in elements for other in elements}
     assert twice == shown
 
 
 def test_the_settings_offer_just_these() -> None:
-    (field,) = (field for field in fields(DistillSettings) if field.name == "symmetry")
-    assert set(field.metadata["choices"]) == {AUTO, *SYMMETRIES}
+    assert set(get_args(get_type_hints(DistillSettings)["symmetry"])) == {AUTO, *AUGMENTATIONS}
 
 
 @pytest.mark.parametrize("name", ["rot180", "rot90"])
 def test_a_part_that_lies_in_several_ways_is_found_out(name: str) -> None:
-    few = pictures(SYMMETRIES[name], 12)  # not each way of lying is among those that are kept
-    distances = symmetry_distances(patches, few, 10_000, 0)
-    assert set(SYMMETRIES[name]) <= set(SYMMETRIES[choose_symmetry(distances)])
+    few = pictures(AUGMENTATIONS[name], 12)  # not each way of lying is among those that are kept
+    distances = augmentation_distances(patches, few, 10_000, 0)
+    assert set(AUGMENTATIONS[name]) <= set(AUGMENTATIONS[choose_augmentation(distances)])
 
 
 def test_a_part_that_always_lies_alike_has_no_symmetry() -> None:
-    normals = pictures(SYMMETRIES[NONE])
+    normals = pictures(AUGMENTATIONS[NONE])
     for limit in (100, len(normals) * 16):  # turned pictures take the room of others
-        assert choose_symmetry(symmetry_distances(patches, normals, limit, 0)) == NONE
+        assert choose_augmentation(augmentation_distances(patches, normals, limit, 0)) == NONE
 
 
 def test_too_few_normals_tell_nothing() -> None:
-    assert symmetry_distances(patches, pictures((0, 1), FEWEST - 1), 100, 0) == {}
-    assert choose_symmetry({}) == NONE
+    assert augmentation_distances(patches, pictures((0, 1), FEWEST - 1), 100, 0) == {}
+    assert choose_augmentation({}) == NONE
 
 
 @pytest.mark.parametrize(
@@ -101,25 +96,17 @@ def test_too_few_normals_tell_nothing() -> None:
     ],
 )
 def test_the_choice(changes: dict[str, Any], expected: str) -> None:
-    assert choose_symmetry(dict.fromkeys(SYMMETRIES, 1.0) | changes) == expected
-
-
-@given(st.integers(1, 3000))
-def test_an_even_part_keeps_both_ends(count: int) -> None:
-    chosen = evenly(count)
-    assert len(chosen) == min(count, LOOKED_AT)
-    assert (chosen[0], chosen[-1]) == (0, count - 1)
-    assert np.ptp(np.diff(chosen)) <= 1 if count > 2 else True
+    assert choose_augmentation(dict.fromkeys(AUGMENTATIONS, 1.0) | changes) == expected
 
 
 def test_memories_are_as_small_as_the_real_one_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    memory = "flawsmith.detector.symmetry.memory_size"
+    memory = "flawsmith.detector.augmentation.memory_size"
 
     def noted(limit: int, images: int, height: int, width: int) -> int:
         asked.append(limit)
         return min(limit, images * height * width)
 
     monkeypatch.setattr(memory, noted)
-    symmetry_distances(patches, pictures((0,), 16), 1000, 0, share=0.5)
+    augmentation_distances(patches, pictures((0,), 16), 1000, 0, share=0.5)
     assert set(asked) == {375}  # 1000, of which half for these normals, of which three quarters are kept

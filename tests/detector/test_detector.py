@@ -13,17 +13,14 @@ from torch import Tensor
 from flawsmith.config import load_settings
 from flawsmith.data.images import resize_image
 from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays
-from flawsmith.detector.config import TeacherSettings
-from flawsmith.detector.distill import (
+from flawsmith.detector.batches import (
     Batch,
     FeatureBank,
-    LocatorLessons,
-    OnStep,
-    Origins,
-    Provenance,
+    TrainingTriplets,
     TripletBatches,
-    distill,
+    TripletSources,
 )
+from flawsmith.detector.config import TeacherSettings
 from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
@@ -37,8 +34,9 @@ from flawsmith.detector.model import (
     smooth,
     top_mean,
 )
-from flawsmith.detector.student import DistanceHead
+from flawsmith.detector.student import LocalisationHead
 from flawsmith.detector.teacher import Teacher, build_teacher
+from flawsmith.detector.train import DistanceMaps, OnStep, distill
 from flawsmith.devices import BFLOAT16, CPU, FLOAT32
 from flawsmith.errors import UserError
 from flawsmith.training import ResumePoint
@@ -57,13 +55,13 @@ def teacher() -> Teacher:
 
 
 def fresh_detector(teacher: Teacher, normals: Tensor, **replaced: Any) -> tuple[Detector, Tensor]:
-    """Untrained, remembering some places of `normals`; and whose each of these is."""
+    """Untrained, with some patches of `normals` in its memory bank; and the image behind each."""
     torch.manual_seed(0)
     settings = dataclasses.replace(SETTINGS, **replaced)
     detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, settings.memory), teacher).eval()
-    owners = remember(detector, [normals], len(normals))
-    assert owners is not None
-    return detector, owners
+    source_ids = remember(detector, [normals], len(normals))
+    assert source_ids is not None
+    return detector, source_ids
 
 
 @pytest.fixture
@@ -244,25 +242,25 @@ def test_the_locator_reads_how_far_and_not_in_which_direction(detector: Detector
     torch.testing.assert_close(shown, turned, atol=1e-5, rtol=0)
 
 
-def test_a_scale_whose_weak_places_are_noisy_is_weighted_by_energy(detector: Detector) -> None:
+def test_a_scale_whose_weak_patches_are_noisy_is_weighted_by_norm(detector: Detector) -> None:
     generator = torch.Generator().manual_seed(2)
-    energy = torch.rand(40, 1, 8, 8, generator=generator) * 1.5 + 0.5
-    far = (torch.rand(40, 1, 8, 8, generator=generator) * 0.1) / energy  # twice the energy, half the distance
+    norm = torch.rand(40, 1, 8, 8, generator=generator) * 1.5 + 0.5
+    far = (torch.rand(40, 1, 8, 8, generator=generator) * 0.1) / norm  # twice the norm, half the distance
     even = torch.rand(40, 1, 8, 8, generator=generator) * 0.1
     products = tuple(((1 - distance) / 4).expand(-1, 4, -1, -1) for distance in (far, even))
     direction = torch.nn.functional.normalize(torch.ones(1, 4, 1, 1), dim=1)
-    level = direction * energy / energy.mean(dim=(2, 3), keepdim=True)
-    detector.fit_exponents([(products, (level, level))])
-    assert detector.exponents.tolist() == pytest.approx([1.0, 0.0], abs=0.25)
+    level = direction * norm / norm.mean(dim=(2, 3), keepdim=True)
+    detector.fit_norm_powers([(products, (level, level))])
+    assert detector.norm_powers.tolist() == pytest.approx([1.0, 0.0], abs=0.25)
 
 
 def test_the_locators_scale_is_that_of_normal_images() -> None:
-    head = DistanceHead(2, 4).eval()
+    head = LocalisationHead(2, 4).eval()
     normal = torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 50.0]).view(
         2, 1, 1
     )
     head.normalise(normal)
-    other = DistanceHead(2, 4).eval()
+    other = LocalisationHead(2, 4).eval()
     other.load_state_dict(head.state_dict())
     other.normalise(normal * 30 + 4)
     with torch.inference_mode():
@@ -326,7 +324,9 @@ def test_all_kept_features_together_stay_within_the_cache(teacher: Teacher) -> N
     parts = {FIT: triplets(9, 0), VALIDATION: triplets(6, 1)}
     detector, _ = fresh_detector(teacher, torch.from_numpy(parts[FIT].normal).float() / 255)
     limit = 10 * size
-    batches = TripletBatches(detector, parts, dataclasses.replace(SETTINGS, cache_gigabytes=limit / 2**30), CPU)
+    batches = TripletBatches(
+        detector, TrainingTriplets(parts), dataclasses.replace(SETTINGS, cache_gigabytes=limit / 2**30), CPU
+    )
     for role, part in parts.items():
         for is_clean in (True, False):
             batches.of(role, np.arange(len(part.ids)), np.full(len(part.ids), is_clean))
@@ -337,10 +337,10 @@ def test_all_kept_features_together_stay_within_the_cache(teacher: Teacher) -> N
 def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teacher: Teacher) -> None:
     fit, validation = triplets(6, 0), triplets(3, 1)
     normals = torch.from_numpy(fit.normal).float() / 255
-    detector, owners = fresh_detector(teacher, normals)
-    origins = {FIT: Origins(np.arange(6), np.arange(6))}
-    parts = {FIT: fit, VALIDATION: validation}
-    batches = TripletBatches(detector, parts, SETTINGS, CPU, Provenance(owners, origins))
+    detector, source_ids = fresh_detector(teacher, normals)
+    sources = {FIT: TripletSources(np.arange(6), np.arange(6))}
+    known = TrainingTriplets({FIT: fit, VALIDATION: validation}, source_ids, sources)
+    batches = TripletBatches(detector, known, SETTINGS, CPU)
     indices, clean = np.array([4, 1, 2]), np.array([False, True, False])
     mixed = batches.of(FIT, indices, clean)
     normal, defect = (batches.of(FIT, indices, np.full(3, kind)) for kind in (True, False))
@@ -363,30 +363,30 @@ def test_a_batch_shows_each_row_its_own_image_and_no_mark_where_it_is_clean(teac
     def marked(seen: Tensor, mask: Tensor) -> Tensor:
         return mask.sum()
 
-    lesson = LocatorLessons(batches, first_channels, torch.nn.Identity(), marked)
+    maps = DistanceMaps(batches, first_channels, torch.nn.Identity(), marked)
     wanted = torch.cat([first_channels(data) for data in batches.in_order(FIT, True)])
-    assert torch.equal(lesson.normal, wanted)
-    assert 0 not in {float(lesson.training_loss(step)) for step in range(4)}
-    assert lesson.validation_loss() == pytest.approx(float(validation.mask.sum()) / detector.stride**2)
+    assert torch.equal(maps.normal, wanted)
+    assert 0 not in {float(maps.training_loss(step)) for step in range(4)}
+    assert maps.validation_loss() == pytest.approx(float(validation.mask.sum()) / detector.stride**2)
 
 
 def test_the_head_alone_is_spared_the_shades(teacher: Teacher) -> None:
     parts = {FIT: triplets(6, 0), VALIDATION: triplets(3, 1)}
     detector, _ = fresh_detector(teacher, batch(7, 4))
     shaded = {FIT: np.array([1, 4]), VALIDATION: np.array([2])}
-    origins = {
-        role: Origins(np.full(len(part.ids), -1), np.setdiff1d(np.arange(len(part.ids)), shaded[role]))
+    sources = {
+        role: TripletSources(np.full(len(part.ids), -1), np.setdiff1d(np.arange(len(part.ids)), shaded[role]))
         for role, part in parts.items()
     }
-    batches = TripletBatches(detector, parts, SETTINGS, CPU, Provenance(origins=origins))
-    plain = TripletBatches(detector, parts, SETTINGS, CPU)
+    batches = TripletBatches(detector, TrainingTriplets(parts, sources=sources), SETTINGS, CPU)
+    plain = TripletBatches(detector, TrainingTriplets(parts), SETTINGS, CPU)
 
     def seen(source: TripletBatches, phase: str) -> set[int]:
         return {int(index) for step in range(40) for index in source.draw(phase, step).indices}
 
-    assert seen(batches, "head") == set(origins[FIT].textured)
+    assert seen(batches, "head") == set(sources[FIT].textured)
     assert seen(plain, "head") == set(range(6))
-    for phase in ("student", "locator"):
+    for phase in ("student", "localisation"):
         assert seen(batches, phase) == set(range(6))
     assert batches.shown_in("head", VALIDATION).tolist() == [0, 1]
     assert batches.shown_in("student", VALIDATION).tolist() == [0, 1, 2]
@@ -398,17 +398,20 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
     fit, validation = triplets(8, 0), triplets(4, 1)
 
     normals = torch.from_numpy(np.concatenate([fit.normal, validation.normal])).float() / 255
-    origins = {FIT: Origins(np.arange(8), np.arange(8)), VALIDATION: Origins(np.arange(8, 12), np.arange(4))}
+    sources = {
+        FIT: TripletSources(np.arange(8), np.arange(8)),
+        VALIDATION: TripletSources(np.arange(8, 12), np.arange(4)),
+    }
 
     def run(folder: str, on_step: OnStep = lambda step, metrics: None) -> tuple[Detector, list[list[Any]]]:
-        detector, owners = fresh_detector(teacher, normals)
+        detector, source_ids = fresh_detector(teacher, normals)
         point = ResumePoint(tmp_path / folder, "a")
-        known = Provenance(owners, origins)
-        rows = distill(detector, fit, validation, SETTINGS, point, compute, on_step, known)
+        known = TrainingTriplets({FIT: fit, VALIDATION: validation}, source_ids, sources)
+        rows = distill(detector, known, SETTINGS, point, compute, on_step)
         return detector, rows
 
     whole, rows = run("whole")
-    assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6 + ["locator"] * 5
+    assert [row[0] for row in rows] == ["student"] * 8 + ["head"] * 6 + ["localisation"] * 5
     assert rows[7][2] < rows[0][2]
 
     class KilledError(Exception):
@@ -429,10 +432,12 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
 
 
 def test_distillation_stops_early_and_keeps_the_best(teacher: Teacher, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, memory=0, student_steps=60, patience=1, validate_every=1)
-    object.__setattr__(settings, "learning_rate", 2.0)  # more than params.yaml allows: nothing is learned
+    settings = dataclasses.replace(
+        SETTINGS, memory=0, student_steps=60, learning_rate=2.0, patience=1, validate_every=1
+    )
     detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher)
-    rows = distill(detector, triplets(8, 0), triplets(4, 1), settings, ResumePoint(tmp_path, "a"), CPU)
+    known = TrainingTriplets({FIT: triplets(8, 0), VALIDATION: triplets(4, 1)})
+    rows = distill(detector, known, settings, ResumePoint(tmp_path, "a"), CPU)
     student = [row for row in rows if row[0] == "student"]
     assert len(student) < 60
     best = int(np.nanargmin([row[3] for row in student]))

@@ -1,4 +1,4 @@
-"""What the memory may know: never the source of a validation triplet, nor, in training, that of the triplet at hand."""
+"""What the memory bank may hold: never the source of a validation triplet, nor in training that of the triplet."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 
 from flawsmith.data.dataset import Split, Tile
 from flawsmith.data.triplets import FIT, VALIDATION, TripletFolder
+from flawsmith.detector.normals import image_ids, manifest_rows, remembered_normals, triplet_sources
 from flawsmith.errors import UserError
-from flawsmith.stages.distill import _manifest_rows, image_of, remembered_normals, source_indices, textured
 
 NORMALS = [Path("good") / name for name in ("a.png", "b.png", "c.png", "d.png")]
 SPLIT = Split(fit=tuple(NORMALS), calibration=())
@@ -23,7 +23,7 @@ def rows(tmp_path: Path, sources: dict[str, str]) -> dict[str, dict[str, Any]]:
         for name, source in sources.items()
     ]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "manifest.parquet")
-    return _manifest_rows(TripletFolder(tmp_path), NORMALS)
+    return manifest_rows(TripletFolder(tmp_path), NORMALS)
 
 
 def test_the_memory_never_holds_the_source_of_a_validation_triplet(tmp_path: Path) -> None:
@@ -34,8 +34,7 @@ def test_the_memory_never_holds_the_source_of_a_validation_triplet(tmp_path: Pat
 def test_each_training_triplet_is_traced_to_its_normal_in_the_memory(tmp_path: Path) -> None:
     found = rows(tmp_path, SOURCES)
     kept = remembered_normals(SPLIT, found)
-    assert source_indices(kept, found, ["fit-0", "fit-1"]).tolist() == [0, 1]
-    assert source_indices(kept, found, ["val-0"]).tolist() == [-1]
+    assert triplet_sources(kept, found, ["fit-0", "fit-1", "val-0"]).sources.tolist() == [0, 1, -1]
 
 
 def test_a_source_that_is_no_fit_normal_now_is_one_clear_error(tmp_path: Path) -> None:
@@ -47,9 +46,9 @@ def test_every_tile_of_the_image_behind_a_triplet_is_kept_from_it(tmp_path: Path
     found = rows(tmp_path, SOURCES)
     kept = remembered_normals(SPLIT, found)
     tiles = [Tile(path, (0, left)) for path in kept for left in range(0, 96 if path.name == "c.png" else 64, 32)]
-    owners = image_of(tiles, kept)
-    (source,) = source_indices(kept, found, ["fit-1"])
-    assert [tile for tile, owner in zip(tiles, owners, strict=True) if owner == source] == tiles[2:5]
+    source_ids = image_ids(tiles, kept)
+    (source,) = triplet_sources(kept, found, ["fit-1"]).sources
+    assert [tile for tile, owner in zip(tiles, source_ids, strict=True) if owner == source] == tiles[2:5]
     assert {tile.path.name for tile in tiles[2:5]} == {"c.png"}
 
 
@@ -60,14 +59,16 @@ def test_a_copy_of_an_image_is_kept_from_where_the_image_is(tmp_path: Path) -> N
     assert remembered_normals(split, found) == [a, c]
     split = Split(tuple(NORMALS), (), copies=((c, d),))  # c is behind a training triplet
     kept = remembered_normals(split, found)
-    (source,) = source_indices(kept, found, ["fit-1"], split.twins)
-    owners = image_of([Tile(path) for path in kept], kept, split.twins)
-    assert [path for path, owner in zip(kept, owners, strict=True) if owner == source] == [c, d]
+    (source,) = triplet_sources(kept, found, ["fit-1"], split.twins).sources
+    source_ids = image_ids([Tile(path) for path in kept], kept, split.twins)
+    assert [path for path, owner in zip(kept, source_ids, strict=True) if owner == source] == [c, d]
 
 
 def test_shades_are_no_textures_unless_there_is_nothing_else() -> None:
     shades: dict[str, dict[str, Any]] = {
         "fit-0": {"shade_change": 0.1}, "fit-1": {"shade_change": None}, "fit-2": {"shade_change": -0.2},
     }  # fmt: skip
-    assert textured(shades, ["fit-0", "fit-1", "fit-2"]).tolist() == [1]
-    assert textured(shades, ["fit-2", "fit-0"]).tolist() == [0, 1]
+    for row in shades.values():
+        row["source"] = "a.png"
+    assert triplet_sources(NORMALS, shades, ["fit-0", "fit-1", "fit-2"]).textured.tolist() == [1]
+    assert triplet_sources(NORMALS, shades, ["fit-2", "fit-0"]).textured.tolist() == [0, 1]

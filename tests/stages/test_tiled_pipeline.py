@@ -93,10 +93,10 @@ def test_a_triplet_of_a_tile_is_explained_bit_for_bit(made: Layout, tmp_path: Pa
 
 def test_what_was_asked_of_the_normals_is_told(made: Layout) -> None:
     told = read_json(made.stage("distill") / "config.json")
-    assert told["symmetry"] == "rot90"
-    assert told["symmetry_distances"] == {}  # set by hand, so nobody was asked
-    assert len(told["energy_exponents"]) == 3
-    assert all(0 <= exponent <= 2 for exponent in told["energy_exponents"])
+    assert told["augmentation"] == "rot90"
+    assert told["augmentation_distances"] == {}  # set by hand, so nobody was asked
+    assert len(told["norm_powers"]) == 3
+    assert all(0 <= power <= 2 for power in told["norm_powers"])
 
 
 def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:

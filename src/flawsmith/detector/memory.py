@@ -1,15 +1,12 @@
-"""What the surface looks like, remembered: how far any place is from the nearest place of a normal part.
+"""The memory bank: how far each patch of an image is from the nearest patch of a normal image.
 
-A student alone learns the surface's average; how the individual places of normal parts look it has to be told. The
-memory is the detector's second answer to "is this normal": the cosine distance of each place of the coarsest scale to
-the normal feature most like it.
+A patch is one position of the teacher's coarsest feature level. The distance is a cosine distance. It differs from
+PatchCore's (Roth et al., CVPR 2022): features are L2-normalised, so that the contrast of the whole image does not
+count; distances are weighted by a power of the feature norm; they are compared along the few directions in which normal
+patches differ; patches are subsampled evenly instead of by a coreset.
 
-It differs from PatchCore's memory (Roth et al., CVPR 2022) in four ways, each measured (docs/experiments.md): features
-are L2-normalised, so that a change of contrast over the whole image is no distance, and distances are weighted by
-energy as far as the normals ask for it; they are compared along the few directions in which normal places differ;
-places are kept by an even lattice instead of a coreset; and the segmentation head reads the distance, and learns from
-triplets what to make of it. It reads the distance alone, not what was found: two normal places may be equally near, and
-which of them is the nearest would then depend on the last bit of a sum, so that no two runtimes would agree.
+The segmentation head reads the distance and not the patch that was found: two normal patches may be equally near, and
+the last bit of a sum would then decide between them, so that no two runtimes would agree.
 """
 
 from collections.abc import Iterable
@@ -18,31 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsmith.detector.energy import energy_exponent
+from flawsmith.detector.feature_norm import norm_power
 
-CHUNK = 2048  # keys compared at once: (h * w, CHUNK) similarities of an image of 256 pixels, 2 MB, stay in a cache
-POOLED = 3  # cells a side that are averaged before places are compared, PatchCore's neighbourhood
+CHUNK = 2048  # patches compared at once: (h * w, CHUNK) similarities of an image of 256 pixels, 2 MB, stay in a cache
+POOLED = 3  # cells a side that are averaged into a patch, PatchCore's neighbourhood
 
 
-class NormalMemory(nn.Module):
-    """`keys` (M, D) float16: features of normal places in the `basis` (C, D); M and D are fixed when it is built.
+class MemoryBank(nn.Module):
+    """`patches` (M, D) float16, features of normal patches in the `basis` (C, D); M and D are fixed when it is built.
 
-    The basis holds the D leading right singular vectors of the kept places (Eckart & Young 1936: no D directions keep
-    more of their inner products); without one, keys are the C features themselves. What a place has outside these
-    directions is left out of the comparison, on both sides: counted as distance it was worth less than nothing, for how
-    much of it there is follows the exposure (docs/experiments.md, round 8).
+    The basis holds the D leading right singular vectors of the patches (Eckart & Young 1936: no D directions keep more
+    of their inner products); without a basis, patches are the C features themselves. What lies outside these directions
+    is ignored on both sides, since it follows the exposure.
 
-    A cosine has no length, so that a place of little energy, whose feature is noise and points anywhere, would be as
-    far from normal as a defect. Distances are therefore multiplied by the place's energy, in units of its image's mean,
-    to the power of `exponent`, which `fit_exponent` asks of the normals; 0, where they show no such thing, changes
-    nothing.
-
-    Half floats: a cosine similarity changes by less than 1e-3, the file is half as large.
+    Distances are multiplied by the feature norm, in units of its image's mean, to the power of `norm_power` (see
+    `feature_norm`). Half floats change a cosine similarity by less than 1e-3 and halve the file.
     """
 
-    keys: Tensor
+    patches: Tensor
     basis: Tensor | None
-    exponent: Tensor
+    norm_power: Tensor
 
     def __init__(self, size: int, channels: int, dimensions: int = 0) -> None:
         """`dimensions` 0, or as many as there are channels, is no projection."""
@@ -50,72 +42,74 @@ class NormalMemory(nn.Module):
         projects = 0 < dimensions < channels
         self.register_buffer("basis", torch.eye(channels, dimensions) if projects else None)
         width = dimensions if projects else channels
-        self.register_buffer("keys", torch.zeros(size, width, dtype=torch.float16))
-        self.register_buffer("exponent", torch.zeros(()))
+        self.register_buffer("patches", torch.zeros(size, width, dtype=torch.float16))
+        self.register_buffer("norm_power", torch.zeros(()))
 
-    def forward(self, places: Tensor, forbidden: Tensor | None = None) -> Tensor:
-        """Cosine distance to the nearest key, times energy to the power of `exponent`: (B, 1, h, w), 0 or more.
+    def forward(self, patches: Tensor, excluded: Tensor | None = None) -> Tensor:
+        """Cosine distance to the nearest patch, weighted by the feature norm: (B, 1, h, w), 0 or more.
 
         Args:
-            places: (B, C, h, w), `as_places` of the coarsest level.
-            forbidden: (M,) bool, keys that do not count.
+            patches: (B, C, h, w), `as_patches` of the coarsest level.
+            excluded: (M,) bool, patches of the bank that do not count.
         """
-        batch, channels, height, width = places.shape
-        energy = places.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        rows = self._project((places / energy).permute(0, 2, 3, 1).reshape(-1, channels))
+        batch, channels, height, width = patches.shape
+        norm = patches.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        rows = self._project((patches / norm).permute(0, 2, 3, 1).reshape(-1, channels))
         nearest = torch.full_like(rows[:, 0], -1.0)
-        for first in range(0, len(self.keys), CHUNK):
-            similarity = rows @ self.keys[first : first + CHUNK].to(rows.dtype).T
-            if forbidden is not None:
-                similarity[:, forbidden[first : first + CHUNK]] = -1.0
+        for first in range(0, len(self.patches), CHUNK):
+            similarity = rows @ self.patches[first : first + CHUNK].to(rows.dtype).T
+            if excluded is not None:
+                similarity.masked_fill_(excluded[first : first + CHUNK], -1.0)
             nearest = torch.maximum(nearest, similarity.amax(dim=1))
-        return (1 - nearest.view(batch, 1, height, width)) * energy.pow(self.exponent)
+        return (1 - nearest.view(batch, 1, height, width)) * norm.pow(self.norm_power)
 
     @torch.no_grad()
     def fill(self, batches: Iterable[Tensor], images: int) -> Tensor:
-        """Keep as many places of normals as there are keys, evenly (`lattice`); find the basis.
+        """Subsample the patches of normals evenly, as many as the bank holds, and find the basis.
 
         Args:
-            batches: `as_places` (B, C, h, w) of the normals, in order.
+            batches: `as_patches` (B, C, h, w) of the normals, in order.
             images: how many they are in all.
 
         Returns:
-            whose each key is, (M,) indices of images.
+            source ids: the index of the image behind each patch, (M,).
         """
         found: list[Tensor] = []
         kept = torch.empty(0)
         seen = 0
-        for places in batches:
+        for patches in batches:
             if not seen:
-                height, width = places.shape[-2:]
-                kept = lattice(images, height, width, len(self.keys))
-            chosen = kept[seen : seen + len(places)].to(places.device)
-            found.append(F.normalize(places.permute(0, 2, 3, 1)[chosen].float(), dim=1).cpu())
-            seen += len(places)
+                height, width = patches.shape[-2:]
+                kept = subsample(images, height, width, len(self.patches))
+            chosen = kept[seen : seen + len(patches)].to(patches.device)
+            found.append(F.normalize(patches.permute(0, 2, 3, 1)[chosen].float(), dim=1).cpu())
+            seen += len(patches)
         rows = torch.cat(found)
         if self.basis is not None:
             self.basis.copy_(_leading_directions(rows, self.basis.shape[1]))
-        self.keys.copy_(self._project(rows.to(self.keys.device)))
+        self.patches.copy_(self._project(rows.to(self.patches.device)))
         return torch.nonzero(kept)[:, 0]
 
     @torch.no_grad()
-    def fit_exponent(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-        """Set the exponent from normals (`energy_exponent`) and return it.
+    def fit_norm_power(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+        """Set the norm power from normals (`norm_power`) and return it.
 
         Args:
-            images: places (B, C, h, w) with the keys that are their own (M,) bool and do not count.
+            images: patches (B, C, h, w), each with the patches of the bank that are its own, (M,) bool.
         """
-        self.exponent.zero_()
-        self.exponent.fill_(energy_exponent((places.norm(dim=1), self(places, own)) for places, own in images))
-        return float(self.exponent)
+        self.norm_power.zero_()
+        self.norm_power.fill_(norm_power((patches.norm(dim=1), self(patches, own)) for patches, own in images))
+        return float(self.norm_power)
 
     def _project(self, rows: Tensor) -> Tensor:
         return rows if self.basis is None else F.normalize(rows @ self.basis.to(rows.dtype), dim=1)
 
 
 def _leading_directions(rows: Tensor, count: int) -> Tensor:
-    """The `count` leading right singular vectors of rows (M, C), as columns (C, count); the largest entry of each is
-    positive, since the sign is nobody's choice."""
+    """The `count` leading right singular vectors of rows (M, C), as columns (C, count).
+
+    The largest entry of each is made positive, since the sign is arbitrary.
+    """
     squares = sum(part.double().T @ part.double() for part in rows.split(CHUNK))
     _, vectors = torch.linalg.eigh(torch.as_tensor(squares))  # in ascending order
     leading = vectors.flip(1)[:, :count]
@@ -123,25 +117,26 @@ def _leading_directions(rows: Tensor, count: int) -> Tensor:
     return (leading * largest.sign()).float()
 
 
-def as_places(coarse: Tensor) -> Tensor:
-    """A feature level (B, C, h, w) averaged over POOLED x POOLED cells (fewer at the border), in units of the image's
-    mean length: the contrast of the whole image is gone, that of its places among each other is left."""
+def as_patches(coarse: Tensor) -> Tensor:
+    """Average a feature level (B, C, h, w) over POOLED x POOLED cells, fewer at the border, in units of the mean norm.
+
+    The contrast of the whole image is gone; that of its patches among each other is left.
+    """
     pooled = F.avg_pool2d(coarse, POOLED, 1, POOLED // 2, count_include_pad=False)
     return pooled / pooled.norm(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def memory_size(limit: int, images: int, height: int, width: int) -> int:
-    """How many places a memory keeps: all, or `limit` of them."""
+    """How many patches a memory bank keeps: all, or `limit` of them."""
     return min(limit, images * height * width)
 
 
-def lattice(images: int, height: int, width: int, size: int) -> Tensor:
-    """Which places to keep, (images, height, width) bool with exactly `size` true.
+def subsample(images: int, height: int, width: int, size: int) -> Tensor:
+    """Which patches to keep, (images, height, width) bool with exactly `size` true.
 
     A low-discrepancy sequence over image, row and column (additive recurrence with the powers of the root of
-    x^4 = x + 1; Roberts 2018): every image and every part of the image, borders included, gives its share, and
-    neighbours, which are alike, are not kept together. A stride would do so at a few densities only, and one that skips
-    the border makes borders look abnormal.
+    x^4 = x + 1; Roberts 2018). Every image and every part of the image, borders included, gives its share, and alike
+    neighbours are not kept together. A stride would do so at a few densities only.
     """
     root = 1.2207440846057596
     i, r, c = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in (images, height, width)], indexing="ij")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flawsmith.detector.config import DistillSettings, TeacherSettings
-from flawsmith.detector.energy import energy_exponent, relative_energy
-from flawsmith.detector.memory import NormalMemory, as_places
-from flawsmith.detector.student import DistanceHead, SegmentationHead, Student, enlarge
+from flawsmith.detector.feature_norm import norm_power, relative_norm
+from flawsmith.detector.memory import MemoryBank, as_patches
+from flawsmith.detector.student import LocalisationHead, SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
@@ -26,7 +26,7 @@ LEAST_DEVIATION = 1e-6  # less is that of nothing: a score in units of it would 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What is needed to build the module before its weights are loaded."""
+    """What the module is built from before its weights are loaded."""
 
     backbone: str
     out_indices: tuple[int, ...]
@@ -44,7 +44,7 @@ class DetectorConfig:
 
     @classmethod
     def of(cls, teacher: TeacherSettings, distill: DistillSettings, image_size: int, memory: int) -> "DetectorConfig":
-        """The configuration that settings ask for, with `memory` places remembered (see `memory_size`)."""
+        """The configuration of the settings, with room for `memory` patches in the memory bank (see `memory_size`)."""
         return cls(
             teacher.backbone,
             teacher.out_indices,
@@ -63,20 +63,20 @@ class DetectorConfig:
 
 
 class Detector(nn.Module):
-    """Frozen teacher, student, memory and two heads, fused into one anomaly map and one score.
+    """Frozen teacher, student, memory bank and two heads, fused into one anomaly map and one score.
 
-    Raw maps: 1 - cosine similarity between teacher and student at each scale that the student answers, weighted by
-    energy as far as normal places ask for it (`detector.energy`); the same between the coarsest teacher feature and the
-    nearest remembered one; the logit of the segmentation head, which reads the teacher's and the student's agreement
-    channel by channel, and that of the locator, which reads these distances alone. Each is brought to zero mean and
-    unit deviation over the pixels of the calibration normals (`calibrate`), so that a weighted mean adds like to like.
-    All of them meet at the stride of the finest level that the student answers; sums are smoothed.
+    Raw maps, at the stride of the finest level that the student answers, each (B, 1, h, w):
 
-    Two sums are made, since what tells best whether there is a defect is not what shows best where it ends
-    (docs/experiments.md, round 10): by `map_weights` the anomaly map, enlarged to the image's size; by `score_weights`
-    the one that the image score looks at. Defects come at all sizes, from a pore to a shadow over the whole part, so
-    the score takes several views: the means of the highest `top_shares`, each in units of its deviation over the
-    calibration normals, averaged.
+    - for each of these levels 1 - cosine similarity of teacher and student, times a power of the feature norm;
+    - the distance to the memory bank, if there is one;
+    - the logit of the segmentation head, which reads teacher and student channel by channel;
+    - the logit of the localisation head, which reads the distances above alone.
+
+    Each is brought to zero mean and unit deviation over the pixels of the calibration normals (`calibrate`) and summed
+    with two sets of weights, since what tells best whether there is a defect does not show best where it ends. The sum
+    by `map_weights`, smoothed and enlarged, is the anomaly map. The score reads the sum by `score_weights`: the means
+    of its highest `top_shares` of pixels, each in units of its deviation over the calibration normals, averaged, since
+    defects come at all sizes.
     """
 
     map_mean: Tensor
@@ -86,7 +86,7 @@ class Detector(nn.Module):
     map_weights: Tensor
     score_weights: Tensor
     kernel: Tensor
-    exponents: Tensor
+    norm_powers: Tensor
 
     def __init__(self, config: DetectorConfig, teacher: Teacher | None = None) -> None:
         super().__init__()
@@ -94,18 +94,18 @@ class Detector(nn.Module):
         self.teacher = teacher or Teacher(config.backbone, config.out_indices)
         channels = self.teacher.channels
         self.student = Student(channels, config.bottleneck, config.decoder_channels)
-        self.memory = NormalMemory(config.memory, channels[-1], config.memory_dimensions) if config.memory else None
+        self.memory = MemoryBank(config.memory, channels[-1], config.memory_dimensions) if config.memory else None
         answered = channels[-len(config.decoder_channels) :]
         read = (*answered, 1) if config.memory else answered
         self.head = SegmentationHead(read, config.head_channels)
-        self.locator = DistanceHead(len(read), config.locator_channels)
-        without = None if config.memory else len(answered)  # the place of the memory's map
+        self.localisation = LocalisationHead(len(read), config.locator_channels)
+        without = None if config.memory else len(answered)  # the index of the memory bank's map
         weights, score_weights = (
-            torch.tensor([weight for place, weight in enumerate(given) if place != without])
+            torch.tensor([weight for index, weight in enumerate(given) if index != without])
             for given in (config.map_weights, config.score_weights)
         )
         used = len(weights)
-        self.register_buffer("exponents", torch.zeros(len(answered)))
+        self.register_buffer("norm_powers", torch.zeros(len(answered)))
         self.register_buffer("map_mean", torch.zeros(used))
         self.register_buffer("map_std", torch.ones(used))
         self.register_buffer("score_mean", torch.zeros(len(config.top_shares)))
@@ -120,9 +120,9 @@ class Detector(nn.Module):
         return self.teacher.strides[-len(self.config.decoder_channels)]
 
     @property
-    def energy_exponents(self) -> list[float]:
-        """Of each of `distances`: a scale that the student answers, finest first, then the memory."""
-        return [*self.exponents.tolist(), *([] if self.memory is None else [float(self.memory.exponent)])]
+    def all_norm_powers(self) -> list[float]:
+        """The norm power of each of `distances`."""
+        return [*self.norm_powers.tolist(), *([] if self.memory is None else [float(self.memory.norm_power)])]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal parts in both."""
@@ -136,7 +136,7 @@ class Detector(nn.Module):
         return F.interpolate(fused, size=size, mode="bilinear", align_corners=False), score
 
     def fuse(self, raw: Tensor, weights: Tensor) -> Tensor:
-        """Raw maps (B, K, h, w) → their smoothed mean after normalisation, weighted by `weights` (K,): (B, 1, h, w)."""
+        """Normalise raw maps (B, K, h, w), average them by `weights` (K,) and smooth: (B, 1, h, w)."""
         maps = (raw - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
         return smooth((maps * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), self.kernel)
 
@@ -145,37 +145,36 @@ class Detector(nn.Module):
         return torch.stack([top_mean(fused, share) for share in self.config.top_shares], dim=1)
 
     def raw_maps(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, K, h, w) at `stride`: `distances`, then the logits of head and locator."""
+        """(B, 3, S, S) → (B, K, h, w) at `stride`: `distances`, then the logits of the two heads."""
         features = self.teacher(image)
         remembered = self.recall(features)
         products = feature_products(features, self.student(features))
         distances = self.distances(features, products, remembered)
         head = self.head((*products, *remembered), distances.shape[-2:])
-        return torch.cat([distances, head, self.locator(distances)], dim=1)
+        return torch.cat([distances, head, self.localisation(distances)], dim=1)
 
     def distances(self, features: Features, products: Features, remembered: Features) -> Tensor:
-        """How far each place is from normal, (B, D, h, w) at `stride`: a scale, finest first, then to the memory.
+        """How far each cell is from normal, (B, D, h, w) at `stride`: by level, finest first, then by the memory bank.
 
         Args:
             features: of the teacher, (B, C_k, h_k, w_k) a level.
             products: `feature_products` of the levels that the student answers.
             remembered: `recall`.
         """
-        energies = self.energies(features)
         found = [
-            (1 - product.sum(dim=1, keepdim=True)) * energy.pow(exponent)
-            for product, energy, exponent in zip(products, energies, self.exponents, strict=True)
+            (1 - product.sum(dim=1, keepdim=True)) * norm.pow(power)
+            for product, norm, power in zip(products, self.feature_norms(features), self.norm_powers, strict=True)
         ]
         size = found[0].shape[-2:]
         return torch.cat([enlarge(part, size) for part in (*found, *remembered)], dim=1)
 
-    def energies(self, features: Features) -> Features:
-        """`relative_energy` of the levels that the student answers."""
-        return tuple(relative_energy(level) for level in features[-len(self.exponents) :])
+    def feature_norms(self, features: Features) -> Features:
+        """`relative_norm` of the levels that the student answers."""
+        return tuple(relative_norm(level) for level in features[-len(self.norm_powers) :])
 
     @torch.no_grad()
-    def fit_exponents(self, normals: Iterable[tuple[Features, Features]]) -> None:
-        """Ask normal images how much energy counts (`energy_exponent`), for each scale that the student answers.
+    def fit_norm_powers(self, normals: Iterable[tuple[Features, Features]]) -> None:
+        """Set the norm power of each level that the student answers from normal images (`feature_norm`).
 
         Args:
             normals: `feature_products` and the teacher's features of batches of them.
@@ -183,13 +182,13 @@ class Detector(nn.Module):
         found = []
         for products, features in normals:
             distances = [1 - product.sum(dim=1, keepdim=True) for product in products]
-            found.append(list(zip(self.energies(features), distances, strict=True)))
-        for place, scale in enumerate(zip(*found, strict=True)):
-            self.exponents[place] = energy_exponent(scale)
+            found.append(list(zip(self.feature_norms(features), distances, strict=True)))
+        for level, pairs in enumerate(zip(*found, strict=True)):
+            self.norm_powers[level] = norm_power(pairs)
 
     def recall(self, features: Features) -> Features:
-        """Distance of each place to the memory, (B, 1, h, w); nothing without one."""
-        return () if self.memory is None else (self.memory(as_places(features[-1])),)
+        """Distance of each patch to the memory bank, (B, 1, h, w); nothing without one."""
+        return () if self.memory is None else (self.memory(as_patches(features[-1])),)
 
     @torch.inference_mode()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -218,14 +217,14 @@ class Detector(nn.Module):
 
 @torch.inference_mode()
 def remember(detector: Detector, normals: Iterable[Tensor], images: int) -> Tensor | None:
-    """Fill the detector's memory from batches (B, 3, S, S) of the fit normals, `images` in all.
+    """Fill the detector's memory bank from batches (B, 3, S, S) of the fit normals, `images` in all.
 
     Returns:
-        whose each key is, (M,) indices of normals; None if the detector has no memory.
+        source ids: the index of the normal behind each patch, (M,); None if the detector has no memory bank.
     """
     if detector.memory is None:
         return None
-    return detector.memory.fill((as_places(detector.teacher(batch)[-1]) for batch in normals), images)
+    return detector.memory.fill((as_patches(detector.teacher(batch)[-1]) for batch in normals), images)
 
 
 def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""The student: a bottleneck and decoder on the frozen teacher's own features, as in reverse distillation.
+"""The student, a bottleneck and decoder on the frozen teacher's features, and the two heads that read where it fails.
 
-The asymmetry is in what the two see and how they are built: in training the teacher gives the features of the clean
-image, the student must answer them from the defect image, through a bottleneck at half the coarsest resolution with no
-skip path around it, so that the defect cannot leak through. Sharing the frozen encoder (Deng & Li, CVPR 2022) learns
-several times faster than a separate one, and inference runs the encoder once.
+In training the teacher sees the normal image and the student the defect image. The student must answer the normal
+features through a bottleneck at half the coarsest resolution, with no skip path around it, so that the defect cannot
+pass. It shares the frozen teacher's features (Deng & Li, CVPR 2022), so that inference runs the encoder once.
 """
 
 import torch
@@ -30,9 +29,9 @@ def enlarge(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 class Student(nn.Module):
-    """Teacher features of any image → estimate of the teacher features of that image without its defect.
+    """Teacher features of an image → an estimate of the teacher features of that image without its defect.
 
-    It reads all of the teacher's levels and answers the coarsest `len(decoder_channels)` of them.
+    It reads all levels of the teacher and answers the coarsest `len(decoder_channels)` of them, finest first.
     """
 
     def __init__(self, channels: tuple[int, ...], bottleneck: int, decoder_channels: tuple[int, ...]) -> None:
@@ -68,10 +67,10 @@ class Student(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Reads where teacher and student disagree, and how far from anything remembered: maps → one logit a pixel.
+    """Reads where teacher and student disagree, and the distance to the memory bank: maps → one logit a cell.
 
-    From the student it reads what DeSTSeg does (Zhang et al., CVPR 2023, sec. 3.3): channel by channel products of
-    L2-normalised features, whose sum over channels is the cosine similarity; from the memory one distance a place.
+    Of teacher and student it reads the products of L2-normalised features channel by channel, as DeSTSeg does (Zhang et
+    al., CVPR 2023, sec. 3.3); their sum over channels is the cosine similarity.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int) -> None:
@@ -93,13 +92,13 @@ class SegmentationHead(nn.Module):
         return self.answer(hidden)
 
 
-class DistanceHead(nn.Module):
-    """Reads how far each place is from normal, and not in which direction: distances → one logit a pixel.
+class LocalisationHead(nn.Module):
+    """Reads how far each cell is from normal, and not in which direction: distances → one logit a cell.
 
-    The segmentation head, which reads every channel, learns the textures of synthetic defects by heart along with what
-    a defect is; one that is handed bare distances cannot, and draws real defects far more sharply (docs/experiments.md,
-    round 10). Distances are read as signed logarithms of their deviations from normal places, so that a strong defect
-    does not drown a faint one, and with little context, for the outlines of synthetic defects are no law either.
+    The segmentation head reads every channel and also learns the textures of synthetic defects by heart; bare distances
+    hold no texture, so this head draws real defects more sharply. It reads signed logarithms of distances in units of
+    their deviation over normal images, so that a strong defect does not drown a faint one, and little context, since
+    the outlines of synthetic defects are no law either.
     """
 
     mean: Tensor
@@ -129,7 +128,7 @@ class DistanceHead(nn.Module):
 
 
 def _contexts(width: int, dilations: tuple[int, ...]) -> nn.ModuleList:
-    """Convolutions that look ever further around a pixel, to be added to what they read."""
+    """Convolutions of growing dilation, each to be added to what it reads."""
     return nn.ModuleList(
         [
             nn.Sequential(
@@ -143,7 +142,7 @@ def _contexts(width: int, dilations: tuple[int, ...]) -> nn.ModuleList:
 
 
 def _rare(answer: nn.Conv2d) -> nn.Conv2d:
-    """Defects are rare: training starts from a probability of 5 %."""
+    """Set the bias for a probability of 5 %: defects are rare."""
     if answer.bias is not None:
         nn.init.constant_(answer.bias, -3.0)
     return answer

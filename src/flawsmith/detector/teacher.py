@@ -44,6 +44,12 @@ class Teacher(nn.Module):
         return tuple(self.body((image - self.mean) / self.std))
 
 
+def as_batch(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(B, 3, H, W) uint8 → float32 in [0, 1], channels last."""
+    batch = torch.from_numpy(images).to(device).float() / 255
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
 def pooled_features(teacher: Teacher, images: NDArray[np.float32], batch: int = 32) -> NDArray[np.float32]:
     """Images `(N, 3, H, W)` to `(N, D)`: over space the means of all channels, then their standard deviations.
 

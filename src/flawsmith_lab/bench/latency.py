@@ -116,7 +116,7 @@ def random_model(settings: Settings, size: int, path: Path) -> None:
         places = memory_size(settings.distill.memory, NORMALS, cells, cells)
         detector = Detector(DetectorConfig.of(teacher, settings.distill, size, places), frozen).eval()
         if detector.memory is not None:
-            detector.memory.keys.copy_(F.normalize(torch.randn(detector.memory.keys.shape), dim=1))
+            detector.memory.patches.copy_(F.normalize(torch.randn(detector.memory.patches.shape), dim=1))
         detector.calibrate([torch.rand(2, 3, size, size)])
     metadata = ModelMetadata(
         category="random-weights",
