@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from flawsmith.diffusion.sampler import STRENGTH_UNIT, Disturbance, _time_grid, octave_noise, sample_disturbed
+from flawsmith.diffusion.sampler import STRENGTH_UNIT, SamplingPlan, _time_grid, octave_noise, sample_disturbed
 
 
 class Halver(nn.Module):
@@ -37,7 +37,7 @@ def generators(count: int) -> list[torch.Generator]:
 def test_strength_zero_is_the_strided_ddpm_of_diffusers(prediction: str, start: float) -> None:
     clean = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(9)) * 2 - 1
     steps, model, reference = 10, Halver(), scheduler(prediction)
-    ours = sample_disturbed(model, reference, clean, [start], [0.0], steps, Disturbance(), generators(1))
+    ours = sample_disturbed(model, reference, clean, [start], [0.0], SamplingPlan(steps), generators(1))
 
     draws = generators(1)[0]
     times = [time - 1 for time in _time_grid([start], steps, 1000)[:-1, 0].tolist()]
@@ -52,9 +52,9 @@ def test_strength_zero_is_the_strided_ddpm_of_diffusers(prediction: str, start: 
 def test_constant_rule_adds_the_same_variance_whatever_the_number_of_steps() -> None:
     """With a model that changes nothing but the scale, the extra variance can be followed step by step."""
     for steps in (5, 10):
-        clean, plain = torch.zeros(1, 3, 64, 64), Disturbance()
+        clean, plan = torch.zeros(1, 3, 64, 64), SamplingPlan(steps)
         disturbed = [
-            sample_disturbed(Nothing(), scheduler("v_prediction"), clean, [0.2], [s], steps, plain, generators(1))
+            sample_disturbed(Nothing(), scheduler("v_prediction"), clean, [0.2], [s], plan, generators(1))
             for s in (0.0, 0.05)
         ]
         extra = disturbed[1].var() - disturbed[0].var()
@@ -65,12 +65,12 @@ def test_constant_rule_adds_the_same_variance_whatever_the_number_of_steps() -> 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     clean = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    disturbance = Disturbance("constant", 0.5, 3)
+    plan = SamplingPlan(6, "constant", 0.5, 3)
     starts, strengths = [0.5, 0.7, 0.9], [0.0, 0.1, 0.2]
-    together = sample_disturbed(Halver(), scheduler(), clean, starts, strengths, 6, disturbance, generators(3))
+    together = sample_disturbed(Halver(), scheduler(), clean, starts, strengths, plan, generators(3))
     for i in range(3):
         alone = sample_disturbed(
-            Halver(), scheduler(), clean[i : i + 1], starts[i : i + 1], strengths[i : i + 1], 6, disturbance,
+            Halver(), scheduler(), clean[i : i + 1], starts[i : i + 1], strengths[i : i + 1], plan,
             generators(3)[i : i + 1],
         )  # fmt: skip
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
@@ -79,9 +79,11 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("rule", ["constant", "realnet"])
 def test_strength_zero_and_no_time_to_disturb_are_the_same(rule: str) -> None:
     clean = torch.zeros(1, 3, 16, 16)
-    plain = sample_disturbed(Halver(), scheduler(), clean, [0.6], [0.0], 6, Disturbance(rule), generators(1))
-    never = sample_disturbed(Halver(), scheduler(), clean, [0.6], [0.3], 6, Disturbance(rule, until=1.0), generators(1))
-    often = sample_disturbed(Halver(), scheduler(), clean, [0.6], [0.3], 6, Disturbance(rule), generators(1))
+    plain = sample_disturbed(Halver(), scheduler(), clean, [0.6], [0.0], SamplingPlan(6, rule), generators(1))
+    never = sample_disturbed(
+        Halver(), scheduler(), clean, [0.6], [0.3], SamplingPlan(6, rule, until=1.0), generators(1)
+    )
+    often = sample_disturbed(Halver(), scheduler(), clean, [0.6], [0.3], SamplingPlan(6, rule), generators(1))
     assert torch.equal(plain, never)
     assert not torch.equal(plain, often)
 
@@ -107,4 +109,4 @@ def test_more_octaves_are_smoother() -> None:
 
 def test_disturbance_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Disturbance().rule = "realnet"  # type: ignore[misc]
+        SamplingPlan().rule = "realnet"  # type: ignore[misc]

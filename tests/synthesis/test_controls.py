@@ -30,7 +30,8 @@ from flawsmith.synthesis.controls import (
     own_texture,
     rectangle_mask,
 )
-from flawsmith.synthesis.generate import Workshop, changed_mask, generate, manifest_row, remake
+from flawsmith.synthesis.generate import TripletGenerator, changed_mask, generate, remake
+from flawsmith.synthesis.manifest import manifest_row
 from flawsmith.synthesis.masks import margin, sample_mask
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -52,9 +53,9 @@ def surface(seed: int, size: int = 128) -> NDArray[np.uint8]:
     return np.clip(np.array([120, 110, 100])[:, None, None] + grain, 0, 255).astype(np.uint8)
 
 
-def workshop(count: int = 8, **changes: Any) -> Workshop:
+def maker(count: int = 8, **changes: Any) -> TripletGenerator:
     normals = np.stack([surface(seed) for seed in range(count)])
-    return Workshop(
+    return TripletGenerator(
         denoiser=None,
         scheduler=None,
         normals=normals,
@@ -204,7 +205,7 @@ def test_turning_the_hue_leaves_gray_gray_and_a_full_turn_changes_nothing() -> N
     "changes", [{"texture": "own", "mask": "noise"}, *({"texture": t, "mask": m} for t, m in CONTROLS.items())]
 )
 def test_a_controls_triplets_are_local_visible_and_made_again_bit_for_bit(changes: Mapping[str, Any]) -> None:
-    made_by = workshop(**changes)
+    made_by = maker(**changes)
     for triplet in generate(made_by, FIT, 10):
         change = np.abs(triplet.defect.astype(int) - triplet.normal.astype(int)).max(axis=0)
         far = ndimage.distance_transform_edt(~triplet.mask) > DEFAULTS.feather + 1
@@ -225,7 +226,7 @@ def test_a_controls_triplets_are_local_visible_and_made_again_bit_for_bit(change
 
 
 def test_own_textures_come_from_other_normals_of_the_same_role() -> None:
-    made_by = workshop(texture="own")
+    made_by = maker(texture="own")
     for role in (FIT, VALIDATION):
         sources = made_by.sources(role)
         candidates = [made_by.candidate(role, number) for number in range(30)]
@@ -239,7 +240,7 @@ def test_own_textures_come_from_other_normals_of_the_same_role() -> None:
 
 
 def test_a_pasted_patch_is_hard_edged_and_nearly_the_image_itself() -> None:
-    for triplet in generate(workshop(texture="cutpaste", mask="rectangle"), FIT, 6):
+    for triplet in generate(maker(texture="cutpaste", mask="rectangle"), FIT, 6):
         outline = triplet.candidate.outline.mask
         assert (triplet.defect == triplet.normal)[:, ~outline].all()
         assert triplet.candidate.defects[0].opacity == 1.0
@@ -248,14 +249,14 @@ def test_a_pasted_patch_is_hard_edged_and_nearly_the_image_itself() -> None:
 
 
 def test_gray_surfaces_get_gray_controls() -> None:
-    made_by = workshop(texture="own")
+    made_by = maker(texture="own")
     gray = replace(made_by, normals=np.repeat(made_by.normals[:, :1], 3, axis=1))
     assert all((triplet.defect == triplet.defect[:1]).all() for triplet in generate(gray, FIT, 4))
 
 
 def test_diffusion_asks_for_its_denoiser() -> None:
     with pytest.raises(ValueError, match="denoiser"):
-        list(generate(workshop(texture="diffusion"), FIT, 1))
+        list(generate(maker(texture="diffusion"), FIT, 1))
 
 
 @pytest.mark.parametrize(

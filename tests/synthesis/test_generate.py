@@ -17,13 +17,13 @@ from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import UserError
 from flawsmith.synthesis.generate import (
     MIN_SEEN,
-    Workshop,
+    TripletGenerator,
     changed_mask,
     generate,
-    manifest_row,
     remake,
     role_counts,
 )
+from flawsmith.synthesis.manifest import manifest_row
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row, zoom
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
@@ -36,10 +36,10 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Workshop:
+def maker() -> TripletGenerator:
     torch.manual_seed(0)
     normals = np.random.default_rng(0).integers(90, 150, (10, 3, SIZE, SIZE)).astype(np.uint8)
-    return Workshop(
+    return TripletGenerator(
         denoiser=Denoiser(DDPM).eval(),
         scheduler=build_scheduler(DDPM),
         normals=normals,
@@ -49,8 +49,8 @@ def workshop() -> Workshop:
     )
 
 
-def test_a_triplet_differs_where_its_mask_is_and_nowhere_far_from_it(workshop: Workshop) -> None:
-    triplets = list(generate(workshop, FIT, 16))
+def test_a_triplet_differs_where_its_mask_is_and_nowhere_far_from_it(maker: TripletGenerator) -> None:
+    triplets = list(generate(maker, FIT, 16))
     assert len(triplets) == 16
     for triplet in triplets:
         change = np.abs(triplet.defect.astype(int) - triplet.normal.astype(int)).max(axis=0)
@@ -59,41 +59,41 @@ def test_a_triplet_differs_where_its_mask_is_and_nowhere_far_from_it(workshop: W
         assert change[~near].max(initial=0) == 0
         seen = change[triplet.mask] > SETTINGS.visibility * 255
         assert seen.mean() >= MIN_SEEN  # what the quality gate asks of most, whatever closing has drawn
-        assert np.array_equal(triplet.normal, workshop.normals[triplet.candidate.source])
+        assert np.array_equal(triplet.normal, maker.normals[triplet.candidate.source])
 
 
-def test_any_triplet_is_made_again_bit_for_bit(workshop: Workshop) -> None:
-    for triplet in list(generate(workshop, FIT, 7))[::3]:
-        again = remake(workshop, FIT, triplet.candidate.number)
+def test_any_triplet_is_made_again_bit_for_bit(maker: TripletGenerator) -> None:
+    for triplet in list(generate(maker, FIT, 7))[::3]:
+        again = remake(maker, FIT, triplet.candidate.number)
         assert again is not None
         assert np.array_equal(again.defect, triplet.defect)
         assert np.array_equal(again.mask, triplet.mask)
-        assert manifest_row(workshop, "a", again) == manifest_row(workshop, "a", triplet)
+        assert manifest_row(maker, "a", again) == manifest_row(maker, "a", triplet)
 
 
-def test_roles_share_no_source(workshop: Workshop) -> None:
-    fit, validation = set(workshop.sources(FIT)), set(workshop.sources(VALIDATION))
+def test_roles_share_no_source(maker: TripletGenerator) -> None:
+    fit, validation = set(maker.sources(FIT)), set(maker.sources(VALIDATION))
     assert fit
     assert validation
     assert not fit & validation
     assert fit | validation == set(range(10))
     for role, sources in ((FIT, fit), (VALIDATION, validation)):
-        assert {triplet.candidate.source for triplet in generate(workshop, role, 4)} <= sources
+        assert {triplet.candidate.source for triplet in generate(maker, role, 4)} <= sources
 
 
-def test_another_seed_gives_other_triplets(workshop: Workshop) -> None:
-    other = dataclasses.replace(workshop, settings=dataclasses.replace(SETTINGS, seed=1))
-    assert workshop.candidate(FIT, 0) != other.candidate(FIT, 0)
+def test_another_seed_gives_other_triplets(maker: TripletGenerator) -> None:
+    other = dataclasses.replace(maker, settings=dataclasses.replace(SETTINGS, seed=1))
+    assert maker.candidate(FIT, 0) != other.candidate(FIT, 0)
 
 
-def test_gray_surfaces_get_gray_defects(workshop: Workshop) -> None:
-    gray = np.repeat(workshop.normals[:, :1], 3, axis=1)
-    for triplet in generate(dataclasses.replace(workshop, normals=gray), FIT, 3):
+def test_gray_surfaces_get_gray_defects(maker: TripletGenerator) -> None:
+    gray = np.repeat(maker.normals[:, :1], 3, axis=1)
+    for triplet in generate(dataclasses.replace(maker, normals=gray), FIT, 3):
         assert (triplet.defect == triplet.defect[:1]).all()
 
 
-def test_invisible_defects_end_in_one_clear_error(workshop: Workshop) -> None:
-    strict = dataclasses.replace(workshop, settings=dataclasses.replace(SETTINGS, visibility=0.9))
+def test_invisible_defects_end_in_one_clear_error(maker: TripletGenerator) -> None:
+    strict = dataclasses.replace(maker, settings=dataclasses.replace(SETTINGS, visibility=0.9))
     with pytest.raises(UserError, match=r"synthesize\.strength"):
         list(generate(strict, FIT, 3))
 
@@ -122,9 +122,9 @@ def test_specks_are_no_defect_and_gaps_are_closed() -> None:
     assert mask[10:20, 10:20].all()
 
 
-def test_triplets_come_back_from_disk_as_they_went(workshop: Workshop, tmp_path: Path) -> None:
+def test_triplets_come_back_from_disk_as_they_went(maker: TripletGenerator, tmp_path: Path) -> None:
     folder = TripletFolder(tmp_path)
-    made = list(generate(workshop, FIT, 3))
+    made = list(generate(maker, FIT, 3))
     for index, triplet in enumerate(made):
         folder.write(f"fit-{index:05d}", triplet.normal, triplet.defect, triplet.mask)
     arrays = TripletArrays.load(folder, folder.ids(FIT))
@@ -139,8 +139,8 @@ def test_triplets_come_back_from_disk_as_they_went(workshop: Workshop, tmp_path:
         folder.read("fit-00001")
 
 
-def test_sheets_hold_every_triplet(workshop: Workshop) -> None:
-    strips = [triplet_row(t.normal, t.defect, t.mask) for t in generate(workshop, FIT, 3)]
+def test_sheets_hold_every_triplet(maker: TripletGenerator) -> None:
+    strips = [triplet_row(t.normal, t.defect, t.mask) for t in generate(maker, FIT, 3)]
     sheet = contact_sheet(strips, columns=2)
     assert sheet.shape == (2 * SIZE + 4, 2 * 5 * SIZE + 4, 3)
     empty = np.zeros((SIZE, SIZE), bool)

@@ -15,7 +15,8 @@ from flawsmith.config import load_settings
 from flawsmith.data.foreground import Foreground
 from flawsmith.data.triplets import FIT
 from flawsmith.synthesis.config import SynthesizeSettings
-from flawsmith.synthesis.generate import Workshop, generate, manifest_row, quotas, remake
+from flawsmith.synthesis.generate import TripletGenerator, generate, quotas, remake
+from flawsmith.synthesis.manifest import manifest_row
 from flawsmith.synthesis.shades import sample_shade, shaded
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -33,8 +34,8 @@ def surface(seed: int, level: float = 120, grain: float = 4) -> NDArray[np.uint8
     return np.repeat(np.clip(noise, 0, 255), 3, axis=0).astype(np.uint8)
 
 
-def workshop(**changes: Any) -> Workshop:
-    return Workshop(
+def maker(**changes: Any) -> TripletGenerator:
+    return TripletGenerator(
         denoiser=None,
         scheduler=None,
         normals=np.stack([surface(seed) for seed in range(6)]),
@@ -105,7 +106,7 @@ def test_both_signs_occur_on_a_gray_surface() -> None:
 
 @pytest.mark.parametrize(("share", "texture"), [("shade_share", "shade"), ("patch_share", "cutpaste")])
 def test_what_some_carry_instead_leaves_the_other_candidates_as_they_were(share: str, texture: str) -> None:
-    plain, mixed = workshop(), workshop(**{share: 0.5})
+    plain, mixed = maker(), maker(**{share: 0.5})
     kinds = []
     for number in range(40):
         before, after = plain.candidate(FIT, number), mixed.candidate(FIT, number)
@@ -120,7 +121,7 @@ def test_what_some_carry_instead_leaves_the_other_candidates_as_they_were(share:
 @pytest.mark.parametrize(("shades", "patches"), [(0.2, 0.0), (0.2, 0.5), (0.0, 0.3), (1.0, 0.0), (0.0, 1.0)])
 def test_shares_are_of_triplets_though_candidates_are_dropped(shades: float, patches: float) -> None:
     """So strict a rule of what is seen that many a defect is dropped and no shade."""
-    made_by = workshop(shade_share=shades, patch_share=patches, opacity=(0.05, 1.0), shade_change=(0.2, 0.3))
+    made_by = maker(shade_share=shades, patch_share=patches, opacity=(0.05, 1.0), shade_change=(0.2, 0.3))
     kinds = [triplet.candidate.kind for triplet in generate(made_by, FIT, 20)]
     assert kinds.count("shade") == round(20 * shades)
     assert kinds.count("patch") == round((20 - kinds.count("shade")) * patches)
@@ -137,7 +138,7 @@ def test_quotas_add_up_and_leave_one_to_each_share_below_one(shades: float, patc
 
 
 def test_shades_patches_and_several_defects_are_made_again_bit_for_bit() -> None:
-    made_by = workshop(shade_share=0.3, patch_share=0.3, defects=(1, 3))
+    made_by = maker(shade_share=0.3, patch_share=0.3, defects=(1, 3))
     rows = []
     for triplet in generate(made_by, FIT, 24):
         again = remake(made_by, FIT, triplet.candidate.number)
@@ -154,7 +155,7 @@ def test_shades_patches_and_several_defects_are_made_again_bit_for_bit() -> None
 
 
 def test_several_defects_share_the_area_and_all_are_marked() -> None:
-    made_by = workshop(defects=(3, 3))
+    made_by = maker(defects=(3, 3))
     strengths = set()
     for triplet in generate(made_by, FIT, 8):
         outlines = [defect.outline.mask for defect in triplet.candidate.defects]
@@ -169,7 +170,7 @@ def test_several_defects_share_the_area_and_all_are_marked() -> None:
 
 
 def test_an_image_of_one_defect_is_the_same_whatever_others_carry() -> None:
-    single, mixed = workshop(), workshop(defects=(1, 2))
+    single, mixed = maker(), maker(defects=(1, 2))
     same = 0
     for number in range(20):
         candidate = mixed.candidate(FIT, number)

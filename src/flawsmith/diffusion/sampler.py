@@ -23,19 +23,23 @@ STRENGTH_UNIT = 20  # strength is the standard deviation added per T / 20 of dif
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """How one batch is disturbed.
+class SamplingPlan:
+    """How one batch is sampled and disturbed.
 
     Attributes:
+        steps: of the reverse process.
         rule: `constant` adds variance s^2 per T/20 of diffusion time at every step, so that the texture does not depend
             on the number of steps; `realnet` multiplies the posterior variance by 1 + s (RealNet, CVPR 2024, eq. 4).
         until: disturb only while t / t0 is above this share: what is disturbed last is never denoised, it stays grain.
         octaves: 1 is white noise; more add coarser octaves at unchanged variance, which leaves structure, not grain.
+        compute: where the denoiser lies, and its precision.
     """
 
+    steps: int
     rule: str = "constant"
     until: float = 0.0
     octaves: int = 1
+    compute: Compute = CPU
 
 
 @torch.inference_mode()
@@ -45,10 +49,8 @@ def sample_disturbed(
     clean: Tensor,
     start: Sequence[float],
     strength: Sequence[float],
-    steps: int,
-    disturbance: Disturbance,
+    plan: SamplingPlan,
     generators: Sequence[torch.Generator],
-    compute: Compute = CPU,
 ) -> Tensor:
     """Noise `clean` windows to their starting times and bring them back, disturbed.
 
@@ -57,12 +59,11 @@ def sample_disturbed(
         start: B starting times as shares of T; 1 forgets `clean` altogether.
         strength: B strengths s >= 0.
         generators: B CPU generators, one a sample, so that a sample's noise does not depend on its batch.
-        compute: where the denoiser lies, and its precision.
 
     Returns:
         (B, 3, H, W) in [-1, 1], on the CPU.
     """
-    device = compute.device
+    device, steps = plan.compute.device, plan.steps
     total = scheduler.config.num_train_timesteps
     cumulative = scheduler.alphas_cumprod.to(torch.float64)
     times = _time_grid(start, steps, total)  # (steps + 1, B), last row 0 = clean
@@ -74,7 +75,7 @@ def sample_disturbed(
     x = x.to(device).contiguous(memory_format=torch.channels_last)
     for k in range(steps):
         now, then = alpha_bar[k], alpha_bar[k + 1]
-        with compute.autocast():
+        with plan.compute.autocast():
             prediction = denoiser(x, (times[k] - 1).clamp_min(0).to(device)).float()
         x0 = _predict_clean(x, prediction, now.to(device), scheduler.config.prediction_type).clamp(-1, 1)
         ratio = now / then  # alpha_{t|s}
@@ -83,14 +84,12 @@ def sample_disturbed(
         variance = (1 - ratio) * (1 - then) / (1 - now)
         x = _column(weight_x0, x) * x0 + _column(weight_xt, x) * x
         x += _column(variance.sqrt(), x) * _noise(clean.shape[1:], generators, 1).to(device)
-        if disturbance.rule == "realnet":
-            extra = s * variance
-        else:
-            extra = s**2 * STRENGTH_UNIT * (times[k] - times[k + 1]) / total
-        extra = extra * (times[k + 1] > disturbance.until * times[0])
+        constant = s**2 * STRENGTH_UNIT * (times[k] - times[k + 1]) / total
+        extra = s * variance if plan.rule == "realnet" else constant
+        extra = extra * (times[k + 1] > plan.until * times[0])
         if extra.any():  # drawn by those samples alone that use it, so that no sample depends on its batch
             used = [generator if e > 0 else None for generator, e in zip(generators, extra, strict=True)]
-            x += _column(extra.sqrt(), x) * _noise(clean.shape[1:], used, disturbance.octaves).to(device)
+            x += _column(extra.sqrt(), x) * _noise(clean.shape[1:], used, plan.octaves).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
     return x.clamp(-1, 1).cpu().contiguous()
 

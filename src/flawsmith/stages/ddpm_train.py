@@ -12,7 +12,7 @@ from flawsmith.detector.teacher import Teacher, build_teacher, pooled_features
 from flawsmith.devices import Compute
 from flawsmith.diffusion.config import SAMPLE_STEPS, DdpmTrainSettings
 from flawsmith.diffusion.readiness import Readiness, colour_noise, judge_readiness
-from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
+from flawsmith.diffusion.sampler import SamplingPlan, sample_disturbed
 from flawsmith.diffusion.train import LOSS_COLUMNS, random_crops, to_unit_range, train_denoiser
 from flawsmith.diffusion.unet import Denoiser, build_scheduler, save_denoiser
 from flawsmith.files import atomic_folder, digest_json, digest_path, sole_writer, write_csv, write_json
@@ -84,10 +84,8 @@ def plain_samples(denoiser: Denoiser, settings: DdpmTrainSettings, compute: Comp
         torch.zeros(count, 3, side, side),
         [1.0] * count,
         [0.0] * count,
-        SAMPLE_STEPS,
-        Disturbance(),
+        SamplingPlan(SAMPLE_STEPS, compute=compute),
         [torch_generator(settings.seed, "samples", index) for index in range(count)],
-        compute,
     )
     denoiser.cpu()
     return to_unit_range(sampled[:, :, rim : side - rim, rim : side - rim].numpy())

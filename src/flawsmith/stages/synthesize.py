@@ -18,7 +18,8 @@ from flawsmith.files import atomic_file, atomic_folder
 from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.sections import section_values, settings_digest
-from flawsmith.synthesis.generate import Workshop, generate, manifest_row, role_counts
+from flawsmith.synthesis.generate import TripletGenerator, generate, role_counts
+from flawsmith.synthesis.manifest import manifest_row
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run
 
@@ -35,16 +36,16 @@ def run(layout: Layout) -> None:
     compute = Compute.choose(layout.settings.compute)
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
     with stage_run(layout, STAGE, params) as tracked, compute.fast_math():
-        workshop = build_workshop(layout, compute)
+        maker = build_generator(layout, compute)
         rows: list[dict[str, Any]] = []
         strips = []
         with atomic_folder(layout.stage(STAGE)) as out:
             folder = TripletFolder(out)
             for role, count in role_counts(settings).items():
-                for index, triplet in enumerate(generate(workshop, role, count)):
+                for index, triplet in enumerate(generate(maker, role, count)):
                     triplet_id = f"{role}-{index:05d}"
                     folder.write(triplet_id, triplet.normal, triplet.defect, triplet.mask)
-                    rows.append(manifest_row(workshop, triplet_id, triplet))
+                    rows.append(manifest_row(maker, triplet_id, triplet))
                     if role == "fit" and index < SHEET_ROWS:
                         strips.append(triplet_row(triplet.normal, triplet.defect, triplet.mask))
             write_manifest(rows, made_with(layout), compute.precision, out)
@@ -56,7 +57,7 @@ def run(layout: Layout) -> None:
         tracked.set_output(layout.stage(STAGE) / "defect")
 
 
-def build_workshop(layout: Layout, compute: Compute) -> Workshop:
+def build_generator(layout: Layout, compute: Compute) -> TripletGenerator:
     """The fit normals, and the denoiser if the texture needs it, ready to make any triplet of this category."""
     data = layout.data
     denoiser, scheduler = None, None
@@ -71,7 +72,7 @@ def build_workshop(layout: Layout, compute: Compute) -> Workshop:
     generator = numpy_generator(layout.settings.synthesize.seed, "foreground")
     sample = np.sort(generator.permutation(len(normals))[:FOREGROUND_SAMPLE])
     foreground = Foreground.estimate(normals[sample].astype(np.float32) / np.float32(255))
-    return Workshop(
+    return TripletGenerator(
         denoiser=denoiser,
         scheduler=scheduler,
         normals=normals,

@@ -22,7 +22,7 @@ from scipy import ndimage
 from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
 from flawsmith.synthesis.config import SynthesizeSettings
-from flawsmith.synthesis.masks import TRIES, MaskDraw, MaskKind, Places, Room, log_uniform, on_margin
+from flawsmith.synthesis.masks import TRIES, MaskDraw, MaskKind, Places, WindowLimits, log_uniform, on_margin
 
 Texture = NDArray[np.float32]  # (3, side, side) in [0, 255]
 
@@ -50,13 +50,13 @@ def noise_mask(
     Raises:
         UserError: as `sample_mask`.
     """
-    room = Room.of(size, settings, foreground)
-    area = log_uniform(generator, (room.low, room.most))
+    limits = WindowLimits.of(size, settings, foreground)
+    area = log_uniform(generator, (limits.low, limits.most))
     extent = int(np.ceil(np.sqrt(area / generator.uniform(*DENSITY))))
-    side = room.window(extent)
+    side = limits.window(extent)
     blocks = [block for block in BLOCKS if block <= max(1.0, np.sqrt(area) / 2)]  # larger ones would decide the area
     for attempt in range(TRIES):
-        row, column = room.places.draw(generator)
+        row, column = limits.places.draw(generator)
         top, left = (int(np.clip(at - side // 2, 0, size - side)) for at in (row, column))
         here = np.s_[top : top + side, left : left + side]
         block = int(generator.choice(blocks))
@@ -69,21 +69,21 @@ def noise_mask(
             for at, origin in ((row, top), (column, left))
         )
         allowed[rows, columns] = True
-        allowed &= ~on_margin(top, left, side, size, room.rim)
+        allowed &= ~on_margin(top, left, side, size, limits.rim)
         if foreground is not None:
             allowed &= foreground[here]
         values = np.sort(noise[allowed])
         wanted = area / 2 if attempt < TRIES // 2 else 0
-        if values.size < max(room.low, wanted):
+        if values.size < max(limits.low, wanted):
             continue
         threshold = float(values[min(round(area), values.size) - 1])
         chosen = allowed & (noise <= threshold)
-        if room.low <= chosen.sum() <= room.high:
+        if limits.low <= chosen.sum() <= limits.high:
             mask = np.zeros((size, size), bool)
             mask[here] = chosen
             return MaskDraw(mask, "noise", float(block), threshold, 0.0, (top, left, side))
     raise UserError(
-        f"No noise mask of {room.low} to {room.high} pixels was found in {TRIES} tries; widen synthesize.area."
+        f"No noise mask of {limits.low} to {limits.high} pixels was found in {TRIES} tries; widen synthesize.area."
     )
 
 

@@ -23,7 +23,7 @@ from flawsmith.data.foreground import Foreground
 from flawsmith.data.images import Mask
 from flawsmith.data.triplets import FIT, VALIDATION
 from flawsmith.devices import CPU, Compute
-from flawsmith.diffusion.sampler import Disturbance, sample_disturbed
+from flawsmith.diffusion.sampler import SamplingPlan, sample_disturbed
 from flawsmith.diffusion.unet import Denoiser
 from flawsmith.errors import UserError
 from flawsmith.progress import bar
@@ -31,7 +31,7 @@ from flawsmith.randomness import numpy_generator, torch_generator
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.controls import cutpaste_texture, noise_mask, own_texture, rectangle_mask
 from flawsmith.synthesis.masks import MaskDraw, feathered, sample_mask
-from flawsmith.synthesis.shades import Shade, sample_shade, shaded
+from flawsmith.synthesis.shades import IlluminationDefect, sample_shade, shaded
 
 CHUNK_BATCHES = 4  # candidates are drawn in chunks of so many batches, then grouped by window size
 MAX_TRIES = 5  # candidates drawn for each triplet wanted before giving up
@@ -43,9 +43,11 @@ SHADE = "shade"  # in the place of a texture
 PATCH = "patch"
 TEXTURE = "texture"  # of a candidate that carries neither: defects of `synthesize.texture`
 
+Stream = tuple[str | int, ...]  # names of a random stream
+
 
 @dataclass(frozen=True)
-class Defect:
+class DefectSpec:
     """What is drawn for one defect of a candidate before its texture is made.
 
     Attributes:
@@ -63,18 +65,18 @@ class Defect:
     start: float
     opacity: float
     outline: MaskDraw
-    stream: tuple[str | int, ...]
-    shade: Shade | None = None
+    stream: Stream
+    shade: IlluminationDefect | None = None
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TripletSpec:
     """All that is drawn for one triplet before any texture is made."""
 
     role: str
     number: int
     source: int  # index of the normal image
-    defects: tuple[Defect, ...]  # one or more; later ones are blended over earlier ones
+    defects: tuple[DefectSpec, ...]  # one or more; later ones are blended over earlier ones
     kind: str = TEXTURE  # or SHADE, PATCH: what `quotas` counts
 
     @property
@@ -87,14 +89,14 @@ class Candidate:
 class Triplet:
     """One accepted triplet: images (3, S, S) uint8 and the mask (S, S) of the pixels that really changed."""
 
-    candidate: Candidate
+    candidate: TripletSpec
     normal: NDArray[np.uint8]
     defect: NDArray[np.uint8]
     mask: Mask
 
 
 @dataclass(frozen=True)
-class Workshop:
+class TripletGenerator:
     """What every triplet of a category is made from.
 
     Attributes:
@@ -126,7 +128,7 @@ class Workshop:
         chosen = order[:held] if role == VALIDATION else order[held:]
         return np.flatnonzero(np.isin([files[name] for name in names], chosen))
 
-    def candidate(self, role: str, number: int) -> Candidate:
+    def candidate(self, role: str, number: int) -> TripletSpec:
         """Draw candidate `number` of a role: the same one whenever it is asked for."""
         settings = self.settings
         generator = numpy_generator(settings.seed, "candidate", role, number)
@@ -139,18 +141,18 @@ class Workshop:
             (PATCH, settings.patch_share, self._patch),
         ):
             if numpy_generator(settings.seed, name, role, number).random() < share:
-                return Candidate(role, number, source, (draw(generator, source, allowed, (role, number)),), name)
+                return TripletSpec(role, number, source, (draw(generator, source, allowed, (role, number)),), name)
         count = int(numpy_generator(settings.seed, "defects", role, number).integers(*settings.defects, endpoint=True))
         if count > 1:  # the defects of one image share the area that a single one may have
             low, high = settings.area
             settings = replace(settings, area=(low, max(low, high / count)))
         defects = []
         for place in range(count):
-            stream: tuple[str | int, ...] = (role, number, place) if place else (role, number)
+            stream: Stream = (role, number, place) if place else (role, number)
             if place:
                 generator = numpy_generator(settings.seed, "candidate", *stream)
             defects.append(self._defect(generator, settings, source, sources, allowed, stream))
-        return Candidate(role, number, source, tuple(defects))
+        return TripletSpec(role, number, source, tuple(defects))
 
     def _defect(
         self,
@@ -159,8 +161,8 @@ class Workshop:
         source: int,
         sources: NDArray[np.int64],
         allowed: Mask | None,
-        stream: tuple[str | int, ...],
-    ) -> Defect:
+        stream: Stream,
+    ) -> DefectSpec:
         strength, start, opacity = (
             float(generator.uniform(*bounds)) for bounds in (settings.strength, settings.start, settings.opacity)
         )
@@ -170,19 +172,15 @@ class Workshop:
         if settings.texture == "own" and others.size:
             donor = int(numpy_generator(settings.seed, "donor", *stream).choice(others))
         opacity = 1.0 if settings.texture == "cutpaste" else opacity
-        return Defect(settings.texture, donor, strength, start, opacity, outline, stream)
+        return DefectSpec(settings.texture, donor, strength, start, opacity, outline, stream)
 
-    def _shade(
-        self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: tuple[str | int, ...]
-    ) -> Defect:
+    def _shade(self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: Stream) -> DefectSpec:
         outline, shade = sample_shade(generator, self.normals[source], self.settings, allowed)
-        return Defect(SHADE, source, 0.0, 0.0, 1.0, outline, stream, shade)
+        return DefectSpec(SHADE, source, 0.0, 0.0, 1.0, outline, stream, shade)
 
-    def _patch(
-        self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: tuple[str | int, ...]
-    ) -> Defect:
+    def _patch(self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: Stream) -> DefectSpec:
         outline = rectangle_mask(generator, self.normals.shape[2], self.settings, allowed)
-        return Defect("cutpaste", source, 0.0, 0.0, 1.0, outline, stream)
+        return DefectSpec("cutpaste", source, 0.0, 0.0, 1.0, outline, stream)
 
     def _allowed(self, index: int) -> Mask | None:
         """Where a normal image may have a defect; None is everywhere."""
@@ -190,7 +188,7 @@ class Workshop:
             return None
         return self.foreground.mask(self.normals[index].astype(np.float32) / np.float32(255))
 
-    def chunk(self, role: str, index: int) -> list[list[Candidate]]:
+    def chunk(self, role: str, index: int) -> list[list[TripletSpec]]:
         """The candidates of one chunk as batches of equal windows, each at most `settings.batch` long."""
         size = CHUNK_BATCHES * self.settings.batch
         drawn = [self.candidate(role, number) for number in range(index * size, (index + 1) * size)]
@@ -201,12 +199,12 @@ class Workshop:
             batches += [alike[first : first + self.settings.batch] for first in starts]
         return batches
 
-    def make(self, batch: Sequence[Candidate]) -> list[Triplet | None]:
+    def make(self, batch: Sequence[TripletSpec]) -> list[Triplet | None]:
         """Make the textures of one batch and blend them in; None where the defect cannot be seen."""
         sampled = self._sample([(item, defect) for item in batch for defect in item.defects])
         return [self._blend(item, sampled) for item in batch]
 
-    def _sample(self, wanted: Sequence[tuple[Candidate, Defect]]) -> dict[tuple[str | int, ...], NDArray[np.float32]]:
+    def _sample(self, wanted: Sequence[tuple[TripletSpec, DefectSpec]]) -> dict[Stream, NDArray[np.float32]]:
         """Textures (3, side, side) in [0, 255] from the disturbed reverse process, by the names of their streams."""
         settings = self.settings
         wanted = [(item, defect) for item, defect in wanted if defect.texture == "diffusion"]
@@ -214,6 +212,7 @@ class Workshop:
             return {}
         if self.denoiser is None or self.scheduler is None:
             raise ValueError("the texture `diffusion` needs a denoiser and its scheduler")
+        plan = SamplingPlan(settings.steps, settings.rule, settings.disturb_until, settings.octaves, self.compute)
         textures = {}
         for side in sorted({defect.outline.window[2] for _, defect in wanted}):
             alike = [(item, defect) for item, defect in wanted if defect.outline.window[2] == side]
@@ -226,17 +225,15 @@ class Workshop:
                     torch.from_numpy(windows.astype(np.float32) / np.float32(127.5) - np.float32(1)),
                     [defect.start for _, defect in some],
                     [defect.strength for _, defect in some],
-                    settings.steps,
-                    Disturbance(settings.rule, settings.disturb_until, settings.octaves),
+                    plan,
                     [torch_generator(settings.seed, "texture", *defect.stream) for _, defect in some],
-                    self.compute,
                 )
                 pixels = ((sampled.numpy() + np.float32(1)) * np.float32(127.5)).astype(np.float32)
                 textures.update({defect.stream: pixel for (_, defect), pixel in zip(some, pixels, strict=True)})
         return textures
 
     def _texture(
-        self, item: Candidate, defect: Defect, sampled: Mapping[tuple[str | int, ...], NDArray[np.float32]]
+        self, item: TripletSpec, defect: DefectSpec, sampled: Mapping[Stream, NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         """What fills the window of one defect, (3, side, side) in [0, 255]."""
         normal = self.normals[item.source]
@@ -253,7 +250,7 @@ class Workshop:
             texture = np.repeat(texture.mean(axis=0, keepdims=True), 3, axis=0)
         return texture
 
-    def _blend(self, item: Candidate, sampled: Mapping[tuple[str | int, ...], NDArray[np.float32]]) -> Triplet | None:
+    def _blend(self, item: TripletSpec, sampled: Mapping[Stream, NDArray[np.float32]]) -> Triplet | None:
         """defect = normal + opacity * alpha * (texture - normal) inside each window, untouched outside."""
         settings, normal = self.settings, self.normals[item.source]
         first = item.defects[0]
@@ -277,7 +274,7 @@ class Workshop:
         is_seen = mask.sum() >= wanted and visible.sum() >= MIN_SEEN * mask.sum()
         return Triplet(item, normal, defect, mask) if is_seen else None
 
-    def _blend_shade(self, item: Candidate, shade: Shade, mask: Mask) -> Triplet | None:
+    def _blend_shade(self, item: TripletSpec, shade: IlluminationDefect, mask: Mask) -> Triplet | None:
         """A shade fades out, so it is marked where its own change can be seen, whatever the texture under it adds."""
         settings, normal = self.settings, self.normals[item.source]
         defect = shaded(normal, shade, mask, settings.visibility)
@@ -286,7 +283,7 @@ class Workshop:
         return Triplet(item, normal, defect, mask) if visible.sum() >= wanted else None
 
 
-def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
+def generate(maker: TripletGenerator, role: str, count: int) -> Iterator[Triplet]:
     """Yield `count` triplets of one role, of each kind as many as `quotas` says, in the order of their candidate
     numbers within each chunk.
 
@@ -296,14 +293,14 @@ def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
     Raises:
         UserError: too many candidates of a kind left no visible change.
     """
-    wanted, index = quotas(workshop.settings, count), 0
+    wanted, index = quotas(maker.settings, count), 0
     left, tried = dict(wanted), Counter[str]()
     with bar(what=f"synthesize {role}", total=count, unit="triplet") as progress:
         while any(left.values()):
             # a batch is made whole or not at all: what a triplet looks like depends on its company
-            batches = [batch for batch in workshop.chunk(role, index) if any(left[item.kind] for item in batch)]
+            batches = [batch for batch in maker.chunk(role, index) if any(left[item.kind] for item in batch)]
             tried.update(item.kind for batch in batches for item in batch)
-            results = [triplet for batch in batches for triplet in workshop.make(batch) if triplet is not None]
+            results = [triplet for batch in batches for triplet in maker.make(batch) if triplet is not None]
             for triplet in sorted(results, key=lambda item: item.candidate.number):
                 if left[triplet.candidate.kind]:
                     left[triplet.candidate.kind] -= 1
@@ -311,8 +308,8 @@ def generate(workshop: Workshop, role: str, count: int) -> Iterator[Triplet]:
                     yield triplet
             index += 1
             for kind, missing in left.items():
-                if missing and tried[kind] >= MAX_TRIES * max(wanted[kind], CHUNK_BATCHES * workshop.settings.batch):
-                    remedy = _REMEDIES[workshop.settings.texture if kind == TEXTURE else kind]
+                if missing and tried[kind] >= MAX_TRIES * max(wanted[kind], CHUNK_BATCHES * maker.settings.batch):
+                    remedy = _REMEDIES[maker.settings.texture if kind == TEXTURE else kind]
                     raise UserError(
                         f"Only {wanted[kind] - missing} of {tried[kind]} synthetic {_NAMES[kind]} could be seen; "
                         f"{remedy}lower synthesize.min_changed or visibility."
@@ -334,12 +331,12 @@ def quotas(settings: SynthesizeSettings, count: int) -> dict[str, int]:
     return {SHADE: shades, PATCH: patches, TEXTURE: left}
 
 
-def remake(workshop: Workshop, role: str, number: int) -> Triplet | None:
+def remake(maker: TripletGenerator, role: str, number: int) -> Triplet | None:
     """Make the triplet of one candidate again, in the company of its own batch."""
-    for batch in workshop.chunk(role, number // (CHUNK_BATCHES * workshop.settings.batch)):
+    for batch in maker.chunk(role, number // (CHUNK_BATCHES * maker.settings.batch)):
         for place, candidate in enumerate(batch):
             if candidate.number == number:
-                return workshop.make(batch)[place]
+                return maker.make(batch)[place]
     raise AssertionError("a chunk holds every number in its range")
 
 
@@ -375,66 +372,12 @@ def _change(normal: NDArray[np.uint8], defect: NDArray[np.uint8]) -> NDArray[np.
     return np.asarray(np.abs(defect.astype(np.int16) - normal.astype(np.int16)).max(axis=0), np.int16)
 
 
-def manifest_row(workshop: Workshop, triplet_id: str, triplet: Triplet) -> dict[str, Any]:
-    """One row of the manifest: everything that decides the triplet; None is what its texture has no use for.
-
-    The row describes the first of `defects` defects; `further` holds the same columns of the others.
-    """
-    item, settings = triplet.candidate, workshop.settings
-    first, *others = (_defect_columns(workshop, defect) for defect in item.defects)
-    return {
-        "triplet_id": triplet_id,
-        "role": item.role,
-        "candidate": item.number,
-        "seed": settings.seed,
-        "source": workshop.names[item.source],
-        **_place_columns(workshop, item.source),
-        "defects": len(item.defects),
-        **first,
-        "mask_area": float(triplet.mask.mean()),
-        "further": others,
-    }
-
-
-def _place_columns(workshop: Workshop, source: int) -> dict[str, int]:
-    """Where in its image a normal lies; nothing of a whole one."""
-    place = workshop.places[source] if workshop.places else None
-    return {} if place is None else {"source_top": place[0], "source_left": place[1]}
-
-
-def _defect_columns(workshop: Workshop, defect: Defect) -> dict[str, Any]:
-    settings, outline, shade = workshop.settings, defect.outline, defect.shade
-    top, left, side = outline.window
-    diffused, pasted = defect.texture == "diffusion", defect.texture == "cutpaste"
-    return {
-        "texture": defect.texture,
-        "donor": workshop.names[defect.donor] if defect.texture in ("own", "cutpaste") else None,
-        "window_top": top,
-        "window_left": left,
-        "window_side": side,
-        "rule": settings.rule if diffused else None,
-        "strength": defect.strength if diffused else None,
-        "start": defect.start if diffused else None,
-        "steps": settings.steps if diffused else None,
-        "disturb_until": settings.disturb_until if diffused else None,
-        "octaves": settings.octaves if diffused else None,
-        "opacity": defect.opacity,
-        "feather": 0.0 if pasted or shade else settings.feather,
-        "mask_kind": outline.kind,
-        "mask_period": outline.period,
-        "mask_threshold": outline.threshold,
-        "mask_angle": outline.angle,
-        "shade_change": shade.change if shade else None,
-        "shade_gain_share": shade.gain_share if shade else None,
-    }
-
-
 def role_counts(settings: SynthesizeSettings) -> dict[str, int]:
     """How many triplets each role gets."""
     held = max(1, round(settings.validation_fraction * settings.triplets))
     return {FIT: settings.triplets - held, VALIDATION: held}
 
 
-def _window(image: NDArray[Any], defect: Defect) -> NDArray[Any]:
+def _window(image: NDArray[Any], defect: DefectSpec) -> NDArray[Any]:
     top, left, side = defect.outline.window
     return image[:, top : top + side, left : left + side]

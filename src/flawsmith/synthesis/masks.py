@@ -87,27 +87,27 @@ def sample_mask(
     Raises:
         UserError: the foreground is empty, no window can hold the least area, or no outline in range was found.
     """
-    room = Room.of(size, settings, foreground)
-    wish = _Wish.draw(generator, settings.ridge_share, (room.low, room.most), room.largest)
-    side = room.window(wish.extent)
+    limits = WindowLimits.of(size, settings, foreground)
+    spec = _MaskSpec.draw(generator, settings.ridge_share, (limits.low, limits.most), limits.largest)
+    side = limits.window(spec.extent)
 
     for attempt in range(TRIES):
-        row, column = room.places.draw(generator)
+        row, column = limits.places.draw(generator)
         top, left = (int(np.clip(at - side // 2, 0, size - side)) for at in (row, column))
         here = np.s_[top : top + side, left : left + side]
         allowed = np.ones((side, side), bool) if foreground is None else foreground[here]
-        outline = _Outline.draw(generator, wish, settings)
+        outline = _Outline.draw(generator, spec, settings)
         reach = outline.reach(generator, (row - top, column - left), allowed)
-        closed = _close(reach, wish.area, on_margin(top, left, side, size, room.rim))
-        wanted = wish.area / 2 if attempt < TRIES // 2 else 0  # keeps the areas as they were drawn, while it can
-        if max(room.low, wanted) <= closed.sum() <= room.high:
+        closed = _close(reach, spec.area, on_margin(top, left, side, size, limits.rim))
+        wanted = spec.area / 2 if attempt < TRIES // 2 else 0  # keeps the areas as they were drawn, while it can
+        if max(limits.low, wanted) <= closed.sum() <= limits.high:
             mask = np.zeros((size, size), bool)
             mask[here] = closed
-            return MaskDraw(mask, wish.kind, outline.period, outline.threshold, outline.angle, (top, left, side))
-    remedy = "lower synthesize.ridge_share" if wish.kind == "ridge" else "lower synthesize.perlin_threshold"
+            return MaskDraw(mask, spec.kind, outline.period, outline.threshold, outline.angle, (top, left, side))
+    remedy = "lower synthesize.ridge_share" if spec.kind == "ridge" else "lower synthesize.perlin_threshold"
     raise UserError(
-        f"No {wish.kind} mask of {room.low} to {room.high} pixels was found in {TRIES} tries; widen synthesize.area or "
-        f"{remedy}."
+        f"No {spec.kind} mask of {limits.low} to {limits.high} pixels was found in {TRIES} tries; widen "
+        f"synthesize.area or {remedy}."
     )
 
 
@@ -140,7 +140,7 @@ class Places:
 
 
 @dataclass(frozen=True, eq=False)
-class Room:
+class WindowLimits:
     """The law of areas and windows, the same for every kind of mask that is sampled in a window."""
 
     places: Places
@@ -152,8 +152,8 @@ class Room:
     largest: int  # side of the square that the largest window leaves to a mask
 
     @classmethod
-    def of(cls, size: int, settings: SynthesizeSettings, foreground: Mask | None) -> "Room":
-        """The room for masks in an image of `size` pixels a side.
+    def of(cls, size: int, settings: SynthesizeSettings, foreground: Mask | None) -> "WindowLimits":
+        """The limits for masks in an image of `size` pixels a side.
 
         Raises:
             UserError: the foreground is empty or too small, or no window can hold the least area.
@@ -200,7 +200,7 @@ def feathered(mask: Mask, width: float) -> FloatField:
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _MaskSpec:
     """What is drawn once for a mask, whatever outlines fail, so that retries do not favour what is easy."""
 
     kind: MaskKind
@@ -209,7 +209,9 @@ class _Wish:
     extent: float  # side of the square it needs, in pixels
 
     @classmethod
-    def draw(cls, generator: np.random.Generator, ridge_share: float, area: tuple[int, int], largest: int) -> "_Wish":
+    def draw(
+        cls, generator: np.random.Generator, ridge_share: float, area: tuple[int, int], largest: int
+    ) -> "_MaskSpec":
         if generator.random() >= ridge_share:
             pixels = log_uniform(generator, area)
             return cls("perlin", pixels, 0.0, float(np.sqrt(pixels / FILL)))
@@ -222,7 +224,7 @@ class _Wish:
 class _Outline:
     """The random parameters of one outline, apart from its place."""
 
-    wish: _Wish
+    spec: _MaskSpec
     period: float
     threshold: float
     angle: float
@@ -232,14 +234,14 @@ class _Outline:
     parts: int  # most connected parts that are kept
 
     @classmethod
-    def draw(cls, generator: np.random.Generator, wish: _Wish, settings: SynthesizeSettings) -> "_Outline":
-        ridge = wish.kind == "ridge"
-        diameter = 2 * np.sqrt(wish.area / np.pi)
+    def draw(cls, generator: np.random.Generator, spec: _MaskSpec, settings: SynthesizeSettings) -> "_Outline":
+        ridge = spec.kind == "ridge"
+        diameter = 2 * np.sqrt(spec.area / np.pi)
         low, high = (RIDGE_PERIOD, np.inf) if ridge else (diameter / 4, diameter * 2)
         periods = [period for period in settings.perlin_periods if low <= period <= high]
         nearest = min(settings.perlin_periods, key=lambda period: abs(np.log(period / np.clip(period, low, high))))
         return cls(
-            wish=wish,
+            spec=spec,
             period=float(generator.choice(periods or [nearest])),
             threshold=float(generator.uniform(*((-RIDGE_LEVEL, RIDGE_LEVEL) if ridge else settings.perlin_threshold))),
             angle=float(generator.uniform(0, np.pi)),
@@ -261,7 +263,7 @@ class _Outline:
             self.persistence,
             (float(origin[0]), float(origin[1])),
         )
-        if self.wish.kind == "ridge":
+        if self.spec.kind == "ridge":
             return self._ridge_reach(noise, centre, allowed)
         distance = distance_to(len(allowed), centre, self.angle, min(self.aspect, 2.0))
         above = noise - np.float32(self.threshold)
@@ -282,7 +284,7 @@ class _Outline:
         away = np.where(spine, distance_to(side, centre), np.inf)
         on_line = divmod(int(away.argmin()), side)
         distance = distance_to(side, on_line)
-        half = self.wish.width / 2
+        half = self.spec.width / 2
         shoulder = np.clip((from_line - 0.5) / max(half - 0.5, 1e-6), 0, 1)  # 0 on the spine, 1 at the full half width
         candidates = allowed & ((shoulder < 1) | spine)
         reach[candidates] = distance[candidates] / np.sqrt(1 - shoulder[candidates])

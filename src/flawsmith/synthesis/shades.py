@@ -34,7 +34,7 @@ ROOM = 0.8  # share of the way to black or white that a shade may go
 
 
 @dataclass(frozen=True, eq=False)
-class Shade:
+class IlluminationDefect:
     """A soft change of light.
 
     Attributes:
@@ -56,7 +56,7 @@ def sample_shade(
     normal: NDArray[np.uint8],
     settings: SynthesizeSettings,
     foreground: Mask | None = None,
-) -> tuple[MaskDraw, Shade]:
+) -> tuple[MaskDraw, IlluminationDefect]:
     """Draw a shade for one image (3, S, S), on the foreground (S, S) where there is one.
 
     The visible area is log-uniform in `settings.shade_area`, as far as the foreground can hold it, the largest change
@@ -94,15 +94,17 @@ def sample_shade(
     inside = np.sort(reach[seen])
     if not inside.size:
         nothing = np.zeros((size, size), bool)
-        return _outline(nothing, period, angle), Shade(np.zeros_like(reach), change, gain_share, gain, offset)
+        return _outline(nothing, period, angle), IlluminationDefect(
+            np.zeros_like(reach), change, gain_share, gain, offset
+        )
     radius = inside[min(round(area), inside.size) - 1]
     alpha = (1 - np.clip(distance / radius, 0, 1) ** np.float32(softness)) ** 2
     if foreground is not None:
         alpha = np.where(foreground, alpha, np.float32(0))
-    return _outline(reach <= radius, period, angle), Shade(alpha, change, gain_share, gain, offset)
+    return _outline(reach <= radius, period, angle), IlluminationDefect(alpha, change, gain_share, gain, offset)
 
 
-def shaded(normal: NDArray[np.uint8], shade: Shade, mask: Mask, visibility: float) -> NDArray[np.uint8]:
+def shaded(normal: NDArray[np.uint8], shade: IlluminationDefect, mask: Mask, visibility: float) -> NDArray[np.uint8]:
     """`normal` (3, S, S) under the shade; outside the mask no pixel moves by more than `visibility` (of 1)."""
     values = normal.astype(np.float32)
     change = shade.alpha * (np.float32(shade.gain) * values + np.float32(255 * shade.offset))

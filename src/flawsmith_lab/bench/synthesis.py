@@ -27,7 +27,7 @@ from flawsmith.layout import Layout
 from flawsmith.sections import section_values
 from flawsmith.sequences import evenly
 from flawsmith.stages import ddpm_train, synthesize
-from flawsmith.synthesis.generate import Candidate, Workshop
+from flawsmith.synthesis.generate import TripletGenerator, TripletSpec
 from flawsmith.training import ResumePoint
 from flawsmith_lab.bench import measure
 
@@ -78,13 +78,13 @@ def training_speed(
     }
 
 
-def synthesis_speed(workshop: Workshop, folder: TripletFolder, chunks: int) -> dict[str, float]:
+def synthesis_speed(maker: TripletGenerator, folder: TripletFolder, chunks: int) -> dict[str, float]:
     """Count triplets a second over whole chunks: drawing masks, sampling, blending and writing PNG files included."""
-    workshop.make(workshop.chunk(FIT, 0)[0][:1])  # the first call starts threads and chooses kernels
+    maker.make(maker.chunk(FIT, 0)[0][:1])  # the first call starts threads and chooses kernels
     seconds, made, tried = [], [], 0
     for index in range(chunks):
         start = time.perf_counter()
-        results = [triplet for batch in workshop.chunk(FIT, index) for triplet in workshop.make(batch)]
+        results = [triplet for batch in maker.chunk(FIT, index) for triplet in maker.make(batch)]
         visible = [triplet for triplet in results if triplet is not None]
         for triplet in visible:
             name = f"{FIT}-{index:02d}-{triplet.candidate.number:05d}"
@@ -99,7 +99,7 @@ def synthesis_speed(workshop: Workshop, folder: TripletFolder, chunks: int) -> d
     }
 
 
-def in_whole_image(candidate: Candidate) -> Candidate:
+def in_whole_image(candidate: TripletSpec) -> TripletSpec:
     """Make the same candidate (normal, masks, strengths, starts, opacities) sample its defects in the whole image."""
     return replace(
         candidate,
@@ -110,7 +110,7 @@ def in_whole_image(candidate: Candidate) -> Candidate:
     )
 
 
-def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
+def local_against_whole(maker: TripletGenerator, compared: int) -> dict[str, Any]:
     """Compare what it costs to sample the defects of the first chunk in their windows and in their whole images.
 
     FLOPs are counted once a window size and summed over the chunk's defects; seconds are taken on `compared` of them,
@@ -118,7 +118,7 @@ def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
     """
     drawn = [
         replace(candidate, defects=(defect,))
-        for batch in workshop.chunk(FIT, 0)
+        for batch in maker.chunk(FIT, 0)
         for candidate in batch
         for defect in candidate.defects
         if defect.texture == "diffusion"
@@ -126,12 +126,12 @@ def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
     drawn.sort(key=_side)
     windows = Counter(map(_side, drawn))
     one_of_side = {_side(item): item for item in drawn}
-    flops = {side: measure.count_flops(partial(workshop.make, [item])) for side, item in one_of_side.items()}
-    whole = measure.count_flops(partial(workshop.make, [in_whole_image(drawn[0])]))
+    flops = {side: measure.count_flops(partial(maker.make, [item])) for side, item in one_of_side.items()}
+    whole = measure.count_flops(partial(maker.make, [in_whole_image(drawn[0])]))
     local = sum(flops[side] * count for side, count in windows.items())
     chosen = [drawn[place] for place in evenly(len(drawn), compared, 0.5)]
     local_seconds, whole_seconds = (
-        sum(measure.seconds_of(partial(workshop.make, [item]), workshop.compute.device) for item in items)
+        sum(measure.seconds_of(partial(maker.make, [item]), maker.compute.device) for item in items)
         for items in (chosen, [in_whole_image(item) for item in chosen])
     )
     return {
@@ -147,7 +147,7 @@ def local_against_whole(workshop: Workshop, compared: int) -> dict[str, Any]:
     }
 
 
-def _side(candidate: Candidate) -> int:
+def _side(candidate: TripletSpec) -> int:
     return candidate.outline.window[2]
 
 
@@ -198,9 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found["denoiser"] = provide_denoiser(layout, trained, chosen.steps)
             images = load_tiles(plan_tiles(layout.split().fit, layout.data), layout.data)
             ddpm = training_speed(images, layout.settings.ddpm_train, compute, layout.root, chosen.steps)
-            workshop = synthesize.build_workshop(layout, compute)
-            found |= {"ddpm": ddpm, **synthesis_speed(workshop, TripletFolder(layout.root / "timed"), chosen.chunks)}
-            found["local_against_whole"] = local_against_whole(workshop, chosen.compared)
+            maker = synthesize.build_generator(layout, compute)
+            found |= {"ddpm": ddpm, **synthesis_speed(maker, TripletFolder(layout.root / "timed"), chosen.chunks)}
+            found["local_against_whole"] = local_against_whole(maker, chosen.compared)
     local = found["local_against_whole"]["flops_ratio"]
     targets = [
         measure.Target("triplets per second", found["triplets_per_second"], TRIPLETS_PER_SECOND),

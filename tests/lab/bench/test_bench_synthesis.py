@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flawsmith.errors import UserError
-from flawsmith.synthesis.generate import Candidate, Defect
+from flawsmith.synthesis.generate import DefectSpec, TripletSpec
 from flawsmith.synthesis.masks import MaskDraw
 from flawsmith_lab.bench.measure import Target, bench_settings, count_flops, first_category
 from flawsmith_lab.bench.synthesis import in_whole_image, main
@@ -38,9 +38,9 @@ def test_the_whole_image_is_sampled_for_the_very_same_defects() -> None:
     mask[10:14, 20:24] = True
     outlines = [MaskDraw(mask, "perlin", 8.0, 0.1, 0.5, window) for window in ((0, 8, 32), (4, 12, 48))]
     defects = tuple(
-        Defect("diffusion", 0, 0.2, 0.7, 0.9, outline, ("fit", 3, place)) for place, outline in enumerate(outlines)
+        DefectSpec("diffusion", 0, 0.2, 0.7, 0.9, outline, ("fit", 3, place)) for place, outline in enumerate(outlines)
     )
-    candidate = Candidate("fit", 3, 0, defects)
+    candidate = TripletSpec("fit", 3, 0, defects)
     whole = in_whole_image(candidate)
     assert [defect.outline.window for defect in whole.defects] == [(0, 0, 64)] * 2
     for before, after in zip(candidate.defects, whole.defects, strict=True):
