@@ -43,8 +43,8 @@ from flawsmith.training import ResumePoint
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 SETTINGS = dataclasses.replace(
-    PARAMS.distill, student_steps=8, head_steps=6, locator_steps=5, batch=4, bottleneck=16, decoder_channels=(8, 8),
-    head_channels=8, memory=40, validate_every=4, checkpoint_every=3, patience=10,
+    PARAMS.distill, student_steps=8, head_steps=6, localisation_steps=5, batch=4, bottleneck=16,
+    decoder_channels=(8, 8), head_channels=8, memory=40, validate_every=4, checkpoint_every=3, patience=10,
 )  # fmt: skip
 SIZE = 64
 
@@ -227,7 +227,7 @@ def test_the_map_and_the_score_are_sums_of_their_own(detector: Detector) -> None
     assert (after[1] > before[1]).all()
 
 
-def test_the_locator_reads_how_far_and_not_in_which_direction(detector: Detector) -> None:
+def test_the_localisation_head_reads_how_far_and_not_in_which_direction(detector: Detector) -> None:
     """Other features with the same distances give the same answer: here, all channels of all features turned about."""
     with torch.inference_mode():
         features = detector.teacher(batch(5))
@@ -254,7 +254,7 @@ def test_a_scale_whose_weak_patches_are_noisy_is_weighted_by_norm(detector: Dete
     assert detector.norm_powers.tolist() == pytest.approx([1.0, 0.0], abs=0.25)
 
 
-def test_the_locators_scale_is_that_of_normal_images() -> None:
+def test_the_localisation_heads_scale_is_that_of_normal_images() -> None:
     head = LocalisationHead(2, 4).eval()
     normal = torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 50.0]).view(
         2, 1, 1

@@ -58,7 +58,7 @@ def test_losses_have_a_row_a_step(project: Project) -> None:
     with (project.stage("distill") / "losses.csv").open() as stream:
         phases = [row["phase"] for row in csv.DictReader(stream)]
     assert phases == [
-        phase for phase in ("student", "head", "locator") for _ in range(SMALL["distill"][f"{phase}_steps"])
+        phase for phase in ("student", "head", "localisation") for _ in range(SMALL["distill"][f"{phase}_steps"])
     ]
 
 

@@ -39,9 +39,11 @@ class DistillSettings:
     batch: int = Field(8, ge=1, le=1024, description="images a step")
     normal_share: float = Field(0.3, ge=0, le=0.9, description="share of defect-free images in a batch")
     learning_rate: Rate = Field(2e-3, description="peak of the student's cosine schedule")
-    locator_steps: Steps = Field(400, description="optimiser steps of the locator, the head that reads distances alone")
+    localisation_steps: Steps = Field(
+        400, description="optimiser steps of the localisation head, which reads distances alone"
+    )
     head_learning_rate: Rate = Field(1e-3, description="peak of the head's cosine schedule")
-    locator_learning_rate: Rate = Field(2e-3, description="peak of the locator's cosine schedule")
+    localisation_learning_rate: Rate = Field(2e-3, description="peak of the localisation head's cosine schedule")
     bottleneck: int = Field(128, ge=8, le=4096, description="channels of the student's bottleneck")
     decoder_channels: tuple[Annotated[int, Field(ge=8, le=2048)], ...] = Field(
         (64, 96),
@@ -50,7 +52,7 @@ class DistillSettings:
         description="decoder channels a scale that the student answers, finest first; two values skip the finest",
     )
     head_channels: int = Field(48, ge=4, le=1024, description="channels of the segmentation head")
-    locator_channels: int = Field(16, ge=4, le=1024, description="channels of the locator")
+    localisation_channels: int = Field(16, ge=4, le=1024, description="channels of the localisation head")
     cosine_weights: tuple[Weight, ...] = Field(
         (1.0, 1.0), min_length=1, description="cosine loss: weight a scale, finest first"
     )
@@ -71,7 +73,7 @@ class DistillSettings:
         (1.0, 1.0, 0.0, 0.0, 2.0),
         min_length=1,
         description="anomaly map: weight of each normalised map: one a scale, finest first, memory, segmentation head, "
-        "locator",
+        "localisation head",
     )
     score_weights: tuple[Weight, ...] = Field(
         (1.0, 1.0, 0.0, 2.0, 0.0), min_length=1, description="image score: the same weights for what it looks at"

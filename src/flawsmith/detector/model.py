@@ -34,7 +34,7 @@ class DetectorConfig:
     bottleneck: int
     decoder_channels: tuple[int, ...]
     head_channels: int
-    locator_channels: int
+    localisation_channels: int
     memory: int
     memory_dimensions: int
     map_weights: tuple[float, ...]
@@ -52,7 +52,7 @@ class DetectorConfig:
             distill.bottleneck,
             distill.decoder_channels,
             distill.head_channels,
-            distill.locator_channels,
+            distill.localisation_channels,
             memory,
             distill.memory_dimensions,
             distill.map_weights,
@@ -98,7 +98,7 @@ class Detector(nn.Module):
         answered = channels[-len(config.decoder_channels) :]
         read = (*answered, 1) if config.memory else answered
         self.head = SegmentationHead(read, config.head_channels)
-        self.localisation = LocalisationHead(len(read), config.locator_channels)
+        self.localisation = LocalisationHead(len(read), config.localisation_channels)
         without = None if config.memory else len(answered)  # the index of the memory bank's map
         weights, score_weights = (
             torch.tensor([weight for index, weight in enumerate(given) if index != without])

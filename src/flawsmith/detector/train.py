@@ -179,7 +179,7 @@ def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettin
 
     maps = DistanceMaps(batches, distances, detector.localisation, marking_loss)
     detector.localisation.normalise(maps.normal)
-    steps, peak = settings.locator_steps, settings.locator_learning_rate
+    steps, peak = settings.localisation_steps, settings.localisation_learning_rate
     yield Phase(LOCALISATION, detector.localisation, steps, peak, maps.training_loss, maps.validation_loss)
 
 

@@ -14,7 +14,10 @@ from flawsmith.evaluation.metrics import KEYS
 from flawsmith_lab.study.plan import Cell, Request
 from flawsmith_lab.study.results import MEASURED, Row
 
-STEPS: Sections = {"ddpm-train": {"steps": 8}, "distill": {"student_steps": 2, "head_steps": 2, "locator_steps": 2}}
+STEPS: Sections = {
+    "ddpm-train": {"steps": 8},
+    "distill": {"student_steps": 2, "head_steps": 2, "localisation_steps": 2},
+}
 
 
 @dataclass(frozen=True)
