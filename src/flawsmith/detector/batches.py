@@ -25,6 +25,7 @@ from flawsmith.sequences import batched, evenly
 
 BLOCK = 8  # images whose features are computed together
 STUDENT, HEAD, LOCALISATION = "student", "head", "localisation"  # the phases in order
+STREAMS = {STUDENT: "student", HEAD: "head", LOCALISATION: "locator"}  # of draws: another name draws other batches
 
 
 class FeatureBank:
@@ -212,7 +213,7 @@ class TripletBatches:
 
     def draw(self, phase: str, step: int) -> BatchIndices:
         """Draw what a training step sees."""
-        generator, settings = numpy_generator(self._settings.seed, "distill", phase, step), self._settings
+        generator, settings = numpy_generator(self._settings.seed, "distill", STREAMS[phase], step), self._settings
         shown = self.shown_in(phase, FIT)
         indices = shown[generator.integers(0, len(shown), settings.batch)]
         clean = np.arange(settings.batch) < round(settings.normal_share * settings.batch)
