@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from toy_onnx import write_toy
 
 from flawsmith.config import load_settings
 from flawsmith.data.images import write_png
@@ -43,6 +44,7 @@ def test_a_stage_records_what_dvc_reruns_it_for(name: str, tmp_path: Path, monke
                         ("synthesize", "manifest.parquet"), ("evaluate", "metrics.json")):  # fmt: skip
         layout.stage(stage).mkdir(parents=True, exist_ok=True)
         (layout.stage(stage) / file).touch()
+    write_toy(layout.stage("evaluate") / "network.onnx")
     recorded: dict[str, Any] = {}
 
     def record(_layout: Layout, _stage: str, params: Mapping[str, Any]) -> None:
