@@ -109,7 +109,8 @@ def test_a_schedule_fires_and_the_run_goes_from_nothing_to_the_registry(stack: S
     assert ended["state_name"] == "Completed", ended["state"]["message"]
     shown = artifacts(stack, ended)
     stages = json.loads(shown["brushed-metal-stages"])
-    assert [row["DVC"] for row in stages] == ["ran"] * 8
+    assert {row["DVC"] for row in stages} == {"ran"}
+    assert len(stages) >= 8
     assert {row["metric"] for row in json.loads(shown["brushed-metal-metrics"])} >= {"image_auroc", "aupro"}
     assert json.loads(shown["brushed-metal-promotion"]), "the checks of the promotion"
     assert shown["brushed-metal-triplets"].startswith("data:image/jpeg;base64,")

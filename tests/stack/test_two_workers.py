@@ -89,7 +89,7 @@ def test_every_object_of_the_shared_cache_is_what_its_name_says(night: Night) ->
 def test_both_checkouts_agree_with_their_locks(night: Night) -> None:
     for checkout in night.checkouts:
         targets = sorted(lock(checkout))
-        assert len(targets) == 7
+        assert len(targets) >= 7
         assert json.loads(checkout.run("dvc", "status", "--json", *targets).stdout) == {}
 
 
