@@ -34,7 +34,7 @@ def checkout(stack: Stack, make_checkout: Callable[..., Any], remote: Path) -> I
     """A checkout with a DVC remote and workers, and a server on which set-up has run twice."""
     made = make_checkout("retrain", remote=remote)
     with at_work(stack, made):
-        made.run("python", "-m", "flows.setup", **stack.variables())
+        made.run("python", "-m", "flows.setup", **stack.variables(), FLAWSMITH_HEARTBEAT_WINDOW=str(WINDOW))
         yield made
 
 
