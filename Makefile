@@ -42,8 +42,8 @@ test: install ## lint, types and the tests, on all cores; ARGS='-k settings' for
 test-all: install ## the slow tests too (nightly), with 200 examples a property
 	HYPOTHESIS_PROFILE=thorough pytest -m 'not stack' --numprocesses logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-stack-test: install ## the tests that need real servers and workers, in two groups side by side
-	pytest -m stack tests/stack --numprocesses 2 --dist loadgroup $(ARGS)
+stack-test: install ## the tests that need real servers and workers, two files at a time, each side with a stack of its own
+	pytest -m stack tests/stack --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install ## ruff (rules and formatting), and the size budget
 	ruff check .

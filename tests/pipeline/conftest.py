@@ -122,7 +122,8 @@ class Project:
 
     def noted(self, stage: str) -> list[str]:
         """What the watch noted of a stage's processes so far: paths below data/<category>, and `checkpoint.pt`."""
-        lines = (line.partition("\t") for line in (self.folder / "watch" / "opened.tsv").read_text().splitlines())
+        opened = self.folder / "watch" / "opened.tsv"  # there from the first process on
+        lines = (line.partition("\t") for line in (opened.read_text() if opened.exists() else "").splitlines())
         return [path for name, _, path in lines if name == stage]
 
 

@@ -55,8 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(HERE):
             item.add_marker("stack")
             item.add_marker(pytest.mark.timeout(TIMEOUT))
-            # two groups of about the same length, each with a stack of its own (with --dist loadgroup)
-            item.add_marker(pytest.mark.xdist_group("nights" if "retrain" not in item.path.name else "retrain"))
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,13 @@ def night(stack: Stack, make_checkout: Callable[..., Any], tmp_path_factory: pyt
         yield Night(checkouts, cache, runs, lead, f"{done.stdout}\n{done.stderr}", done.returncode)
 
 
-def lock(checkout: Any) -> dict[str, Any]:
+def whole_lock(checkout: Any) -> dict[str, Any]:
     return dict(yaml.safe_load((checkout.folder / "dvc.lock").read_text())["stages"])
+
+
+def lock(checkout: Any) -> dict[str, Any]:
+    """What dvc.lock has of each category's own stages; a retraining brings the demo surfaces' stages up to date too."""
+    return {target: stage for target, stage in whole_lock(checkout).items() if not target.startswith("demo-data@")}
 
 
 def test_the_night_ends_well_and_tells_how_it_went(night: Night) -> None:
@@ -123,7 +128,7 @@ def test_a_third_checkout_takes_everything_from_the_cache(night: Night, make_che
     third = make_checkout("third", categories=CATEGORIES, cache=night.cache)
     locks: dict[str, Any] = {}
     for checkout in night.checkouts:
-        locks |= lock(checkout)
+        locks |= whole_lock(checkout)
         for path in checkout.run("git", "ls-files", "--others", "--exclude-standard", "artifacts").stdout.split():
             (third.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (third.folder / path).write_bytes((checkout.folder / path).read_bytes())
