@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from flawsmith.errors import FlawsmithError, UserError, refusal
+from flawsmith.errors import INTERRUPTED, FlawsmithError, UserError, refusal
 
 LOOPBACK = "127.0.0.1"
 TUNING = ("PREFECT_FLOWS_", "PREFECT_LOGGING_", "PREFECT_SERVER_SERVICES_", "PREFECT_WORKER_")
@@ -24,6 +24,8 @@ def command(name: str, call: Callable[[], object]) -> None:
     """Run a command line; whatever goes wrong ends in one sentence on stderr and an exit status."""
     try:
         call()
+    except KeyboardInterrupt:  # one that came where typer does not catch it
+        raise SystemExit(INTERRUPTED) from None
     except (FlawsmithError, OSError, httpx.TransportError) as error:
         told: Exception | None = error
         if isinstance(error, httpx.TransportError):

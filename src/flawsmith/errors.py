@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+INTERRUPTED = 130  # the exit status of what Ctrl-C ended: 128 + SIGINT, as shells do
+
 log = logging.getLogger(__name__)
 _telling, _told = threading.Lock(), set[str]()
 

@@ -19,12 +19,11 @@ import typer
 
 from flawsmith import __version__
 from flawsmith.cli.common import app
-from flawsmith.errors import FlawsmithError, refusal
+from flawsmith.errors import INTERRUPTED, FlawsmithError, refusal
 
 __all__ = ["app", "main"]
 
 DEBUG = "FLAWSMITH_DEBUG"
-INTERRUPTED = 130  # 128 + SIGINT, as shells do
 LONGEST_REASON = 400  # characters of an unexpected error that are shown; torch writes pages
 
 for _file in ("pipeline", "use", "registry", "house"):  # each adds its commands, in this order in the help
