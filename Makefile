@@ -69,7 +69,7 @@ bench-gpu: install ## one category from normals to ONNX on one GPU, preset docs/
 bench-serve: install ## 30 clients on the web service for a minute; ARGS='MODEL IMAGE...'
 	python -m flawsmith_lab.bench.serve $(ARGS)
 
-bench-anomalib: install $(ANOMALIB)/.installed ## anomalib's PatchCore and STFPM beside kNN; ARGS='--category C --data DIR'
+bench-anomalib: install $(ANOMALIB)/.installed ## anomalib's PatchCore and STFPM beside ours; ARGS='--category C --data DIR'
 	python -m flawsmith_lab.bench.anomalib_side --python $(ANOMALIB)/bin/python $(ARGS)
 
 # Without anomalib its environment is not needed either.

@@ -21,7 +21,6 @@ from flawsmith.detector.batches import (
     TripletSources,
 )
 from flawsmith.detector.config import TeacherSettings
-from flawsmith.detector.knn import KnnBaseline, MemoryBaseline
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
     Detector,
@@ -441,32 +440,3 @@ def test_distillation_stops_early_and_keeps_the_best(teacher: Teacher, tmp_path:
     assert len(student) < 60
     best = int(np.nanargmin([row[3] for row in student]))
     assert best == len(student) - 2  # one look without improvement, then the stop
-
-
-def test_knn_finds_the_odd_patch(teacher: Teacher) -> None:
-    data = triplets(6, 0)
-    normal = torch.from_numpy(data.normal).float() / 255
-    generator = torch.Generator().manual_seed(0)
-    baseline = KnnBaseline.fit(teacher, [normal[:3], normal[3:]], 300, generator)
-    assert baseline.memory.shape[0] == 300 or baseline.memory.shape[0] == 6 * 64
-    with torch.inference_mode():
-        _, good_scores = baseline(normal)
-        bad, bad_scores = baseline(torch.from_numpy(data.defect).float() / 255)
-    assert bad_scores.min() > good_scores.max()
-    mask = torch.from_numpy(data.mask)
-    assert bad[:, 0][mask].mean() > bad[:, 0][~mask].mean()
-
-
-def test_the_memory_baseline_is_the_detectors_memory_and_nothing_else(teacher: Teacher) -> None:
-    data = triplets(6, 3)
-    normal, defect = (torch.from_numpy(images).float() / 255 for images in (data.normal, data.defect))
-    detector, _ = fresh_detector(teacher, normal, memory_dimensions=0)
-    baseline = MemoryBaseline.fit(teacher, [normal[:4], normal[4:]], SETTINGS.memory, 6, SIZE)
-    with torch.inference_mode():
-        (distances,) = detector.recall(detector.teacher(defect))
-        maps, scores = baseline(defect)
-    assert maps.shape == (6, 1, SIZE, SIZE)
-    torch.testing.assert_close(scores, distances.flatten(1).amax(dim=1))
-    whole = MemoryBaseline.fit(teacher, [normal], 10**6, 6, SIZE)
-    with torch.inference_mode():
-        torch.testing.assert_close(whole(normal)[1], torch.zeros(6), atol=2e-3, rtol=0)

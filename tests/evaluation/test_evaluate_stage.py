@@ -127,7 +127,7 @@ def test_labelled_surface_leaves_its_files(layout):
         *("figures", "gallery", "parity", "report.html", "summary", "network.onnx"),
     }
     summary = {path.stem: json.loads(path.read_text()) for path in (out / "summary").iterdir()}
-    assert set(summary) == {"detector", "knn-baseline"}
+    assert set(summary) == {"detector", "patchcore"}
     for name, values in summary.items():  # the same keys in every row of `dvc metrics show`, and metrics.json's values
         source = content if name == "detector" else content["baseline"]
         assert values == {key: pytest.approx(source[key], abs=1e-4) for key in KEYS}
@@ -184,9 +184,9 @@ def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
     evaluate.run(made)
     evaluate.run_baseline(made)  # the toy stands in for both models, so even detector and baseline must agree
     assert fitted[0] == fitted[1]
-    beside, alone = made.stage("evaluate"), made.stage("knn")
+    beside, alone = made.stage("evaluate"), made.stage("patchcore")
     assert {path.name for path in alone.iterdir()} == {"metrics.json", "draws.npz", "scores.csv"}
-    content, both = metrics_of(made, "knn"), metrics_of(made)
+    content, both = metrics_of(made, "patchcore"), metrics_of(made)
     ours_alone = ("baseline", "over_baseline", "training_precision")
     assert content == {key: value for key, value in both.items() if key not in ours_alone}
     assert content.items() >= both["baseline"].items()
@@ -199,7 +199,7 @@ def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
     assert scores[0].equals(scores[1])
     shutil.rmtree(made.root / "artifacts")  # no model is needed
     evaluate.run_baseline(made)
-    assert metrics_of(made, "knn") == content
+    assert metrics_of(made, "patchcore") == content
 
 
 def test_unlabelled_surface_is_scored_on_held_out_triplets_and_says_so(layout):

@@ -25,10 +25,10 @@ def test_stages_are_a_row_each() -> None:
 
 def test_metrics_stand_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "detector.json").write_text(json.dumps({"aupro": 0.9, "image_auroc": 0.99}))
-    (tmp_path / "knn-baseline.json").write_text(json.dumps({"aupro": 0.8}))
+    (tmp_path / "patchcore.json").write_text(json.dumps({"aupro": 0.8}))
     assert artifacts.metric_rows(tmp_path) == [
-        {"metric": "aupro", "detector": 0.9, "knn-baseline": 0.8},
-        {"metric": "image_auroc", "detector": 0.99, "knn-baseline": None},
+        {"metric": "aupro", "detector": 0.9, "patchcore": 0.8},
+        {"metric": "image_auroc", "detector": 0.99, "patchcore": None},
     ]
 
 

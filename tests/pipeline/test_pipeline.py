@@ -133,7 +133,7 @@ def test_a_triplet_is_explained_bit_for_bit(project: Project, tmp_path: Path) ->
 def test_dvc_shows_metrics_plots_and_the_graph(project: Project) -> None:
     table = project.run("dvc", "metrics", "show").stdout
     assert re.search(r"evaluate/summary/detector\.json +[01]\.", table)
-    assert re.search(r"evaluate/summary/knn-baseline\.json +[01]\.", table)
+    assert re.search(r"evaluate/summary/patchcore\.json +[01]\.", table)
     assert "image_auroc" in table
     assert max(map(len, table.splitlines())) < 200  # a table a person can read
     assert target("export") in project.run("dvc", "dag").stdout
@@ -150,7 +150,7 @@ def test_git_keeps_the_small_results_and_ignores_the_rest(project: Project) -> N
         f"artifacts/{CATEGORY}/ddpm-train/readiness.json",
         f"artifacts/{CATEGORY}/evaluate/metrics.json",
         f"artifacts/{CATEGORY}/evaluate/summary/detector.json",
-        f"artifacts/{CATEGORY}/evaluate/summary/knn-baseline.json",
+        f"artifacts/{CATEGORY}/evaluate/summary/patchcore.json",
         f"artifacts/{CATEGORY}/export/cost.json",
         f"artifacts/{CATEGORY}/export/parity.json",
         f"artifacts/{CATEGORY}/validate/verdict.json",

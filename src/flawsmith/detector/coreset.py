@@ -39,16 +39,17 @@ def k_center(
     """
     kept = torch.randperm(len(rows), generator=generator)[: max(candidates, count)].to(rows.device)
     with torch.autocast(rows.device.type, enabled=False):
-        return kept[_farthest_first(_projected(rows[kept].float(), generator), count, on_step).to(rows.device)]
+        compared = _projected(rows, generator)[kept]
+        # about the mean, since a difference of large squares would lose small distances
+        return kept[_farthest_first(compared - compared.mean(dim=0), count, on_step).to(rows.device)]
 
 
 def _projected(rows: Tensor, generator: torch.Generator) -> Tensor:
-    # about the mean, since a difference of large squares would lose small distances
-    rows = rows - rows.mean(dim=0)
     channels = rows.shape[1]
     if channels <= PROJECTED:
-        return rows
-    return rows @ (torch.randn(channels, PROJECTED, generator=generator) / PROJECTED**0.5).to(rows.device)
+        return rows.float()
+    directions = (torch.randn(channels, PROJECTED, generator=generator) / PROJECTED**0.5).to(rows.device)
+    return torch.cat([part.float() @ directions for part in rows.split(CHUNK)])
 
 
 def _farthest_first(rows: Tensor, count: int, on_step: Callable[[int], object]) -> Tensor:

@@ -25,10 +25,10 @@ class EvaluateSettings:
     aupro_limit: float = Field(0.3, ge=0.01, le=1, description="integration limit of AUPRO (false positive rate)")
     batch: int = Field(8, ge=1, le=1024, description="images scored together")
     gallery: int = Field(32, ge=1, le=1000, description="images in the report's gallery")
-    baseline: Literal["euclidean", "cosine"] = Field(
-        "euclidean",
-        description="what the detector is compared with: `euclidean` (as PatchCore), `cosine` (the detector's memory "
-        "alone)",
+    baseline_vectors: int = Field(
+        10_000, ge=100, le=10_000_000, description="patches that the baseline, PatchCore, remembers"
     )
-    baseline_vectors: int = Field(10_000, ge=100, le=10_000_000, description="size of the kNN baseline's memory bank")
+    baseline_candidates: int = Field(
+        200_000, ge=100, le=100_000_000, description="patches of all normals, drawn at random, that these are chosen of"
+    )
     parity_images: int = Field(16, ge=8, le=1024, description="test images handed on for the parity certificate")

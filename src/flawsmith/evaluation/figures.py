@@ -83,7 +83,7 @@ def draw_histogram(result: Assessment, title: str, theme: Theme) -> Figure:
 def _draw_panel(axes: Axes, panel: Panel, result: Assessment, theme: Theme) -> None:
     by_recall = panel.y == "precision"
     for performance, label, colour, width, dashes in (
-        (result.baseline, "kNN baseline", theme.baseline, 1.6, "--"),
+        (result.baseline, "PatchCore", theme.baseline, 1.6, "--"),
         (result.detector, "detector", theme.detector, 2.2, "-"),
     ):
         curve, value = performance.curves[panel.curve], performance.values[panel.metric].value

@@ -36,7 +36,7 @@ def write_data(
     write_json(folder / "metrics.json", content)
     write_draws(folder / "draws.npz", detector)
     # `dvc metrics show` makes a row of a file and a column of a key: all of metrics.json would be 60 columns
-    for name, performance in (("detector", detector), ("knn-baseline", baseline)):
+    for name, performance in (("detector", detector), ("patchcore", baseline)):
         headline = {key: None if is_missing(one) else round(one.value, 4) for key, one in performance.values.items()}
         write_json(folder / "summary" / f"{name}.json", headline)
     for roc, pr, curves in (

@@ -147,7 +147,7 @@ def compare_to_baseline(result: Assessment) -> str:
             side = better if advantage.low > 0 else worse if advantage.high < 0 else unclear
             side.append(f"{METRICS[key].title} ({signed(advantage.value)})")
     parts = [f"{words} in {listed(named)}" for words, named in found.items() if named]
-    return f"Against kNN on the same teacher's features it is {'; '.join(parts)}."
+    return f"Against PatchCore on the same teacher's features it is {'; '.join(parts)}."
 
 
 def alarm_warning(performance: Performance) -> str | None:

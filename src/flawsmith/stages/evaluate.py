@@ -1,8 +1,8 @@
-"""evaluate: how good the detector is, beside a kNN baseline; of dvc.yaml's stages it alone opens the labelled test set.
+"""evaluate: how good the detector is, beside PatchCore; of dvc.yaml's stages it alone opens the labelled test set.
 
 flawsmith evaluate --category C: reads distill/, validate/verdict.json and data/C (synthesize/ where there is no
 labelled test set), writes network.onnx, metrics.json, draws.npz, roc.csv, pr.csv, curves/, scores.csv,
-calibration_scores.csv, summary/, figures/, gallery/, parity/ and report.html. `run_baseline` judges the kNN baseline
+calibration_scores.csv, summary/, figures/, gallery/, parity/ and report.html. `run_baseline` judges PatchCore
 alone, which needs the data and no trained model.
 """
 
@@ -28,7 +28,7 @@ from flawsmith.randomness import numpy_generator
 from flawsmith.sections import section_values
 from flawsmith.tracking import stage_run
 
-STAGE, BASELINE = "evaluate", "knn"
+STAGE, BASELINE = "evaluate", "patchcore"
 NETWORK = "network.onnx"  # the exported detector, without a threshold: `export` makes model.onnx of it
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ def run(layout: Layout) -> None:
 
 
 def run_baseline(layout: Layout) -> None:
-    """Judge the kNN baseline alone, as `run` judges it beside the detector: the same images, split and resamples.
+    """Judge PatchCore alone, as `run` judges it beside the detector: the same images, split and resamples.
 
-    Writes metrics.json, draws.npz and scores.csv into the folder `knn` beside the stages' own.
+    Writes metrics.json, draws.npz and scores.csv into the folder `patchcore` beside the stages' own.
 
     Raises:
         UserError: the test set is not usable as it is, or there is neither it nor a held-out triplet.

@@ -1,4 +1,4 @@
-"""anomalib's PatchCore and STFPM beside flawsmith's kNN: same folders, split, teacher weights and metric code.
+"""anomalib's PatchCore and STFPM beside flawsmith's PatchCore: same folders, split, teacher weights and metric code.
 
     python -m flawsmith_lab.bench.anomalib_side [--category C] [--data DIR]
         [--weights FILE --backbone resnet18]                                              (make bench-anomalib)
@@ -85,7 +85,7 @@ def replay(folder: Path, name: str) -> Scorer:
 
 
 def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Fit and judge all methods; return one row each: accuracy with its difference to kNN, seconds to fit and an image.
+    """Fit and judge all methods; return one row each: accuracy, its difference to ours, seconds to fit and an image.
 
     `request` names `models`, the `limit` of images to fit on (None: all), and what anomalib's side asks for.
 
@@ -109,13 +109,13 @@ def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[
         start = time.perf_counter()
         device = Compute.choose(layout.settings.compute).device
         baseline = torch_scorer(fit_baseline(layout, fit, device), device)
-        knn = {"fit_seconds": time.perf_counter() - start, "seconds_an_image": 0.0}
+        ours = {"fit_seconds": time.perf_counter() - start, "seconds_an_image": 0.0}
         seen = len(items) + len(split.calibration)
 
         def timed(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             start = time.perf_counter()
             found = baseline(images)
-            knn["seconds_an_image"] += (time.perf_counter() - start) / seen
+            ours["seconds_an_image"] += (time.perf_counter() - start) / seen
             return found
 
         performances = measure(
@@ -127,18 +127,18 @@ def compare(layout: Layout, python: Path, request: dict[str, Any]) -> list[dict[
         )
     common = {"category": layout.category, "teacher": layout.settings.teacher.backbone, "fit_images": len(fit),
               "anomalib": answer["anomalib"], "anomalib_torch": answer["torch"]}  # fmt: skip
-    methods = {"knn": knn, **{f"anomalib-{name}": answer[name] for name in names}}
+    methods = {"patchcore": ours, **{f"anomalib-{name}": answer[name] for name in names}}
     return [
         common | {"method": method, **costs, **_accuracy(performance, performances[0])}
         for (method, costs), performance in zip(methods.items(), performances, strict=True)
     ]
 
 
-def _accuracy(performance: Performance, knn: Performance) -> dict[str, Any]:
+def _accuracy(performance: Performance, ours: Performance) -> dict[str, Any]:
     values: dict[str, Any] = {key: performance.values[key].value for key in KEYS}
     for key in SHOWN:
-        difference = paired_difference(performance, knn, key)
-        values[f"{key}_minus_knn"] = [difference.value, difference.low, difference.high]
+        difference = paired_difference(performance, ours, key)
+        values[f"{key}_minus_patchcore"] = [difference.value, difference.low, difference.high]
     return values
 
 

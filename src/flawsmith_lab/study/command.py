@@ -25,7 +25,7 @@ def study(
         list[str] | None,
         typer.Option(
             metavar="A,B",
-            help="Of flawsmith, no-diffusion, random-mask, cutpaste, knn, memory. Default: flawsmith,knn.",
+            help="Of flawsmith, no-diffusion, random-mask, cutpaste, patchcore. Default: flawsmith,patchcore.",
         ),
     ] = None,
     overrides: SetOption = None,
@@ -44,7 +44,7 @@ def study(
         ),
     ] = None,
     reference: Annotated[
-        str, typer.Option(metavar="NAME", help="Method or row to compare with. Default: knn, else the first row.")
+        str, typer.Option(metavar="NAME", help="Method or row to compare with. Default: patchcore, else the first row.")
     ] = "",
     workers: Annotated[
         int, typer.Option(metavar="N", help="Stages run at once; their times then say less.", min=1)
@@ -56,7 +56,7 @@ def study(
     Nothing is computed twice: a stage runs once for all cells that agree in what decides it, and a stopped study goes
     on when called again. Exit 1 if a cell failed; its reason is in the report.
 
-    Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,knn --out study
+    Example: flawsmith study --categories brushed_metal --seeds 0,1,2 --methods flawsmith,patchcore --out study
     """
     from flawsmith_lab.study.plan import Request, parse_grid
     from flawsmith_lab.study.study import run_study
@@ -73,7 +73,7 @@ def study(
         data=data,
         categories=comma_list(categories),
         seeds=numbers,
-        methods=comma_list(methods) or ("flawsmith", "knn"),
+        methods=comma_list(methods) or ("flawsmith", "patchcore"),
         parts=comma_list(part) or ("all",),
         replaced=parse_overrides(overrides or []),
         grid=parse_grid(grid or []),

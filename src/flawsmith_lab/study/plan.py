@@ -22,10 +22,10 @@ from flawsmith.files import digest_file, digest_json, digest_path, read_json
 from flawsmith.layout import Layout
 from flawsmith.sections import deciding_values
 
-KNN = "knn"
+PATCHCORE = "patchcore"
 DIFFUSION = "diffusion"  # of synthesize.texture
 PIPELINE = ("ddpm-train", "synthesize", "validate", "distill", "evaluate")
-STAGES = (*PIPELINE, KNN)
+STAGES = (*PIPELINE, PATCHCORE)
 DIGITS = 20  # of a digest in a folder's name: 80 bits
 
 # The sections or keys of the settings that a stage reads, beside SHARED and those that the stages before it read.
@@ -37,9 +37,9 @@ READS: Mapping[str, tuple[str, ...]] = {
     "validate": ("validate",),
     "distill": ("teacher", "distill"),
     "evaluate": ("teacher", "evaluate", "export.opset"),
-    KNN: ("teacher", "evaluate"),
+    PATCHCORE: ("teacher", "evaluate"),
 }
-LABELLED = ("evaluate", KNN)  # what reads the whole category; the others read train/ alone
+LABELLED = ("evaluate", PATCHCORE)  # what reads the whole category; the others read train/ alone
 USES_A_MODEL = ("cli", "demo", "monitoring", "registry", "serve")  # packages without a say in what a stage leaves
 
 SEED_KEYS = ("seed", *(key for key, followed in FOLLOWS.items() if followed == "seed"))
@@ -65,12 +65,7 @@ METHODS: Mapping[str, Method] = {
     "cutpaste": Method(
         "CutPaste patches (Li et al. 2021)", {"synthesize.texture": "cutpaste", "synthesize.mask": "rectangle"}
     ),
-    KNN: Method("the memory bank on the same teacher, without training", {}, (KNN,)),
-    "memory": Method(
-        "the detector's memory alone: the same bank with its features normalised and more places",
-        {"evaluate.baseline": "cosine", "evaluate.baseline_vectors": 40000},
-        (KNN,),
-    ),
+    PATCHCORE: Method("PatchCore on the same teacher, without training", {}, (PATCHCORE,)),
 }
 
 
@@ -230,7 +225,7 @@ def build_plan(request: Request) -> Plan:
         if not any(key in cell.grid for cell in cells.values()):
             raise UserError(f"--grid {key}: no stage of {', '.join(request.methods)} reads it; remove it.")
     known = list(dict.fromkeys(name for cell in cells.values() for name in (cell.method, cell.label)))
-    reference = request.reference or (KNN if KNN in known else next(iter(cells.values())).label)
+    reference = request.reference or (PATCHCORE if PATCHCORE in known else next(iter(cells.values())).label)
     if reference not in known:
         raise UserError(f"--reference {reference}: no such row; known are {', '.join(known)}.")
     return Plan(tuple(cells.values()), reference, root)
@@ -316,11 +311,11 @@ def _check_images(layout: Layout, request: Request) -> None:
     """Refuse a folder now that would fail after the first category's hours."""
     dataset = layout.surface()
     dataset.normals()
-    untrained = [name for name in request.methods if METHODS[name].stages == (KNN,)]
+    untrained = [name for name in request.methods if METHODS[name].stages == (PATCHCORE,)]
     if (untrained or request.parts != ("all",)) and not (dataset.folder / "test").is_dir():
         raise UserError(
             f"{dataset.folder} has no labelled test set (test/good, test/<defect>), without which there is no method "
-            f"{' or '.join(untrained) or KNN} and no --part; add one, or leave them out."
+            f"{' or '.join(untrained) or PATCHCORE} and no --part; add one, or leave them out."
         )
 
 

@@ -25,7 +25,7 @@ from flawsmith.files import digest_path, write_json
 from flawsmith.git import git_state
 from flawsmith.progress import Bar, bar
 from flawsmith_lab.bench.latency_worker import peak_mb
-from flawsmith_lab.study.plan import KNN, Cell, Plan, Request, StageRun, build_plan, code_digest
+from flawsmith_lab.study.plan import PATCHCORE, Cell, Plan, Request, StageRun, build_plan, code_digest
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +145,12 @@ def perform(run: StageRun) -> dict[str, Any]:
         FlawsmithError: the source files are no longer those of the plan: the digest would lie. Or as the stage.
     """
     resumed = run.layout.resume(run.stage).exists()
-    module = import_module("flawsmith.stages." + ("evaluate" if run.stage == KNN else run.stage.replace("-", "_")))
+    module = import_module(
+        "flawsmith.stages." + ("evaluate" if run.stage == PATCHCORE else run.stage.replace("-", "_"))
+    )
     if code_digest() != run.code:  # after the import, so that what was digested is what runs
         raise FlawsmithError("The source files have changed since this study began; start it again.")
-    (module.run_baseline if run.stage == KNN else module.run)(run.layout)
+    (module.run_baseline if run.stage == PATCHCORE else module.run)(run.layout)
     return {**measure(), "resumed": resumed, "output": digest_path(run.folder)}
 
 

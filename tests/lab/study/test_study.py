@@ -86,8 +86,8 @@ def test_shared_stages_run_once_and_no_more_than_the_asked_for_workers_at_once(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     scene.pause = 0.05
-    scene.run(workers, methods=("flawsmith", "random-mask", "knn"), seeds=(0, 1))
-    assert Counter(scene.ran) == {"ddpm-train": 2, "knn": 2, **dict.fromkeys(PIPELINE[1:], 4)}
+    scene.run(workers, methods=("flawsmith", "random-mask", "patchcore"), seeds=(0, 1))
+    assert Counter(scene.ran) == {"ddpm-train": 2, "patchcore": 2, **dict.fromkeys(PIPELINE[1:], 4)}
     assert scene.most == workers
 
 
@@ -95,7 +95,7 @@ def test_several_workers_share_the_cores(scene: Scene, monkeypatch: pytest.Monke
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    scene.run(4, methods=("knn",))
+    scene.run(4, methods=("patchcore",))
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
@@ -111,11 +111,11 @@ def test_a_failure_ends_what_depends_on_it_and_nothing_else_and_is_tried_again(s
 
 
 def test_a_run_without_its_mark_was_killed_and_is_made_again(scene: Scene) -> None:
-    scene.run(methods=("knn",))
-    (run,) = build_plan(scene.project.request(methods=("knn",))).runs
+    scene.run(methods=("patchcore",))
+    (run,) = build_plan(scene.project.request(methods=("patchcore",))).runs
     run.folder.with_suffix(".json").unlink()
-    scene.run(methods=("knn",))
-    assert scene.ran == ["knn", "knn"]
+    scene.run(methods=("patchcore",))
+    assert scene.ran == ["patchcore", "patchcore"]
 
 
 def test_what_is_finished_is_written_while_others_still_run(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,26 +126,26 @@ def test_what_is_finished_is_written_while_others_still_run(scene: Scene, monkey
 
     monkeypatch.setattr(study, "run_in_process", stop)
     with pytest.raises(KeyboardInterrupt):
-        scene.run(methods=("knn", "flawsmith"))
+        scene.run(methods=("patchcore", "flawsmith"))
     assert [row["image_auroc"] for row in scene.rows()] == [0.5, None]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> StageRun:
-    """The stage run `knn` of a small project."""
-    return build_plan(create_project(tmp_path / "project").request(methods=("knn",))).runs[0]
+    """The stage run `patchcore` of a small project."""
+    return build_plan(create_project(tmp_path / "project").request(methods=("patchcore",))).runs[0]
 
 
 def test_a_stage_is_measured_and_its_output_digested(run: StageRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(layout: Any) -> None:
-        write_json(layout.stage("knn") / "metrics.json", {})
+        write_json(layout.stage("patchcore") / "metrics.json", {})
 
     monkeypatch.setattr(study, "import_module", lambda name: SimpleNamespace(run_baseline=act))
     found = perform(run)
     assert found["output"] == digest_path(run.folder)
     assert 20 < found["peak_mb"] < 20_000
     assert not found["resumed"]
-    run.layout.resume("knn").mkdir()
+    run.layout.resume("patchcore").mkdir()
     assert perform(run)["resumed"]
     with pytest.raises(FlawsmithError, match="have changed since this study began"):
         perform(replace(run, code="another"))
@@ -169,7 +169,7 @@ def test_a_process_that_fails_or_is_killed_has_a_reason(run: StageRun, monkeypat
 def test_a_real_study_is_killed_goes_on_and_gives_each_methods_figures(tmp_path: Path) -> None:
     project, out = create_project(tmp_path / "project"), tmp_path / "out"
     command = [Path(sys.executable).with_name("flawsmith"), "study", "--params", project.params, "--out", out,
-               "--methods", "flawsmith,no-diffusion,knn", "--workers", "2"]  # fmt: skip
+               "--methods", "flawsmith,no-diffusion,patchcore", "--workers", "2"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while not list((out / "store").glob("tiles/*/*.json")):
@@ -183,7 +183,7 @@ def test_a_real_study_is_killed_goes_on_and_gives_each_methods_figures(tmp_path:
     assert "3 of 3 cells have results" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     stages = Counter(path.parent.name for path in (out / "store").glob("tiles/*/*.json"))
-    assert stages == {"ddpm-train": 1, "knn": 1, **dict.fromkeys(PIPELINE[1:], 2)}
+    assert stages == {"ddpm-train": 1, "patchcore": 1, **dict.fromkeys(PIPELINE[1:], 2)}
     rows = json.loads((out / "results.json").read_text())
     for row in rows:
         evaluated = read_json(out / row["evaluation"] / "metrics.json")
@@ -194,4 +194,4 @@ def test_a_real_study_is_killed_goes_on_and_gives_each_methods_figures(tmp_path:
     assert {row["detector"] for row in rows[:2]} == trained
     assert rows[2]["detector"] is None
     assert list(pd.read_parquet(out / "results.parquet")["method"]) == [row["method"] for row in rows]
-    assert "Minus knn" in (out / "report.md").read_text()
+    assert "Minus patchcore" in (out / "report.md").read_text()

@@ -43,15 +43,15 @@ def asked(monkeypatch) -> list[Any]:
 
 def test_options_reach_the_study_and_a_failed_cell_is_exit_1(call, asked, tmp_path):
     status, out, _ = call(
-        "--data", "images", "--categories", "a,b", "-c", "c", "--seeds", "0,2", "--methods", "flawsmith,knn", "--set",
-        "distill.batch=4", "--grid", "synthesize.strength=[0.1,0.2],[0.3,0.4]", "--part", "research,report",
+        "--data", "images", "--categories", "a,b", "-c", "c", "--seeds", "0,2", "--methods", "flawsmith,patchcore",
+        "--set", "distill.batch=4", "--grid", "synthesize.strength=[0.1,0.2],[0.3,0.4]", "--part", "research,report",
         "--reference", "flawsmith", "--workers", "3",
     )  # fmt: skip
     request, workers, command = asked
     assert status == 1
     assert "2 of 3 cells have results" in out
     assert (request.data, request.categories, request.seeds) == (Path("images"), ("a", "b", "c"), (0, 2))
-    assert (request.methods, request.parts) == (("flawsmith", "knn"), ("research", "report"))
+    assert (request.methods, request.parts) == (("flawsmith", "patchcore"), ("research", "report"))
     assert request.replaced == {"distill.batch": 4}
     assert request.grid == {"synthesize.strength": ([0.1, 0.2], [0.3, 0.4])}
     assert (request.reference, workers, request.out) == ("flawsmith", 3, tmp_path / "out")
@@ -63,7 +63,7 @@ def test_what_is_not_named_has_a_default(call, asked):
     call()
     request = asked[0]
     assert (request.data, request.categories, request.seeds) == (None, (), (0,))
-    assert (request.methods, request.parts, request.grid) == (("flawsmith", "knn"), ("all",), {})
+    assert (request.methods, request.parts, request.grid) == (("flawsmith", "patchcore"), ("all",), {})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import yaml
 from study_samples import create_project
 
 from flawsmith.errors import UserError
-from flawsmith_lab.study.plan import KNN, METHODS, PIPELINE, READS, SHARED, build_plan, code_digest, parse_grid
+from flawsmith_lab.study.plan import METHODS, PATCHCORE, PIPELINE, READS, SHARED, build_plan, code_digest, parse_grid
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,9 +29,9 @@ def digests(plan):
 
 def test_a_diffusion_model_is_trained_once_a_seed_and_only_for_methods_that_diffuse(project):
     plan = build_plan(project.request(methods=tuple(METHODS), seeds=(0, 1), parts=("all", "research", "report")))
-    assert len(plan.cells) == 6 * 2 * 3
+    assert len(plan.cells) == 5 * 2 * 3
     assert stages(plan) == {
-        "ddpm-train": 2, "synthesize": 8, "validate": 8, "distill": 8, "evaluate": 24, KNN: 12,
+        "ddpm-train": 2, "synthesize": 8, "validate": 8, "distill": 8, "evaluate": 24, PATCHCORE: 6,
     }  # fmt: skip
     without = {run.stage for cell in plan.cells if cell.method == "no-diffusion" for run in cell.runs}
     assert without == set(PIPELINE) - {"ddpm-train"}
@@ -46,9 +46,9 @@ def test_a_grid_shares_every_stage_before_the_first_that_reads_its_key(project):
 
 def test_a_method_gets_no_row_for_a_key_that_it_does_not_read(project):
     grid = parse_grid(["ddpm-train.steps=4,8", "distill.batch=2,3"])
-    plan = build_plan(project.request(methods=("flawsmith", "cutpaste", KNN), grid=grid))
+    plan = build_plan(project.request(methods=("flawsmith", "cutpaste", PATCHCORE), grid=grid))
     rows = Counter(cell.method for cell in plan.cells)
-    assert rows == {"flawsmith": 4, "cutpaste": 2, KNN: 1}
+    assert rows == {"flawsmith": 4, "cutpaste": 2, PATCHCORE: 1}
     assert stages(plan)["synthesize"] == 3
 
 
@@ -71,13 +71,13 @@ def test_the_teacher_and_the_place_of_the_data_do_not_train_the_diffusion_model_
 
 
 def test_an_image_changes_what_reads_it(project):
-    before = digests(build_plan(project.request(methods=("flawsmith", KNN))))
+    before = digests(build_plan(project.request(methods=("flawsmith", PATCHCORE))))
     tiles = project.folder / "data" / "tiles"
     (tiles / "test" / "good" / "000.png").write_bytes((tiles / "test" / "good" / "001.png").read_bytes())
-    tested = digests(build_plan(project.request(methods=("flawsmith", KNN))))
-    assert {name for name in before if before[name] != tested[name]} == {"evaluate", KNN}
+    tested = digests(build_plan(project.request(methods=("flawsmith", PATCHCORE))))
+    assert {name for name in before if before[name] != tested[name]} == {"evaluate", PATCHCORE}
     (tiles / "train" / "good" / "000.png").write_bytes((tiles / "train" / "good" / "001.png").read_bytes())
-    trained = digests(build_plan(project.request(methods=("flawsmith", KNN))))
+    trained = digests(build_plan(project.request(methods=("flawsmith", PATCHCORE))))
     assert all(trained[name] != tested[name] for name in before)
 
 
@@ -102,7 +102,7 @@ def test_a_grid_of_another_form_or_that_repeats_itself_is_refused(texts, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": ("patchcore",)}, "--methods patchcore: there is no such one; known are flawsmith"),
+        ({"methods": ("knn",)}, "--methods knn: there is no such one; known are flawsmith"),
         ({"parts": ("half",)}, "--part half"),
         ({"categories": ("bolts",)}, "bolts does not exist"),
         ({"categories": ("tiles", "tiles")}, "--categories names one twice"),
@@ -125,16 +125,16 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(project, changes, words):
         build_plan(project.request(**changes))
 
 
-def test_without_a_labelled_test_set_there_is_no_knn_and_no_part(project):
+def test_without_a_labelled_test_set_there_is_no_patchcore_and_no_part(project):
     (project.folder / "data" / "tiles" / "test").rename(project.folder / "gone")
     assert len(build_plan(project.request()).cells) == 1
-    for changes in ({"methods": (KNN,)}, {"parts": ("report",)}):
+    for changes in ({"methods": (PATCHCORE,)}, {"parts": ("report",)}):
         with pytest.raises(UserError, match="no labelled test set"):
             build_plan(project.request(**changes))
 
 
-def test_the_reference_is_knn_unless_another_is_named(project):
-    assert build_plan(project.request(methods=("flawsmith", KNN))).reference == KNN
+def test_the_reference_is_patchcore_unless_another_is_named(project):
+    assert build_plan(project.request(methods=("flawsmith", PATCHCORE))).reference == PATCHCORE
     assert build_plan(project.request()).reference == "flawsmith"
     named = project.request(grid={"distill.batch": (2, 3)}, reference="flawsmith distill.batch=3")
     assert build_plan(named).reference == "flawsmith distill.batch=3"
@@ -159,12 +159,12 @@ def test_every_section_that_dvc_yaml_names_of_a_stage_decides_its_runs():
 
 
 def test_code_that_leaves_a_result_counts_and_what_uses_a_model_does_not(tmp_path):
-    for name in ("detector/knn.py", "serve/app.py", "devices.py"):
+    for name in ("detector/patchcore.py", "serve/app.py", "devices.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("before")
     before = code_digest(tmp_path)
     (tmp_path / "serve" / "app.py").write_text("after")
-    (tmp_path / "detector" / "knn.pyc").write_text("compiled")
+    (tmp_path / "detector" / "patchcore.pyc").write_text("compiled")
     assert code_digest(tmp_path) == before
     (tmp_path / "devices.py").write_text("after")
     assert code_digest(tmp_path) != before

@@ -21,21 +21,21 @@ METRICS = st.lists(st.floats(0, 1).map(lambda value: round(value, 6)), min_size=
 
 
 def about(grid=None):
-    return About("flawsmith study --out <here> | tee", "0123456789abcdef", True, "knn", (0, 1), grid or {})
+    return About("flawsmith study --out <here> | tee", "0123456789abcdef", True, "patchcore", (0, 1), grid or {})
 
 
 def pairs(differences, category="tiles", draws=False):
-    """Rows of flawsmith and knn that differ by `differences`, a seed each; draws differ by the same everywhere."""
+    """Rows of flawsmith and patchcore that differ by `differences`, a seed each; draws differ by the same."""
     found = []
     for seed, difference in enumerate(differences):
         noise = np.random.default_rng(seed).normal(0, 0.01, 200)
-        for method, value in (("flawsmith", 0.5 + difference), ("knn", 0.5)):
+        for method, value in (("flawsmith", 0.5 + difference), ("patchcore", 0.5)):
             shown = value + noise if draws else None
             found.append(make_row(value, category=category, method=method, seed=seed, draws=shown))
     return found
 
 
-def one(rows, label="flawsmith", category="tiles", reference="knn"):
+def one(rows, label="flawsmith", category="tiles", reference="patchcore"):
     return next(item for item in summarise(rows, reference) if (item.label, item.category) == (label, category))
 
 
@@ -43,7 +43,7 @@ def test_the_difference_is_the_mean_of_the_pairs_and_the_reference_has_none():
     rows = pairs([0.1, 0.2, 0.3], draws=True)
     found = one(rows).differences["image_auroc"]
     assert (found.value, found.test.n) == (pytest.approx(0.2), 3)
-    assert one(rows, "knn").differences == {}
+    assert one(rows, "patchcore").differences == {}
     # the noise is the same for both rows, so pairing leaves nothing but the difference
     assert found.interval is not None
     assert (found.interval.low, found.interval.high) == pytest.approx((0.2, 0.2))
@@ -63,7 +63,7 @@ def test_over_categories_each_weighs_the_same_and_each_seed_is_one_value(first, 
     rows = [make_row(value, seed=seed) for seed, value in enumerate(first)]
     mine = one(rows, reference="flawsmith").metrics["aupro"]
     assert (mine.mean, mine.deviation) == pytest.approx((np.mean(first), np.std(first, ddof=1)))
-    assert {item.category for item in summarise(rows, "knn")} == {"tiles"}
+    assert {item.category for item in summarise(rows, "patchcore")} == {"tiles"}
     rows += [make_row(value, seed=seed, category="bolts") for seed, value in enumerate(second)]
     found = one(rows, category=ALL, reference="flawsmith").metrics["pixel_ap"]
     expected = [(a + b) / 2 for a, b in zip(first, second, strict=False)]
@@ -83,18 +83,18 @@ def test_a_failed_cell_is_missing_and_pairs_with_nothing():
     rows[0] = make_row(seed=0, failure="the gate said no")
     found = one(rows)
     assert (found.missing, found.differences["image_auroc"].test.n) == (1, 1)
-    rows[3] = make_row(seed=1, method="knn", failure="too")
+    rows[3] = make_row(seed=1, method="patchcore", failure="too")
     assert one(rows).differences == {}
 
 
 def test_the_reference_shares_part_category_seed_and_the_grid_it_depends_on():
     row = make_row(grid={"teacher.backbone": "a", "distill.batch": 2}, seed=1)
-    right = {"method": "knn", "grid": {"teacher.backbone": "a"}, "seed": 1}
+    right = {"method": "patchcore", "grid": {"teacher.backbone": "a"}, "seed": 1}
     wrong = ({"grid": {"teacher.backbone": "b"}}, {"seed": 0}, {"part": "report"}, {"category": "bolts"})
     others = [make_row(**right | change) for change in wrong]
-    assert reference_of(row, others, "knn") is None
+    assert reference_of(row, others, "patchcore") is None
     found = make_row(**right)
-    assert reference_of(row, [*others, found], "knn") is found
+    assert reference_of(row, [*others, found], "patchcore") is found
     named = make_row(grid={"teacher.backbone": "b", "distill.batch": 3}, seed=1)
     assert reference_of(row, [named], named.cell.label) is named
 
@@ -170,9 +170,9 @@ def test_curves_are_drawn_for_each_category_and_part(tmp_path):
         for seed in (0, 1)
         for category in ("tiles", "bolts")
     ]
-    rows += [make_row(0.4, method="knn", seed=seed) for seed in (0, 1)]
+    rows += [make_row(0.4, method="patchcore", seed=seed) for seed in (0, 1)]
     lines = curves([row for row in rows if row.cell.category == "tiles"], "distill.batch")
-    assert {label: set(places) for label, places in lines.items()} == {"flawsmith": {2, 4}, "knn": {None}}
+    assert {label: set(places) for label, places in lines.items()} == {"flawsmith": {2, 4}, "patchcore": {None}}
     assert [row.metrics["aupro"] for row in lines["flawsmith"][2]] == [0.7, 0.7]
     write_report(tmp_path, rows, about(grid=grid))
     pictures = sorted(path.name for path in (tmp_path / "curves").iterdir())
