@@ -45,7 +45,19 @@ def test_a_sound_category_is_described_and_its_promise_told(root: Path) -> None:
     facts = report.categories["plate"]
     assert (facts["fit"], facts["calibration"]) == (80, 20)
     assert facts["sizes"] == {"64 x 64": 100}
+    assert facts["shape"] == (256, 256)
+    assert "models see them at 256 x 256 pixels, 4 of their size." in facts["told"]
     assert facts["test"] == {"dent": 3, "good": 3}
+
+
+def test_what_models_see_of_larger_images_is_told(root: Path) -> None:
+    for path in (root / "data/plate").rglob("*.png"):
+        write_png(path, part(int(path.name[:3]), 320, 480) if "_mask" not in path.name else np.eye(320, 480) > 0)
+    facts = check(root / "params.yaml").categories["plate"]
+    assert facts["shape"] == (256, 384)
+    assert "models see them at 384 x 256 pixels, 0.8 of their size." in facts["told"]
+    write_params(root / "params.yaml", {"data": {"image_size": 224}}, categories=["plate"])
+    assert "a larger data.image_size shows smaller defects" in str(check(root / "params.yaml"))
 
 
 def test_a_linked_folder_that_dvc_does_not_see_is_told(root: Path) -> None:

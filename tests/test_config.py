@@ -77,7 +77,7 @@ def test_every_key_is_described_and_keeps_its_bounds(section: str) -> None:
         ({"synthesize__strength": [0.1]}, "it must be a range [low, high]"),
         ({"synthesize__strength": [0.1, 0.2, 0.3]}, "it must be a range [low, high]"),
         ({"data__image_size": 250}, "from 64 to 2048, a multiple of 32"),
-        ({"data__scale": 0.001}, "`data.scale` is 0.001; it must be 0 (the whole image is stretched) or from 0.01"),
+        ({"data__scale": 0.001}, "`data.scale` is 0.001; it must be 0 (the whole image is seen) or from 0.01"),
         ({"data__scale": 1, "data__tile_overlap": 129}, "it must be at most half of data.image_size"),
         ({"ddpm_train__crop": 56}, "`ddpm-train.crop` is 56; it must be a multiple of 16"),
         ({"ddpm_train__crop": 512}, "at most data.image_size"),

@@ -17,7 +17,6 @@ METADATA = ModelMetadata(
     threshold=0.5,
     pixel_threshold=0.4,
     false_alarm_rate=0.05,
-    input_size=SIZE,
     map_low=0.1,
     map_high=0.7,
     detector_digest="ab" * 32,
@@ -33,15 +32,15 @@ def write_toy(
     batch: str | int = "batch",
     image_name: str = "image",
     properties: dict[str, str] | None = None,
+    shape: tuple[int, int] = (SIZE, SIZE),
     **metadata: Any,
 ) -> Path:
     """A model whose map is `gain` times the weighted sum of the channels, its score `gain` times the sum's largest.
 
-    With a gain of -1 every answer is that of a gain of 1, negated. Keywords change the metadata, input size included;
-    `properties` replace them.
+    With a gain of -1 every answer is that of a gain of 1, negated. Keywords change the metadata, `properties` replace
+    it.
     """
     chosen = replace(METADATA, **metadata)
-    size = chosen.input_size
     constants = {
         "weights": np.asarray(weights, np.float32).reshape(1, 3, 1, 1),
         "gain": np.asarray(gain, np.float32),
@@ -57,9 +56,9 @@ def write_toy(
             helper.make_node("Mul", ["top", "gain"], ["score"]),
         ],
         "toy",
-        [helper.make_tensor_value_info(image_name, TensorProto.FLOAT, [batch, 3, size, size])],
+        [helper.make_tensor_value_info(image_name, TensorProto.FLOAT, [batch, 3, *shape])],
         [
-            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, [batch, 1, size, size]),
+            helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, [batch, 1, *shape]),
             helper.make_tensor_value_info("score", TensorProto.FLOAT, [batch]),
         ],
         initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any, Literal
 
 from flawsmith.config import Settings, load_content, parse_settings, problems
+from flawsmith.data.config import DataSettings
 from flawsmith.data.dataset import (
     GOOD,
     MIN_CALIBRATION_IMAGES,
@@ -28,7 +29,7 @@ from flawsmith.data.dataset import (
     load_labelled,
     tell_losses,
 )
-from flawsmith.data.images import inspect_values
+from flawsmith.data.images import inspect_values, stored_size
 from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, source_digest, try_statistics
 from flawsmith.data.tiling import Tiling
 from flawsmith.data.walk import find, listed
@@ -42,6 +43,7 @@ from flawsmith.stage_inputs import unseen_sentence
 RECOMMENDED = 30  # normals
 FOLDERS = ("train", "test", "ground_truth")
 MIXED = 1.5  # of aspects; more is told
+SHRUNK = 0.8  # of the normals' shorter side: where models see less, a larger size is worth a try
 FAINT = 0.1  # of the usual deviation; an image that varies less is told
 
 Level = Literal["error", "warning"]
@@ -200,7 +202,7 @@ class _Category:
         statistics, bad = try_statistics(found.images, data.reading, self.layout.kept_statistics())
         for sentence in bad.values():
             self._add("error", sentence)
-        self._describe(list(statistics))
+        self._describe(list(statistics), data)
         tell_losses(list(statistics), data, self.name)
         flat = [path for path, one in statistics.items() if one.is_flat]
         shown = [path for path, one in statistics.items() if not one.is_flat]
@@ -233,13 +235,14 @@ class _Category:
         if normals < RECOMMENDED:
             self._add("warning", f"{normals} normal images are few; {RECOMMENDED} or more are recommended.")
 
-    def _describe(self, paths: Sequence[Path]) -> None:
-        """Tell sizes, modes and depths; warn of a mixed set."""
-        values = [inspect_values(path, self.settings.data.reading) for path in paths]
+    def _describe(self, paths: Sequence[Path], data: DataSettings) -> None:
+        """Tell sizes, modes and depths, and at which size models see them; warn of a mixed set."""
+        values = [inspect_values(path, data.reading) for path in paths]
         if not values:
             return
+        sizes = [stored_size(path) for path in paths]
         kinds = {
-            "sizes": [f"{item.width} x {item.height}" for item in values],
+            "sizes": [f"{width} x {height}" for height, width in sizes],
             "modes": [item.mode for item in values],
             "depths": [f"{item.bits} bit" for item in values],
         }
@@ -247,7 +250,7 @@ class _Category:
             counts = self.facts[key] = dict(Counter(found).most_common())
             if len(counts) > 1 and key != "sizes":
                 self._add("warning", f"normal images differ in their {key} ({_counted(counts)}); is that one camera?")
-        aspects = [item.width / item.height for item in values]
+        aspects = [width / height for height, width in sizes]
         self.facts["aspects"] = [round(min(aspects), 3), round(max(aspects), 3)]
         if max(aspects) > MIXED * min(aspects):
             odd = [paths[aspects.index(found)].name for found in (min(aspects), max(aspects))]
@@ -256,6 +259,13 @@ class _Category:
         shown = [f"{count} of {name}" for name, count in list(self.facts["sizes"].items())[:3]]
         more = f" and {len(self.facts['sizes']) - 3} other sizes" if len(self.facts["sizes"]) > 3 else ""
         self._tell(f"{', '.join(shown)} pixels{more}; {', '.join(self.facts['depths'])}.")
+        height, width = self.facts["shape"] = data.shape
+        if data.scale:
+            self._tell(f"models see tiles of {width} x {height} pixels, at {data.scale:g} of the images' size.")
+            return
+        shrunk = min(height, width) / median(min(size) for size in sizes)
+        larger = "; a larger data.image_size shows smaller defects and takes more time" if shrunk < SHRUNK else ""
+        self._tell(f"models see them at {width} x {height} pixels, {shrunk:.2g} of their size{larger}.")
 
     def _misplaced(self, dataset: Dataset) -> str:
         """A sentence if all normal images lie beside `train/good`, else nothing."""
@@ -290,7 +300,7 @@ class _Category:
 
     def _open_labelled(self, labelled: Sequence[LabelledImage]) -> None:
         """Tell test images and masks that cannot be used as they are; if all could once, none is opened again."""
-        reading, tiling = self.layout.data.reading, Tiling.of(self.settings.data)
+        reading, tiling = self.layout.data.reading, Tiling.of(self.layout.data)
         files = [path for item in labelled for path in (item.path, item.mask_path) if path is not None]
         kept = self.layout.kept_statistics().with_name("test.json")
         identity = ""

@@ -288,13 +288,14 @@ def _build(content: Mapping[str, Any]) -> Settings:
 
 def _conflicts(settings: Settings) -> Iterator[str]:
     """Find keys of several sections that cannot work together."""
-    size, ddpm, gate, synthesis = settings.data.image_size, settings.ddpm_train, settings.validate, settings.synthesize
+    ddpm, gate, synthesis = settings.ddpm_train, settings.validate, settings.synthesize
+    height, width = settings.data.shape
     for name, sides in (("ddpm-train.crop", (ddpm.crop,)), ("synthesize.windows", synthesis.windows)):
         for side in sides:
-            if side % ddpm.multiple or side > size:
+            if side % ddpm.multiple or side > settings.data.image_size:
                 yield (
                     f"`{name}` is {side}; it must be a multiple of {ddpm.multiple} (patch and levels of the UNet) and "
-                    f"at most data.image_size ({size})."
+                    f"at most data.image_size ({settings.data.image_size})."
                 )
     if synthesis.steps > ddpm.train_timesteps:
         yield (
@@ -314,9 +315,9 @@ def _conflicts(settings: Settings) -> Iterator[str]:
     if synthesis.mask != "rectangle":
         low, high = synthesis.area
         window = max(0.0, max(synthesis.windows) - 4 * synthesis.feather)
-        if max(1.0, low * size**2) > min(high * size**2, window**2):
+        if max(1.0, low * height * width) > min(high * height * width, window**2):
             yield (
-                f"`synthesize.area` is {[low, high]}, which no mask in {size} x {size} pixels can have inside "
+                f"`synthesize.area` is {[low, high]}, which no mask in {width} x {height} pixels can have inside "
                 f"`synthesize.windows` {list(synthesis.windows)} and `synthesize.feather` {synthesis.feather:g}; "
                 "change one of them."
             )

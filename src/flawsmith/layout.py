@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 
 from flawsmith.config import Settings, load_settings
-from flawsmith.data.config import DataSettings
+from flawsmith.data.config import MAX_ASPECT, DataSettings
 from flawsmith.data.dataset import Dataset, Split
-from flawsmith.data.images import find_white_level
+from flawsmith.data.images import find_aspect, find_white_level
 from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, read_statistics
 from flawsmith.errors import UserError
 from flawsmith.files import restore
@@ -61,14 +61,16 @@ class Layout:
 
     @cached_property
     def data(self) -> DataSettings:
-        """The section `data` as images are to be read by: with the white level of the normals if it asks for that.
+        """The section `data` as images are to be read by: with aspect and white level of the normals where it asks for
+        them.
 
         Raises:
             UserError: there is no normal image, or only `data.white_level` can tell what is white.
         """
-        data = self.settings.data
-        white = data.white_level or find_white_level(self.surface().normals(), data.reading, self.category)
-        return replace(data, white_level=white)
+        data, normals = self.settings.data, self.surface().normals()
+        white = data.white_level or find_white_level(normals, data.reading, self.category)
+        aspect = data.aspect or min(max(find_aspect(normals), 1 / MAX_ASPECT), MAX_ASPECT)
+        return replace(data, white_level=white, aspect=aspect)
 
     @property
     def reads_demo_data(self) -> bool:

@@ -206,9 +206,9 @@ def measure_fidelity(layout: Layout) -> Fidelity | None:
         crops["real"].append(crop(tiling.pad(image), defect_place(mask)))
     for index in pick(len(ids), generator):
         normal, defect, mask = triplets.read(ids[index])
-        place = defect_place(resize_mask(mask, data.image_size))
+        place = defect_place(resize_mask(mask, data.shape))
         for name, image in (("synthetic", defect), ("before", normal)):
-            crops[name].append(crop(resize_image(image, data.image_size), place))
+            crops[name].append(crop(resize_image(image, data.shape), place))
     crops |= {"normal": normals(split.calibration), "basis": normals(split.fit)}
     teacher = build_teacher(settings.teacher, layout.root).to(Compute.choose(settings.compute).device)
     features = {name: pooled_features(teacher, np.stack(part)) for name, part in crops.items()}

@@ -70,7 +70,7 @@ def scorers_of(
 ) -> list[Callable[[NDArray[np.float32]], Any]]:
     """Make a scorer for each of the weights; all share the network's pass over a batch that is handed to them in turn.
 
-    `calibration` holds batches (B, 3, S, S) of the calibration normals.
+    `calibration` holds batches (B, 3, H, W) of the calibration normals.
 
     Raises:
         UserError: the weights are not as many as the maps, or add up to nothing.

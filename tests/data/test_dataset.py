@@ -129,12 +129,12 @@ def test_the_labelled_test_set(tmp_path: Path) -> None:
     ]
     assert found[0].mask_path is None
     assert found[1].mask_path == bottle.folder / "ground_truth" / "scratch" / "000_mask.png"
-    image, mask = load_labelled(found[0], Tiling(SIZE))
+    image, mask = load_labelled(found[0], Tiling((SIZE, SIZE)))
     assert image.shape == (3, SIZE, SIZE)
     assert not mask.any()
-    _, mask = load_labelled(found[1], Tiling(SIZE))
+    _, mask = load_labelled(found[1], Tiling((SIZE, SIZE)))
     assert mask.sum() == 4
-    _, mask = load_labelled(found[1], Tiling(SIZE // 2))
+    _, mask = load_labelled(found[1], Tiling((SIZE // 2, SIZE // 2)))
     assert mask.sum() == 1
 
 
@@ -198,7 +198,7 @@ def test_an_image_without_a_mask_has_a_verdict_alone(tmp_path: Path) -> None:
     (bottle.folder / "ground_truth" / "scratch" / "000_mask.png").unlink()
     good, bad = bottle.labelled_test()
     assert (good.has_pixel_labels, bad.is_defective, bad.has_pixel_labels) == (True, True, False)
-    assert not load_labelled(bad, Tiling(SIZE))[1].any()
+    assert not load_labelled(bad, Tiling((SIZE, SIZE)))[1].any()
 
 
 @pytest.mark.parametrize("folder", ["OK", "ok", "Good", "normal", "PASS"])
@@ -263,7 +263,7 @@ def test_an_empty_mask_or_one_of_another_shape_is_refused(tmp_path: Path, mask: 
     bottle = labelled(tmp_path)
     write_png(bottle.folder / "ground_truth" / "scratch" / "000_mask.png", mask)
     with pytest.raises(UserError, match=said):
-        load_labelled(bottle.labelled_test()[1], Tiling(SIZE))
+        load_labelled(bottle.labelled_test()[1], Tiling((SIZE, SIZE)))
 
 
 def test_a_mask_of_the_same_proportions_is_scaled_and_what_is_odd_is_told_once(
@@ -277,7 +277,7 @@ def test_a_mask_of_the_same_proportions_is_scaled_and_what_is_odd_is_told_once(
     expected = np.ones((SIZE, SIZE), np.bool_)
     expected[:2] = False
     for _ in range(2):
-        np.testing.assert_array_equal(load_labelled(bottle.labelled_test()[1], Tiling(SIZE))[1], expected)
+        np.testing.assert_array_equal(load_labelled(bottle.labelled_test()[1], Tiling((SIZE, SIZE)))[1], expected)
     assert len(caplog.messages) == 3
     for words in ("every value but 0 marks a defect", "has not its image's size", "marks 75% of its image"):
         assert words in caplog.text
@@ -285,19 +285,19 @@ def test_a_mask_of_the_same_proportions_is_scaled_and_what_is_odd_is_told_once(
 
 def test_images_of_mixed_sizes_come_to_one(tmp_path: Path) -> None:
     paths = [picture(tmp_path / "a.png", 10, 5, 9), picture(tmp_path / "b.png", 20, 16, 16)]
-    images = load_images(paths, SIZE)
+    images = load_images(paths, (SIZE, SIZE))
     assert images.shape == (2, 3, SIZE, SIZE)
     np.testing.assert_allclose(images[0], 10 / 255, atol=1e-6)
-    np.testing.assert_array_equal(images[1], load_images(paths[1:], SIZE)[0])
+    np.testing.assert_array_equal(images[1], load_images(paths[1:], (SIZE, SIZE))[0])
 
 
 def test_the_size_limit_reaches_every_reader(tmp_path: Path) -> None:
     bottle = labelled(tmp_path)
     for item in bottle.labelled_test():
         with pytest.raises(UserError, match="over the limit of 6"):
-            load_labelled(item, Tiling(SIZE), reading=Reading(63))
+            load_labelled(item, Tiling((SIZE, SIZE)), reading=Reading(63))
     with pytest.raises(UserError, match="over the limit of 6"):
-        load_images([bottle.labelled_test()[0].path], SIZE, reading=Reading(63))
+        load_images([bottle.labelled_test()[0].path], (SIZE, SIZE), reading=Reading(63))
     for scale in (0.0, 0.5):
         data = tiled_data(scale, max_megapixels=63e-6)
         with pytest.raises(UserError, match="over the limit of 6"):
@@ -321,7 +321,7 @@ def test_without_a_scale_each_image_is_one_stretched_tile(tmp_path: Path) -> Non
     data = tiled_data(0.0, max_tiles=2)  # decides nothing without tiles
     tiles = plan_tiles(paths, data)
     assert tiles == tuple(Tile(path) for path in paths)
-    stretched = np.rint(load_images(paths, 32) * 255).astype(np.uint8)
+    stretched = np.rint(load_images(paths, (32, 32)) * 255).astype(np.uint8)
     np.testing.assert_array_equal(load_tiles(tiles, data), stretched)
 
 

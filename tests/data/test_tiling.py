@@ -13,9 +13,10 @@ from toy_onnx import SIZE, write_toy
 
 from flawsmith.data.tiling import Tiling
 from flawsmith.inference.predictor import Predictor
+from flawsmith.inference.serialise import describe
 
 sides = st.integers(1, 5 * SIZE)
-tilings = st.builds(Tiling, st.just(SIZE), st.just(1.0), st.integers(0, SIZE // 2))
+tilings = st.builds(Tiling, st.just((SIZE, SIZE)), st.just(1.0), st.integers(0, SIZE // 2))
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.float32]:
@@ -53,7 +54,7 @@ def test_weights_sum_to_one_and_are_full_at_the_borders(tiling: Tiling, length: 
 
 
 def test_weights_fall_linearly_over_the_overlap() -> None:
-    first, second = Tiling(8, 1.0, 4).weights(12)
+    first, second = Tiling((8, 8), 1.0, 4).weights(12)
     np.testing.assert_allclose(first, [1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     np.testing.assert_allclose(second, first[::-1])
 
@@ -69,7 +70,7 @@ def test_a_pointwise_network_answers_in_tiles_as_on_the_whole(
 
 
 def test_images_of_many_sizes_share_batches_and_keep_their_answers() -> None:
-    tiling, sizes = Tiling(SIZE, 1.0, 8), []
+    tiling, sizes = Tiling((SIZE, SIZE), 1.0, 8), []
 
     def run(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         sizes.append(len(batch))
@@ -91,7 +92,7 @@ def test_the_score_is_the_highest_of_the_tiles() -> None:
 
     image = np.zeros((3, 64, 96), np.float32)
     image[:, 32:, :32] = 1
-    ((_, score),) = Tiling(32, 1.0, 0).answer(means, [image])
+    ((_, score),) = Tiling((32, 32), 1.0, 0).answer(means, [image])
     assert score == 1
 
 
@@ -115,10 +116,25 @@ def test_an_exported_model_answers_at_working_resolution(tmp_path: Path, scale: 
         assert predictor.predict_prepared([prepared])[0].score == pytest.approx(answer.score, abs=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [(32, -0.5, 0), (32, float("inf"), 0), (32, 1.0, 17), (32, 1.0, -1)])
-def test_a_tiling_that_cannot_be_is_refused(arguments: tuple[int, float, int]) -> None:
+@pytest.mark.parametrize(("shape", "scale", "overlap"), [
+    ((32, 32), -0.5, 0), ((32, 32), float("inf"), 0), ((32, 32), 1.0, 17), ((32, 32), 1.0, -1), ((32, 64), 1.0, 0),
+])  # fmt: skip
+def test_a_tiling_that_cannot_be_is_refused(shape: tuple[int, int], scale: float, overlap: int) -> None:
     with pytest.raises(ValueError, match="must be"):
-        Tiling(*arguments)
+        Tiling(shape, scale, overlap)
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+def test_a_network_that_is_not_square_answers_in_its_shape_and_at_the_right_place(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    predictor = Predictor(write_toy(tmp_path / "model.onnx", shape=shape))
+    image = np.zeros((3, 2 * shape[0], 2 * shape[1]), np.float32)
+    image[:, 8:12, 40:44] = 1  # off the diagonal
+    (answer,) = predictor.predict([image])
+    assert predictor.input_shape == answer.anomaly_map.shape == shape
+    assert np.argwhere(answer.anomaly_map > 0.5).tolist() == [[4, 20], [4, 21], [5, 20], [5, 21]]
+    assert describe(answer, predictor, *image.shape[1:])["regions"][0].items() >= {"x": 40, "y": 8}.items()
 
 
 MEASURE = """
@@ -147,7 +163,7 @@ def test_a_large_image_costs_its_map_and_one_batch(tmp_path: Path, scale: float,
     that is made one channel of the original, once in full and once half-way, 92 MiB.
 
     All 324 tiles of 256 pixels together would be 243 MiB."""
-    model = write_toy(tmp_path / "model.onnx", scale=scale, tile_overlap=32, input_size=256)
+    model = write_toy(tmp_path / "model.onnx", scale=scale, tile_overlap=32, shape=(256, 256))
     answer = subprocess.run([sys.executable, "-c", MEASURE, str(model)], capture_output=True, text=True, check=True)
     print(f"peak above the image at scale {scale:g}: {float(answer.stdout):.0f} MiB")
     assert float(answer.stdout) < limit
@@ -158,7 +174,11 @@ def test_a_large_image_costs_its_map_and_one_batch(tmp_path: Path, scale: float,
     (1024, 1024, ""), (256, 384, ""), (64, 64, ""),
 ])  # fmt: skip
 def test_what_stretching_loses_is_said_with_the_scale_to_try(height: int, width: int, scale: str) -> None:
-    said = Tiling(256).objection(height, width)
+    said = Tiling((256, 256)).objection(height, width)
     assert bool(said) == bool(scale)
+    assert not Tiling((height, width)).objection(height, width)
+    assert (
+        Tiling((height, width)).objection(height, 2 * width).startswith(f"{2 * width} x {height} pixels become {width}")
+    )
     assert not scale or f"try data.scale {scale} (docs/tiles.md)" in said
-    assert not Tiling(256, scale=0.5).objection(height, width)
+    assert not Tiling((256, 256), scale=0.5).objection(height, width)

@@ -57,7 +57,7 @@ def fresh_detector(teacher: Teacher, normals: Tensor, **replaced: Any) -> tuple[
     """Untrained, with some patches of `normals` in its memory bank; and the image behind each."""
     torch.manual_seed(0)
     settings = dataclasses.replace(SETTINGS, **replaced)
-    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, settings.memory), teacher).eval()
+    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, (SIZE, SIZE), settings.memory), teacher).eval()
     source_ids = remember(detector, [normals], len(normals))
     assert source_ids is not None
     return detector, source_ids
@@ -93,12 +93,12 @@ def test_the_packaged_weights_see(teacher: Teacher) -> None:
     network.load_state_dict(_rename_efficientnet_lite(_load_state(_packaged_weights("efficientnet-lite2"))))
     photo = load_sample_image("china.jpg").transpose(2, 0, 1).astype(np.float32) / 255
     with torch.inference_mode():
-        logits = network(torch.from_numpy(resize_image(photo, 260))[None] * 2 - 1)
+        logits = network(torch.from_numpy(resize_image(photo, (260, 260)))[None] * 2 - 1)
     palace, stupa, monastery, bell_cote = 698, 832, 663, 442
     assert {palace, stupa, monastery, bell_cote} & set(logits[0].topk(5).indices.tolist())
     # and the cut teacher gives that network's features
     with torch.inference_mode():
-        cut = teacher(torch.from_numpy(resize_image(photo, 256))[None])
+        cut = teacher(torch.from_numpy(resize_image(photo, (256, 256)))[None])
     assert [tuple(level.shape[1:]) for level in cut] == [(24, 64, 64), (48, 32, 32), (120, 16, 16)]
 
 
@@ -196,7 +196,7 @@ def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher
             map_weights=alike,
             score_weights=alike,
         )
-        detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
+        detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, (SIZE, SIZE), 0), teacher).eval()
         assert detector.stride == stride
         with torch.inference_mode():
             assert detector.raw_maps(batch()).shape[-2:] == (SIZE // stride, SIZE // stride)
@@ -205,7 +205,7 @@ def test_maps_meet_at_the_stride_of_the_finest_level_the_student_answers(teacher
 def test_without_memory_the_detector_has_one_map_less(teacher: Teacher) -> None:
     weights = (1.0, 2.0, 50.0, 4.0, 1.0)  # the memory's weight counts for nothing where there is none
     settings = dataclasses.replace(SETTINGS, memory=0, map_weights=weights, score_weights=weights[::-1])
-    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher).eval()
+    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, (SIZE, SIZE), 0), teacher).eval()
     assert remember(detector, [batch()], 2) is None
     assert detector.map_weights.tolist() == pytest.approx([1 / 8, 2 / 8, 4 / 8, 1 / 8])
     assert detector.score_weights.tolist() == pytest.approx([1 / 8, 4 / 8, 2 / 8, 1 / 8])
@@ -433,7 +433,7 @@ def test_distillation_learns_and_resumes_on_the_same_curve(teacher: Teacher, tmp
 def test_distillation_stops_early_and_keeps_the_best(teacher: Teacher, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, memory=0, student_steps=60, patience=1, validate_every=1)
     object.__setattr__(settings, "learning_rate", 2.0)  # more than params.yaml allows: nothing is learned
-    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, SIZE, 0), teacher)
+    detector = Detector(DetectorConfig.of(PARAMS.teacher, settings, (SIZE, SIZE), 0), teacher)
     known = TrainingTriplets({FIT: triplets(8, 0), VALIDATION: triplets(4, 1)})
     rows = distill(detector, known, settings, ResumePoint(tmp_path, "a"), CPU)
     student = [row for row in rows if row[0] == "student"]

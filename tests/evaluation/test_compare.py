@@ -59,11 +59,11 @@ def toys(tmp_path_factory):
     """Models by name; `twin` sees almost what `model` sees, `inverted` says the opposite."""
     folder = tmp_path_factory.mktemp("toys")
     made = {
-        "model": write_toy(folder / "model.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE),
-        "copy": write_toy(folder / "copy.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE),
-        "twin": write_toy(folder / "twin.onnx", weights=(0.5, 0.4, 0.1), input_size=SIZE),
-        "inverted": write_toy(folder / "inverted.onnx", gain=-1.0, weights=(0.5, 0.5, 0.0), input_size=SIZE),
-        "small": write_toy(folder / "small.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE // 2),
+        "model": write_toy(folder / "model.onnx", weights=(0.5, 0.5, 0.0), shape=(SIZE, SIZE)),
+        "copy": write_toy(folder / "copy.onnx", weights=(0.5, 0.5, 0.0), shape=(SIZE, SIZE)),
+        "twin": write_toy(folder / "twin.onnx", weights=(0.5, 0.4, 0.1), shape=(SIZE, SIZE)),
+        "inverted": write_toy(folder / "inverted.onnx", gain=-1.0, weights=(0.5, 0.5, 0.0), shape=(SIZE, SIZE)),
+        "small": write_toy(folder / "small.onnx", weights=(0.5, 0.5, 0.0), shape=(SIZE // 2, SIZE // 2)),
     }
     return {name: Predictor(path, threads=1) for name, path in made.items()}
 
@@ -201,7 +201,7 @@ def test_false_alarms_are_counted_at_the_threshold_in_each_models_own_file(tmp_p
     scores = sorted(answer.score for answer in answers)
 
     def judging_at(threshold):
-        path = write_toy(tmp_path / "model.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE, threshold=threshold)
+        path = write_toy(tmp_path / "model.onnx", weights=(0.5, 0.5, 0.0), shape=(SIZE, SIZE), threshold=threshold)
         return Predictor(path, threads=1)
 
     loose, tight = (judging_at((scores[rank - 1] + scores[rank]) / 2) for rank in (19, 15))
@@ -217,7 +217,7 @@ def test_false_alarms_are_the_verdicts_that_the_predictor_gives(tmp_path, sample
     """A score that float32 rounds up from the threshold lies above it for the predictor."""
     image, mask = np.ones((3, SIZE, SIZE), np.float32), np.zeros((SIZE, SIZE), np.bool_)
     weights = (1.0, 0.0, 0.0)
-    path = write_toy(tmp_path / "model.onnx", gain=0.1, weights=weights, input_size=SIZE, threshold=0.1)
+    path = write_toy(tmp_path / "model.onnx", gain=0.1, weights=weights, shape=(SIZE, SIZE), threshold=0.1)
     model = Predictor(path, threads=1)
     (verdict,) = model.predict([image])
     assert verdict.is_defective
@@ -276,7 +276,7 @@ def test_measuring_beside_another_model_changes_nothing(performances, toys, samp
 
 def test_images_as_they_are_are_judged_as_at_the_working_resolution(toys, samples, calibration, model_alone):
     """Without tiles a model stretches an image of any size; here it has its size already."""
-    found = compared(toys["model"], None, samples, calibration, tiling=Tiling(SIZE))
+    found = compared(toys["model"], None, samples, calibration, tiling=Tiling((SIZE, SIZE)))
     assert found == model_alone
 
 
@@ -284,15 +284,19 @@ def test_a_tiled_model_beside_a_whole_one_sees_the_same_images(tmp_path, toys, s
     """Both at full resolution: a pointwise model answers the same in tiles of half the side as on the whole."""
     tiled = Predictor(
         write_toy(
-            tmp_path / "tiled.onnx", weights=(0.5, 0.5, 0.0), input_size=SIZE // 2, scale=1.0, tile_overlap=SIZE // 8
+            tmp_path / "tiled.onnx",
+            weights=(0.5, 0.5, 0.0),
+            shape=(SIZE // 2, SIZE // 2),
+            scale=1.0,
+            tile_overlap=SIZE // 8,
         )
     )
-    maps, scores = predictor_scorer(tiled, Tiling(SIZE // 2, 1.0, SIZE // 8))(samples[0].load()[0][None])
+    maps, scores = predictor_scorer(tiled, Tiling((SIZE // 2, SIZE // 2), 1.0, SIZE // 8))(samples[0].load()[0][None])
     assert maps.shape == (1, SIZE, SIZE)
     (whole,) = toys["model"].predict([samples[0].load()[0]])
     np.testing.assert_allclose(maps[0], whole.anomaly_map, atol=1e-6)
     assert scores[0] == pytest.approx(whole.score, abs=1e-6)
-    found = compared(tiled, toys["model"], samples, calibration, tiling=Tiling(SIZE))
+    found = compared(tiled, toys["model"], samples, calibration, tiling=Tiling((SIZE, SIZE)))
     assert found.champion == model_alone.challenger
     for estimate in found.differences.values():
         assert estimate == pytest.approx((0, 0, 0), abs=1e-3)

@@ -37,16 +37,16 @@ class ToyDetector(nn.Module):
 
 
 @functools.cache
-def exported_toy(size, opset):
+def exported_toy(shape, opset):
     with tempfile.TemporaryDirectory() as folder:
-        export_network(ToyDetector().eval(), size, opset, Path(folder) / "toy.onnx")
+        export_network(ToyDetector().eval(), shape, opset, Path(folder) / "toy.onnx")
         return (Path(folder) / "toy.onnx").read_bytes()
 
 
-def export_once(detector, size, opset, path):
+def export_once(detector, shape, opset, path):
     """The real export costs seconds, and the toy is always the same."""
     assert isinstance(detector, ToyDetector)
-    path.write_bytes(exported_toy(size, opset))
+    path.write_bytes(exported_toy(shape, opset))
 
 
 def pixels(seed, defect=False):
@@ -258,7 +258,6 @@ def test_the_detector_is_scored_by_the_exported_network_and_gives_the_scores_the
         threshold=content["threshold"],
         pixel_threshold=content["pixel_threshold"],
         false_alarm_rate=content["false_alarm_rate"],
-        input_size=64,
         map_low=0.0,
         map_high=1.0,
         detector_digest="",

@@ -51,7 +51,7 @@ def folders(result, tmp_path_factory):
     for labelled in (True, False):
         folder = tmp_path_factory.mktemp("evaluate") / "out"
         write_data(folder, result, judged(result, labelled))
-        write_parity_images(folder / "parity", result.samples, 6, Tiling(48))
+        write_parity_images(folder / "parity", result.samples, 6, Tiling((48, 48)))
         write_report(folder, result, header(result, labelled))
         made[labelled] = folder
     return made
@@ -95,7 +95,7 @@ def test_every_output_says_when_nothing_was_labelled(folders, result):
 
 def test_equal_results_give_equal_bytes(folders, result, tmp_path):
     write_data(tmp_path, result, judged(result))
-    write_parity_images(tmp_path / "parity", result.samples, 6, Tiling(48))
+    write_parity_images(tmp_path / "parity", result.samples, 6, Tiling((48, 48)))
     write_report(tmp_path, result, header(result))
     assert digest_path(tmp_path) == digest_path(folders[True])
 
@@ -235,7 +235,7 @@ def test_a_large_image_is_shrunk_before_it_is_drawn_and_loses_no_defect(result):
 
 
 def test_parity_images_of_a_tiled_model_are_tiles_that_show_the_defect(result, tmp_path):
-    tiling = Tiling(32, 1.0, 0)  # the items have 48 x 48 pixels
+    tiling = Tiling((32, 32), 1.0, 0)  # the items have 48 x 48 pixels
     write_parity_images(tmp_path, result.samples, 6, tiling)
     assert len(list(tmp_path.iterdir())) == 6
     for path in tmp_path.iterdir():

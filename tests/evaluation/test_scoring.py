@@ -116,7 +116,7 @@ def write_surface(folder, normals=6, defects=("dent", "scratch")):
 
 def test_labelled_samples_come_at_model_size_with_their_masks(tmp_path):
     surface = write_surface(tmp_path / "tiles")
-    samples = labelled_samples(surface.labelled_test(), Tiling(32), READING)
+    samples = labelled_samples(surface.labelled_test(), Tiling((32, 32)), READING)
     assert [sample.name for sample in samples][:2] == ["dent/000.png", "dent/001.png"]
     assert sum(sample.is_defective for sample in samples) == 6
     for sample in samples:
@@ -126,7 +126,7 @@ def test_labelled_samples_come_at_model_size_with_their_masks(tmp_path):
         assert mask.any() == sample.is_defective
         if sample.is_defective:
             assert image[:, mask].mean() > image[:, ~mask].mean() + 0.2
-    normals = normal_samples(surface.normals(), Tiling(32), READING)
+    normals = normal_samples(surface.normals(), Tiling((32, 32)), READING)
     assert len(normals) == 6
     assert not normals[0].load()[1].any()
     assert normals[1].name == "001.png"
@@ -145,7 +145,7 @@ def write_triplets(folder, sources):
 
 def test_triplets_become_a_test_set_with_each_normal_once(tmp_path):
     sources = {"val-00000": "a.png", "val-00001": "b.png", "val-00002": "a.png"}
-    samples = triplet_samples(write_triplets(tmp_path, sources), sources, 32)
+    samples = triplet_samples(write_triplets(tmp_path, sources), sources, (32, 32))
     assert [sample.name for sample in samples if not sample.is_defective] == [
         "normal/val-00000.png",
         "normal/val-00001.png",
@@ -159,4 +159,4 @@ def test_triplets_become_a_test_set_with_each_normal_once(tmp_path):
 
 def test_without_any_test_image_the_remedy_is_named(tmp_path):
     with pytest.raises(UserError, match="validation_fraction"):
-        triplet_samples(TripletFolder(tmp_path), {}, 32)
+        triplet_samples(TripletFolder(tmp_path), {}, (32, 32))

@@ -30,14 +30,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     sources = [folder / f"{index:02}.png" for index in range(11)]  # no multiple of 8
     for path in sources:
         write_png(path, generator.integers(0, 256, (SIZE, SIZE, 3), np.uint8))
-    images = load_images(sources, SIZE)
+    images = load_images(sources, (SIZE, SIZE))
     scores = np.sort(np.concatenate([run_detector(detector, image[None])[1] for image in images]).astype(float))
     metadata = ModelMetadata(
         category="toy",
         threshold=float(scores[5] + scores[6]) / 2,
         pixel_threshold=float(scores[6]),
         false_alarm_rate=0.05,
-        input_size=SIZE,
         map_low=0.0,
         map_high=2.0,
         detector_digest="0" * 64,
@@ -47,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     )
     path = folder / "model.onnx"
     network = folder / "network.onnx"
-    export_network(detector, SIZE, 18, network)
+    export_network(detector, (SIZE, SIZE), 18, network)
     write_model(onnx.load(network), metadata, path)
     return Exported(detector, metadata, network, path, sources, images)
 
@@ -79,7 +78,7 @@ def small_detector() -> Detector:
     )  # fmt: skip
     torch.manual_seed(0)
     teacher = build_teacher(params.teacher)
-    detector = Detector(DetectorConfig.of(params.teacher, settings, SIZE, settings.memory), teacher).eval()
+    detector = Detector(DetectorConfig.of(params.teacher, settings, (SIZE, SIZE), settings.memory), teacher).eval()
     normals = torch.from_numpy(_images(0, 12, False))
     remember(detector, [normals[:8]], 8)
     detector.calibrate([normals[8:]])

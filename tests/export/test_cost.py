@@ -7,7 +7,7 @@ from flawsmith.export.cost import count_cost, describe_cost
 
 
 def test_a_small_network_counted_by_hand(exported: Exported) -> None:
-    cost = count_cost(exported.detector, SIZE)
+    cost = count_cost(exported.detector, (SIZE, SIZE))
     cells = (SIZE // 4) ** 2
     encoder = cells * 8 * 3 * 3 * 3
     decoder = cells * (8 * 8 * 3 * 3 + 8 * 8)
@@ -22,7 +22,7 @@ def test_a_small_network_counted_by_hand(exported: Exported) -> None:
 
 
 def test_the_real_detectors_parts_are_named_and_its_memory_is_counted(small_detector: Detector) -> None:
-    cost = count_cost(small_detector, small_detector.config.image_size)
+    cost = count_cost(small_detector, small_detector.config.shape)
     parts = cost["by_part"]
     assert {"teacher", "student", "head", "localisation", "memory"} <= set(parts)
     assert parts["memory"]["parameters"] >= small_detector.memory.patches.numel()  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from flawsmith.layout import Layout
 @pytest.fixture
 def layout(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A project whose earlier stages are done, but for the detector's own file format."""
-    exported.detector.config = SimpleNamespace(image_size=SIZE, backbone="toy")  # type: ignore[assignment]
+    exported.detector.config = SimpleNamespace(shape=(SIZE, SIZE), backbone="toy")  # type: ignore[assignment]
     monkeypatch.setattr(stage, "load_detector", lambda folder: exported.detector)
     settings = load_settings(
         Path(__file__).parents[2] / "params.yaml", {"tracking.mode": "off", "export.latency_runs": 3}

@@ -47,7 +47,7 @@ def test_nothing_of_the_machine_is_left_in_the_file(exported: Exported) -> None:
 
 def test_the_same_weights_give_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
     again = tmp_path / "again.onnx"
-    export_network(exported.detector, SIZE, 18, again)
+    export_network(exported.detector, (SIZE, SIZE), 18, again)
     write_model(onnx.load(again), exported.metadata, again)
     assert again.read_bytes() == exported.path.read_bytes()
 
@@ -71,7 +71,7 @@ def test_traces_inside_branches_and_functions_go_too() -> None:
 def test_a_detector_in_training_mode_is_refused(exported: Exported, tmp_path: Path) -> None:
     training = type(exported.detector)()
     with pytest.raises(FlawsmithError, match="training mode"):
-        export_network(training, SIZE, 18, tmp_path / "m.onnx")
+        export_network(training, (SIZE, SIZE), 18, tmp_path / "m.onnx")
 
 
 class Undecided(nn.Module):
@@ -91,9 +91,9 @@ class Swapped(nn.Module):
 
 def test_a_detector_that_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FlawsmithError, match="cannot be exported to ONNX opset 18"):
-        export_network(Undecided().eval(), SIZE, 18, tmp_path / "m.onnx")
+        export_network(Undecided().eval(), (SIZE, SIZE), 18, tmp_path / "m.onnx")
     with pytest.raises(FlawsmithError, match="has the shapes"):
-        export_network(Swapped().eval(), SIZE, 18, tmp_path / "m.onnx")
+        export_network(Swapped().eval(), (SIZE, SIZE), 18, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,7 +54,6 @@ def made(
         threshold=float(scores.max()) + 1.0,
         pixel_threshold=3.0,
         false_alarm_rate=0.05,
-        input_size=small_detector.config.image_size,
         map_low=0.0,
         map_high=6.0,
         detector_digest="0" * 64,
@@ -62,7 +61,7 @@ def made(
         flawsmith_version="0.1.0",
     )
     model = folder / "model.onnx"
-    export_network(small_detector, metadata.input_size, 18, model)
+    export_network(small_detector, small_detector.config.shape, 18, model)
     write_model(onnx.load(model), metadata, model)
     making = [*loaders(normals), *loaders(small_images(3, 4, True))]
     samples = VariantImages(making, loaders(normals), loaders(defects), loaders(small_images(4, 3, True)))

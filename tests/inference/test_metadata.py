@@ -1,12 +1,14 @@
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_onnx import METADATA
+from toy_onnx import write_toy
 
 from flawsmith.errors import UserError
 from flawsmith.inference.metadata import ModelMetadata
+from flawsmith.inference.predictor import Predictor
 
 KEYS = [item.name for item in fields(ModelMetadata) if item.default is MISSING]  # the others came later
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -18,7 +20,6 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
         threshold=finite,
         pixel_threshold=finite,
         false_alarm_rate=finite,
-        input_size=st.integers(1, 10_000),
         map_low=finite,
         map_high=finite,
     )
@@ -27,8 +28,8 @@ def test_what_is_written_is_read_back_to_the_last_digit(metadata: ModelMetadata)
     assert ModelMetadata.from_properties(metadata.to_properties(), "model.onnx") == metadata
 
 
-def test_other_tools_properties_do_not_disturb(metadata: ModelMetadata) -> None:
-    properties = {**metadata.to_properties(), "category": "somebody else's"}
+def test_other_tools_properties_and_those_of_older_files_do_not_disturb(metadata: ModelMetadata) -> None:
+    properties = {**metadata.to_properties(), "category": "somebody else's", "flawsmith.input_size": "32"}
     assert ModelMetadata.from_properties(properties, "model.onnx") == metadata
 
 
@@ -40,9 +41,7 @@ def test_a_missing_property_is_named(metadata: ModelMetadata, key: str) -> None:
         ModelMetadata.from_properties(properties, "m.onnx")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("threshold", "nan"), ("pixel_threshold", "high"), ("input_size", "0"), ("input_size", "32.5")]
-)
+@pytest.mark.parametrize(("key", "value"), [("threshold", "nan"), ("pixel_threshold", "high"), ("white_level", "32.5")])
 def test_a_damaged_property_is_named(metadata: ModelMetadata, key: str, value: str) -> None:
     properties = {**metadata.to_properties(), f"flawsmith.{key}": value}
     with pytest.raises(UserError, match=rf"`flawsmith\.{key}` is '{value}'"):
@@ -61,14 +60,8 @@ def test_a_file_from_before_there_was_a_property_has_its_default(
     assert getattr(ModelMetadata.from_properties(properties, "m"), key) == default
 
 
-@given(st.integers(1, 64).map(lambda n: 32 * n), st.floats(0.01, 2), st.floats(0, 0.5))
-def test_the_tiles_are_read_back(size: int, scale: float, share: float) -> None:
-    made = replace(METADATA, input_size=size, scale=scale, tile_overlap=int(share * size))
-    assert ModelMetadata.from_properties(made.to_properties(), "m").tiling == made.tiling
-
-
-@pytest.mark.parametrize(("key", "value"), [("scale", "-1"), ("tile_overlap", "17"), ("tile_overlap", "-1")])
-def test_tiles_that_cannot_be_are_damage(metadata: ModelMetadata, key: str, value: str) -> None:
-    properties = {**replace(metadata, scale=0.5, tile_overlap=16).to_properties(), f"flawsmith.{key}": value}
+@pytest.mark.parametrize(("key", "value"), [("scale", -1.0), ("tile_overlap", 17), ("tile_overlap", -1)])
+def test_tiles_that_cannot_be_are_damage(tmp_path: Path, key: str, value: float) -> None:
+    model = write_toy(tmp_path / "m.onnx", **{"scale": 0.5, "tile_overlap": 16, key: value})
     with pytest.raises(UserError, match=r"m\.onnx has damaged metadata"):
-        ModelMetadata.from_properties(properties, "m.onnx")
+        Predictor(model)

@@ -70,10 +70,9 @@ def test_an_image_is_measured_the_same_in_any_batch_and_size(predictor: Predicto
 def test_a_tiled_model_scores_tiles_and_looks_at_the_whole(
     predictor: Predictor, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = predictor.metadata.input_size
     large = np.ascontiguousarray(part(1).repeat(2, axis=1))
-    whole = measure(predictor, teacher, [("a", resize_image(large, size))])
-    monkeypatch.setattr(predictor, "tiling", Tiling(size, 1.0, 0))
+    whole = measure(predictor, teacher, [("a", resize_image(large, predictor.input_shape))])
+    monkeypatch.setattr(predictor, "tiling", Tiling(predictor.input_shape, 1.0, 0))
     found = measure(predictor, teacher, [("a", large), ("b", part(0))])
     assert found.scores.tolist() == [np.float32(predictor.predict([image])[0].score) for image in (large, part(0))]
     np.testing.assert_array_equal(found.image_statistics[0], whole.image_statistics[0])

@@ -135,7 +135,7 @@ def layout(tmp_path: Path, params_path: Path) -> Layout:
             triplets.write(f"{role}-{index:05d}", normal, defect, mask)
     for stage in ("export", "validate", "evaluate"):
         made.stage(stage).mkdir(parents=True)
-    model = write_toy(made.stage("export") / "model.onnx", input_size=64)
+    model = write_toy(made.stage("export") / "model.onnx", shape=(64, 64))
     proof = {"batches": {}, "model_digest": digest_file(model), "tolerance": 1e-4}
     write_json(made.stage("export") / "parity.json", proof)
     write_json(made.stage("validate") / "verdict.json", {"passed": True, "triplets": 400, "expectations": []})

@@ -102,7 +102,7 @@ def test_what_was_asked_of_the_normals_is_told(made: Layout) -> None:
 def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:
     """On test images of every shape; a batch of other tiles may move the last digits. Metrics are of whole images."""
     predictor = Predictor(made.stage("export") / "model.onnx")
-    assert predictor.tiling == Tiling(64, 0.8, 16)
+    assert predictor.tiling == Tiling((64, 64), 0.8, 16)
     metrics = json.loads((made.stage("evaluate") / "metrics.json").read_text())
     assert (metrics["n_good"], metrics["n_defective"], metrics["labelled"]) == (4, 4, True)
     assert 0 <= metrics["aupro"] <= 1
@@ -113,7 +113,7 @@ def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:
         image = read_image(made.surface().folder / "test" / row["file"])
         (answer,) = predictor.predict([image])
         assert answer.score == pytest.approx(float(row["score"]), abs=1e-4)
-        assert answer.anomaly_map.shape == predictor.tiling.shape(*image.shape[1:])
+        assert answer.anomaly_map.shape == predictor.tiling.working_shape(*image.shape[1:])
     calibration = made.stage("evaluate") / "calibration_scores.csv"
     with calibration.open() as stream:
         assert len(list(csv.DictReader(stream))) == len(made.split().calibration)
@@ -144,7 +144,7 @@ def test_promotion_compares_models_of_different_scales_on_the_same_images(
     def judge(layout: Layout, compare: Any, **_: Any) -> Any:
         challenger = Predictor(layout.stage("export") / "model.onnx")
         champion = Predictor(layout.stage("export") / "model.onnx")
-        champion.tiling = Tiling(64)  # the same network on whole images
+        champion.tiling = Tiling((64, 64))  # the same network on whole images
         return compare(challenger, champion), compare(challenger, challenger)
 
     monkeypatch.setattr(promote, "promote", judge)

@@ -65,31 +65,37 @@ def maker(count: int = 8, **changes: Any) -> TripletGenerator:
     )
 
 
-def half(size: int) -> Mask:
-    return np.broadcast_to(np.arange(size) < size // 2, (size, size)).copy()
+def half(height: int, width: int) -> Mask:
+    return np.broadcast_to(np.arange(width) < width // 2, (height, width)).copy()
 
 
-@given(seed=SEEDS, feather=st.sampled_from([0.0, 2.0, 3.5]), size=st.sampled_from([128, 256]))
+@given(
+    seed=SEEDS,
+    feather=st.sampled_from([0.0, 2.0, 3.5]),
+    shape=st.sampled_from([(128, 128), (256, 256), (128, 288), (288, 128)]),
+)
 @settings(max_examples=40, deadline=None)
-def test_a_noise_mask_keeps_to_window_margin_area_and_foreground(seed: int, feather: float, size: int) -> None:
-    drawn = noise_mask(np.random.default_rng(seed), size, replace(DEFAULTS, feather=feather), half(size))
+def test_a_noise_mask_keeps_to_window_margin_area_and_foreground(
+    seed: int, feather: float, shape: tuple[int, int]
+) -> None:
+    drawn = noise_mask(np.random.default_rng(seed), shape, replace(DEFAULTS, feather=feather), half(*shape))
     top, left, side = drawn.window
     rim = margin(feather)
-    inner = np.zeros((size, size), bool)
+    inner = np.zeros(shape, bool)
     inner[
-        top + rim * (top > 0) : top + side - rim * (top + side < size),
-        left + rim * (left > 0) : left + side - rim * (left + side < size),
+        top + rim * (top > 0) : top + side - rim * (top + side < shape[0]),
+        left + rim * (left > 0) : left + side - rim * (left + side < shape[1]),
     ] = True
     assert side in DEFAULTS.windows
-    assert not (drawn.mask & ~(inner & half(size))).any()
+    assert not (drawn.mask & ~(inner & half(*shape))).any()
     assert DEFAULTS.area[0] <= drawn.mask.mean() <= DEFAULTS.area[1]
     assert drawn.kind == "noise"
-    again = noise_mask(np.random.default_rng(seed), size, replace(DEFAULTS, feather=feather), half(size))
+    again = noise_mask(np.random.default_rng(seed), shape, replace(DEFAULTS, feather=feather), half(*shape))
     assert np.array_equal(drawn.mask, again.mask)
 
 
 def test_areas_of_noise_masks_are_log_uniform_like_those_of_perlin_masks() -> None:
-    drawn = [noise_mask(np.random.default_rng(seed), 256, DEFAULTS).mask.mean() for seed in range(200)]
+    drawn = [noise_mask(np.random.default_rng(seed), (256, 256), DEFAULTS).mask.mean() for seed in range(200)]
     low, high = np.log(DEFAULTS.area)
     assert stats.kstest((np.log(drawn) - low) / (high - low), "uniform").statistic < 0.12
 
@@ -100,11 +106,13 @@ def test_noise_has_no_shape() -> None:
     def agreement(mask: Mask) -> float:
         return float(mask[1:][mask[:-1]].mean())  # chance that the pixel below a marked one is marked
 
-    noise = [noise_mask(np.random.default_rng(seed), 256, DEFAULTS) for seed in range(120)]
+    noise = [noise_mask(np.random.default_rng(seed), (256, 256), DEFAULTS) for seed in range(120)]
     single = [agreement(drawn.mask) for drawn in noise if drawn.period == 1 and drawn.mask.sum() > 200]
     blobs = [
         agreement(
-            sample_mask(np.random.default_rng(seed), 256, replace(DEFAULTS, ridge_share=0.0, area=(0.01, 0.08))).mask
+            sample_mask(
+                np.random.default_rng(seed), (256, 256), replace(DEFAULTS, ridge_share=0.0, area=(0.01, 0.08))
+            ).mask
         )
         for seed in range(20)
     ]
@@ -117,15 +125,15 @@ def test_a_foreground_that_holds_no_noise_is_one_clear_error() -> None:
     scattered = np.zeros((256, 256), bool)
     scattered[::50, ::50] = True  # 36 pixels, no two in one small square
     with pytest.raises(UserError, match=r"No noise mask of 20 to 39 pixels .* widen synthesize\.area"):
-        noise_mask(np.random.default_rng(0), 256, replace(DEFAULTS, area=(0.0003, 0.0006)), scattered)
+        noise_mask(np.random.default_rng(0), (256, 256), replace(DEFAULTS, area=(0.0003, 0.0006)), scattered)
     with pytest.raises(UserError, match=r"The foreground has 36 pixels.* lower synthesize\.area"):
-        noise_mask(np.random.default_rng(0), 256, replace(DEFAULTS, area=(0.001, 0.002)), scattered)
+        noise_mask(np.random.default_rng(0), (256, 256), replace(DEFAULTS, area=(0.001, 0.002)), scattered)
 
 
 @given(seed=SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_rectangles_and_scars_have_the_papers_sizes(seed: int) -> None:
-    drawn = rectangle_mask(np.random.default_rng(seed), 256, DEFAULTS)
+    drawn = rectangle_mask(np.random.default_rng(seed), (256, 256), DEFAULTS)
     top, left, side = drawn.window
     assert 0 <= top <= 256 - side
     assert 0 <= left <= 256 - side
@@ -146,11 +154,11 @@ def test_rectangles_and_scars_have_the_papers_sizes(seed: int) -> None:
 
 
 def test_patches_are_half_scars_and_lie_on_the_part() -> None:
-    drawn = [rectangle_mask(np.random.default_rng(seed), 128, DEFAULTS, half(128)) for seed in range(100)]
+    drawn = [rectangle_mask(np.random.default_rng(seed), (128, 128), DEFAULTS, half(128, 128)) for seed in range(100)]
     assert 30 < sum(item.kind == "scar" for item in drawn) < 70
-    assert not any((item.mask & ~half(128)).any() for item in drawn)
+    assert not any((item.mask & ~half(128, 128)).any() for item in drawn)
     with pytest.raises(UserError, match="foreground is empty"):
-        rectangle_mask(np.random.default_rng(0), 128, DEFAULTS, np.zeros((128, 128), bool))
+        rectangle_mask(np.random.default_rng(0), (128, 128), DEFAULTS, np.zeros((128, 128), bool))
 
 
 def test_an_unturned_region_is_the_images_own_pixels_and_a_quarter_turn_only_moves_them() -> None:
@@ -169,7 +177,7 @@ def test_an_unturned_region_is_the_images_own_pixels_and_a_quarter_turn_only_mov
 @settings(max_examples=25, deadline=None)
 def test_textures_are_finite_of_the_windows_size_and_repeatable(seed: int, side: int) -> None:
     image = surface(seed % 5)
-    outline = rectangle_mask(np.random.default_rng(seed), 128, DEFAULTS)
+    outline = rectangle_mask(np.random.default_rng(seed), (128, 128), DEFAULTS)
     for texture, again, wanted in (
         (*(own_texture(np.random.default_rng(seed), image, side) for _ in range(2)), side),
         (*(cutpaste_texture(np.random.default_rng(seed), image, outline) for _ in range(2)), outline.window[2]),

@@ -32,8 +32,8 @@ DEFAULTS: SynthesizeSettings = replace(
 )
 
 
-def draw(seed: int, size: int = 256, foreground: Mask | None = None, **changes: Any) -> MaskDraw:
-    return sample_mask(np.random.default_rng(seed), size, replace(DEFAULTS, **changes), foreground)
+def draw(seed: int, shape: tuple[int, int] = (256, 256), foreground: Mask | None = None, **changes: Any) -> MaskDraw:
+    return sample_mask(np.random.default_rng(seed), shape, replace(DEFAULTS, **changes), foreground)
 
 
 @cache
@@ -47,13 +47,13 @@ def disc(size: int, radius: float, centre: tuple[float, float] | None = None) ->
     return (y - row) ** 2 + (x - column) ** 2 <= radius**2
 
 
-def inside(window: tuple[int, int, int], size: int, rim: int) -> Mask:
+def inside(window: tuple[int, int, int], shape: tuple[int, int], rim: int) -> Mask:
     """The window less `rim` pixels along those of its borders that are not the image's."""
     top, left, side = window
-    result = np.zeros((size, size), bool)
+    result = np.zeros(shape, bool)
     result[
-        top + rim * (top > 0) : top + side - rim * (top + side < size),
-        left + rim * (left > 0) : left + side - rim * (left + side < size),
+        top + rim * (top > 0) : top + side - rim * (top + side < shape[0]),
+        left + rim * (left > 0) : left + side - rim * (left + side < shape[1]),
     ] = True
     return result
 
@@ -66,29 +66,29 @@ def thickness(mask: Mask) -> float:
 @settings(max_examples=50, deadline=None)
 @given(
     seed=SEEDS,
-    size=st.sampled_from([128, 160, 256]),
+    shape=st.sampled_from([(128, 128), (160, 160), (256, 256), (128, 224), (320, 128)]),
     windows=st.sampled_from([(64,), (32, 64), (64, 96, 128)]),
     feather=st.sampled_from([0.0, 1.5, 3.0]),
     ridge_share=st.sampled_from([0.0, 1.0]),
 )
 def test_a_mask_lies_in_its_window_off_its_borders_and_in_the_area_asked_for(
-    seed: int, size: int, windows: tuple[int, ...], feather: float, ridge_share: float
+    seed: int, shape: tuple[int, int], windows: tuple[int, ...], feather: float, ridge_share: float
 ) -> None:
-    drawn = draw(seed, size, windows=windows, feather=feather, ridge_share=ridge_share)
+    drawn = draw(seed, shape, windows=windows, feather=feather, ridge_share=ridge_share)
     top, left, side = drawn.window
     assert side in windows
-    assert 0 <= top <= size - side
-    assert 0 <= left <= size - side
+    assert 0 <= top <= shape[0] - side
+    assert 0 <= left <= shape[1] - side
     assert margin(feather) >= 2 * feather + 1
-    assert not (drawn.mask & ~inside(drawn.window, size, margin(feather))).any()
-    assert drawn.mask.shape == (size, size)
+    assert not (drawn.mask & ~inside(drawn.window, shape, margin(feather))).any()
+    assert drawn.mask.shape == shape
     assert drawn.mask.dtype == np.bool_
     assert DEFAULTS.area[0] <= drawn.mask.mean() <= DEFAULTS.area[1]
     assert drawn.kind == ("ridge" if ridge_share else "perlin")
     assert 0 <= drawn.angle <= np.pi
     assert drawn.period in DEFAULTS.perlin_periods
     # the soft edge stays inside, too, and leaves untouched texture along the window's borders
-    assert not feathered(drawn.mask, feather)[~inside(drawn.window, size, int(feather) + 1)].any()
+    assert not feathered(drawn.mask, feather)[~inside(drawn.window, shape, int(feather) + 1)].any()
 
 
 @given(seed=SEEDS)
@@ -128,6 +128,16 @@ def test_larger_areas_take_larger_windows() -> None:
         assert max(areas) <= FILL * side**2
     means = [np.mean(by_side[side]) for side in sorted(by_side)]
     assert means == sorted(means)
+
+
+def test_every_part_of_a_strip_is_hit_too() -> None:
+    hits = np.zeros((128, 384))
+    for seed in range(150):
+        drawn = draw(seed, hits.shape, windows=(64,), area=(0.0005, 0.01))
+        hits += drawn.mask / drawn.mask.sum()
+    blocks = hits.reshape(2, 64, 6, 64).sum(axis=(1, 3)) / hits.sum() * 12
+    assert blocks.min() > 0.4
+    assert blocks.max() < 2
 
 
 def test_every_part_of_the_image_is_hit_about_equally() -> None:
@@ -202,7 +212,7 @@ def test_ridge_share_is_the_share_of_ridges() -> None:
 
 
 def test_an_image_of_the_size_of_the_window_is_used_whole() -> None:
-    drawn = draw(1, size=64, windows=(64, 96), area=(0.01, 0.3))
+    drawn = draw(1, (64, 64), windows=(64, 96), area=(0.01, 0.3))
     assert drawn.window == (0, 0, 64)
 
 

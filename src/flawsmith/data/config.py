@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from flawsmith.data.images import Reading
 
 MIN_SCALE = 0.01  # of data.scale but 0
+MAX_ASPECT = 4.0  # longer over shorter side; what is longer is squashed to it
+MULTIPLE = 32  # of the sides of what models see: no teacher's third level is coarser
 TILE_KEYS = ("scale", "tile_overlap", "max_tiles")  # without a scale they decide nothing
 
 
@@ -20,7 +22,14 @@ class DataSettings:
 
     root: str = Field("data", description="folder that holds one folder a category")
     image_size: int = Field(
-        256, ge=64, le=2048, multiple_of=32, description="side in pixels of the square image every model sees"
+        256, ge=64, le=2048, multiple_of=MULTIPLE, description="shorter side in pixels of the image every model sees"
+    )
+    aspect: float = Field(
+        0.0,
+        ge=0,
+        le=MAX_ASPECT,
+        description="width over height of the image every model sees: 1 is square; 0 asks the normals; tiles are "
+        "square",
     )
     calibration_fraction: float = Field(0.2, ge=0.01, le=0.5, description="share of train/good that only calibrates")
     split_seed: Seed = Field(0, description="seed of the fit/calibration split")
@@ -35,8 +44,8 @@ class DataSettings:
         0.0,
         ge=0,
         le=2,
-        description="0 stretches every image to image_size x image_size; else the factor it is resized by before it is "
-        "cut into tiles of that size",
+        description="0 brings every image as a whole to image_size and aspect; else the factor it is resized by before "
+        "it is cut into square tiles of image_size",
     )
     tile_overlap: int = Field(
         32, ge=0, le=1024, description="least overlap of neighbouring tiles in pixels; up to half a tile"
@@ -49,8 +58,12 @@ class DataSettings:
     def _check(self) -> "DataSettings":
         if 0 < self.scale < MIN_SCALE:
             raise ValueError(
-                f"`data.scale` is {self.scale:g}; it must be 0 (the whole image is stretched) or from {MIN_SCALE:g} to "
-                "2."
+                f"`data.scale` is {self.scale:g}; it must be 0 (the whole image is seen) or from {MIN_SCALE:g} to 2."
+            )
+        if 0 < self.aspect < 1 / MAX_ASPECT:
+            raise ValueError(
+                f"`data.aspect` is {self.aspect:g}; it must be 0 (the normals are asked) or from {1 / MAX_ASPECT:g} to "
+                f"{MAX_ASPECT:g}."
             )
         if self.scale and self.tile_overlap > self.image_size // 2:
             raise ValueError(
@@ -61,8 +74,18 @@ class DataSettings:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Keys that decide nothing: without tiles, how they would be cut."""
-        return () if self.scale else TILE_KEYS
+        """Keys that decide nothing: the shape of a whole image beside tiles, and without tiles how they are cut."""
+        return ("aspect",) if self.scale else TILE_KEYS
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels of the image every model sees; with `aspect` 0 it is square.
+
+        The longer side is the multiple of MULTIPLE that is nearest to the aspect.
+        """
+        aspect = 1.0 if self.scale else self.aspect or 1.0
+        longer = round(self.image_size * max(aspect, 1 / aspect) / MULTIPLE) * MULTIPLE
+        return (self.image_size, longer) if aspect > 1 else (longer, self.image_size)
 
     @property
     def reading(self) -> "Reading":

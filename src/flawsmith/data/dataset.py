@@ -297,7 +297,7 @@ def _rank(image: LabelledImage) -> bytes:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a model sees of an image at once: all of it, stretched (`place` is None), or a tile.
+    """What a model sees of an image at once: all of it, resized (`place` is None), or a tile.
 
     `place` is the tile's top and left in pixels at working resolution (`tiling.Tiling`).
     """
@@ -319,7 +319,7 @@ def plan_tiles(paths: Sequence[Path], data: DataSettings) -> tuple[Tile, ...]:
     tiling = Tiling.of(data)
     if not tiling.is_tiled:
         return tuple(Tile(path) for path in paths)
-    found = [tiling.places(*tiling.shape(*read_size(path, data.reading))) for path in paths]
+    found = [tiling.places(*tiling.working_shape(*read_size(path, data.reading))) for path in paths]
     shares = even_shares([len(places) for places in found], data.max_tiles)
     return tuple(
         Tile(path, places[place])
@@ -342,8 +342,8 @@ def even_shares(available: Sequence[int], limit: int) -> list[int]:
 
 
 def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage]:
-    """Yield the pixels `(3, image_size, image_size)` of tiles in their order; tiles of one image that follow each other
-    decode it once."""
+    """Yield the pixels `(3, H, W)` of tiles, `data.shape` each, in their order; tiles of one image that follow each
+    other decode it once."""
     tiling = Tiling.of(data)
     path, padded = None, np.zeros((3, 0, 0), np.float32)
     for tile in tiles:
@@ -353,15 +353,15 @@ def iter_tiles(tiles: Sequence[Tile], data: DataSettings) -> Iterator[FloatImage
 
 
 def load_tiles(tiles: Sequence[Tile], data: DataSettings) -> NDArray[np.uint8]:
-    """Load tiles as one array `(N, 3, image_size, image_size)` uint8: as exact as PNGs, in a quarter of the memory."""
-    pixels = np.empty((len(tiles), 3, data.image_size, data.image_size), np.uint8)
+    """Load tiles as one array `(N, 3, H, W)` uint8: as exact as PNGs, in a quarter of the memory."""
+    pixels = np.empty((len(tiles), 3, *data.shape), np.uint8)
     for place, tile in enumerate(iter_tiles(tiles, data)):
         pixels[place] = to_uint8(tile).transpose(2, 0, 1)
     return pixels
 
 
 def tell_losses(paths: Sequence[Path], data: DataSettings, category: str) -> None:
-    """Log one warning if images lose more than they should by being stretched whole."""
+    """Log one warning if images lose more than they should by being seen whole."""
     tiling = Tiling.of(data)
     found = [(path, said) for path in paths if (said := tiling.objection(*stored_size(path)))]
     if found:
@@ -371,13 +371,13 @@ def tell_losses(paths: Sequence[Path], data: DataSettings, category: str) -> Non
 
 
 def load_prepared(path: Path, data: DataSettings) -> FloatImage:
-    """Read one image at its working resolution: `(3, image_size, image_size)` without tiles."""
+    """Read one image `(3, H, W)` at its working resolution: `data.shape` without tiles."""
     return Tiling.of(data).prepare(read_image(path, data.reading))
 
 
-def load_images(paths: Sequence[Path], size: int, reading: Reading = READING) -> NDArray[np.float32]:
-    """Read images into one array `(N, 3, size, size)`, each stretched to it."""
-    return np.stack([resize_image(read_image(path, reading), size) for path in paths])
+def load_images(paths: Sequence[Path], shape: tuple[int, int], reading: Reading = READING) -> NDArray[np.float32]:
+    """Read images into one array `(N, 3, H, W)`, each resized to `shape`."""
+    return np.stack([resize_image(read_image(path, reading), shape) for path in paths])
 
 
 def load_labelled(
@@ -392,5 +392,5 @@ def load_labelled(
     image = read_image(item.path, reading)
     shown = image if original else tiling.prepare(image)
     if item.mask_path is None:
-        return shown, np.zeros(tiling.shape(*image.shape[1:]), np.bool_)
+        return shown, np.zeros(tiling.working_shape(*image.shape[1:]), np.bool_)
     return shown, tiling.prepare_mask(load_mask(item.mask_path, image.shape[1:], item.defect, reading))

@@ -23,7 +23,6 @@ class PixelFormat:
     """The values of one file.
 
     Attributes:
-        height, width: as stored, before any rotation.
         mode: Pillow's name.
         bits: of a sample, by the header.
         significant: how many of them are used (sBIT of a PNG), else `bits`.
@@ -33,8 +32,6 @@ class PixelFormat:
         bulk: 99.9 % of the values lie at or below it; 0 where a sample has 8 bits or fewer.
     """
 
-    height: int
-    width: int
     mode: str
     bits: int
     significant: int
@@ -78,7 +75,7 @@ def read_format(image: ImageFile.ImageFile, stream: BinaryIO, name: Path | str) 
             kind = "float" if image.mode == "F" else "int" if is_signed or bits == 32 else "uint"
     elif is_deep:
         significant = _significant_bits(stream)
-    return PixelFormat(image.height, image.width, image.mode, bits, significant or bits, kind, is_inverted)
+    return PixelFormat(image.mode, bits, significant or bits, kind, is_inverted)
 
 
 def swap_bytes(image: ImageFile.ImageFile) -> bool:

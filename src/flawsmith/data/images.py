@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 from flawsmith.data.damage import find_damage
@@ -163,13 +163,28 @@ def count_pixels(path: Path) -> int:
 
 
 def stored_size(path: Path) -> tuple[int, int]:
-    """Height and width that a file's header tells, before any rotation.
+    """Height and width of what `read_image` returns, as far as a file's header tells.
 
     Raises:
         UserError: it cannot be read.
     """
     with _named(path), path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-        return image.height, image.width
+        turned = False
+        with suppress(Exception):  # as in `_upright`
+            # not `image.getexif()`, which decodes a PNG to look behind its pixels; of a TIFF Pillow tells the size
+            # upright
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def find_aspect(paths: Sequence[Path]) -> float:
+    """The median width over height of images, by their headers; 1 where none can be read."""
+    sizes = []
+    for path in paths:
+        with suppress(UserError):  # whoever reads them all tells all that cannot be read
+            sizes.append(stored_size(path))
+    return float(np.median([width / height for height, width in sizes])) if sizes else 1.0
 
 
 def read_size(path: Path, reading: Reading = READING) -> tuple[int, int]:
@@ -194,11 +209,11 @@ def open_upright(path: Path, reading: Reading) -> Image.Image:
         return _open(stream, str(path), reading)[1]
 
 
-def resize_image(image: FloatImage, size: int | tuple[int, int]) -> FloatImage:
-    """Stretch `(3, H, W)` to `(3, size, size)`, or to the height and width of a pair, with an antialiased bilinear
-    filter; the one resize of the product."""
-    height, width = _pair(size)
-    if image.shape[1:] == (height, width):
+def resize_image(image: FloatImage, shape: tuple[int, int]) -> FloatImage:
+    """Stretch `(3, H, W)` to the height and width of `shape` with an antialiased bilinear filter; the one resize of the
+    product."""
+    height, width = shape
+    if image.shape[1:] == shape:
         return image
     resized = np.empty((len(image), height, width), np.float32)
     for channel, out in zip(image, resized, strict=True):  # into place: a large image is not held twice
@@ -207,19 +222,25 @@ def resize_image(image: FloatImage, size: int | tuple[int, int]) -> FloatImage:
     return resized
 
 
-def resize_mask(mask: Mask, size: int | tuple[int, int]) -> Mask:
-    """Stretch a mask `(H, W)` to `(size, size)`, or to a pair: a pixel is set if at least half of its area was.
+def resize_mask(mask: Mask, shape: tuple[int, int]) -> Mask:
+    """Stretch a mask `(H, W)` to the height and width of `shape`: a pixel is set if at least half of its area was.
 
     If that would lose a non-empty mask altogether, any coverage counts: a faint scratch stays a labelled defect.
     """
-    height, width = _pair(size)
-    if mask.shape == (height, width):
+    height, width = shape
+    if mask.shape == shape:
         return mask
     coverage = np.asarray(
         Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX), np.float32
     )
     half = coverage >= 0.5
     return half if half.any() or not mask.any() else coverage > 0
+
+
+def fitted(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """Height and width of an image `(H, W)` whose longer side is brought to `side`."""
+    height, width = (max(1, round(side * length / max(shape))) for length in shape)
+    return height, width
 
 
 def on_levels(image: FloatImage) -> FloatImage:
@@ -281,10 +302,6 @@ def _check_pixels(image: Image.Image, path: Path | str, reading: Reading) -> Non
             f"{path} has {image.width} x {image.height} pixels, over the limit of {reading.max_pixels / 1e6:g} "
             f"megapixels; crop it, or raise {reading.limit}."
         )
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _upright(image: Image.Image) -> Image.Image:

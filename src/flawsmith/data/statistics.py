@@ -70,7 +70,7 @@ class ImageStatistics:
     def of(cls, image: FloatImage) -> "ImageStatistics":
         """Measure an image `(3, H, W)` in [0, 1]."""
         brightest = float(image.max())
-        thumb = resize_image(image, THUMB).mean(axis=0, dtype=np.float64)
+        thumb = resize_image(image, (THUMB, THUMB)).mean(axis=0, dtype=np.float64)
         thumb -= ndimage.gaussian_filter(thumb, COARSE)
         thumb -= thumb.mean()
         scale = float(thumb.std())

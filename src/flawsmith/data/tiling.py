@@ -1,10 +1,10 @@
-"""How an image comes before a network of fixed input size: stretched to it as a whole, or cut into overlapping tiles.
+"""How an image comes before a network of fixed input size: resized to it as a whole, or cut into overlapping tiles.
 
 The one place that resizes, pads, cuts and merges, for training, evaluation and inference alike. No torch here.
 
-`scale` 0 stretches the whole image to `size` x `size`. Any other scale resizes the image by that factor, the same in
-both directions (the *working resolution*), pads what is smaller than a tile by reflection, and covers it with evenly
-spaced tiles that overlap by `overlap` pixels or more. Maps of tiles are merged with weights that fall linearly over
+`scale` 0 resizes the whole image to `shape`. Any other scale resizes the image by that factor, the same in both
+directions (the *working resolution*), pads what is smaller than a tile by reflection, and covers it with evenly spaced
+square tiles that overlap by `overlap` pixels or more. Maps of tiles are merged with weights that fall linearly over
 each overlap and are full at the image's own borders; the image's score is the highest of its tiles' scores.
 """
 
@@ -23,67 +23,76 @@ if TYPE_CHECKING:  # inference, which is served without it, needs no YAML
     from flawsmith.data.config import DataSettings
 
 Run = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]]
-"""A network: (B, 3, S, S) in [0, 1] → anomaly maps (B, S, S) and scores (B,)."""
+"""A network: (B, 3, H, W) in [0, 1] → anomaly maps (B, H, W) and scores (B,)."""
 
 Place = tuple[int, int]  # top and left of a tile in pixels of the padded working image
-SHRINK = 4  # an image stretched whole is told of if a side shrinks by more: a defect of 4 pixels has none left ...
+SHRINK = 4  # an image seen whole is told of if a side shrinks by more: a defect of 4 pixels has none left ...
 STRETCH = 1.5  # ... or if its sides shrink so differently
 BATCH = 8  # tiles that go through a network together: bounds the memory of one image of any size
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The `size` of the network's square input, the `scale` of the working resolution, the least `overlap` in pixels.
+    """The `shape` (height, width) of the network's input, the `scale` of the working resolution, the least `overlap` in
+    pixels.
 
     Raises:
-        ValueError: the overlap is negative or above half a tile, or the scale is negative or not finite.
+        ValueError: the overlap is negative or above half a tile, a tile is not square, or the scale is negative or not
+            finite.
     """
 
-    size: int
+    shape: tuple[int, int]
     scale: float = 0.0
     overlap: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < np.inf:
             raise ValueError(f"scale is {self.scale}; it must be 0 or more")
+        if self.is_tiled and self.shape[0] != self.shape[1]:
+            raise ValueError(f"the shape of a tile is {self.shape}; it must be square")
         if self.is_tiled and not 0 <= self.overlap <= self.size // 2:
             raise ValueError(f"the overlap is {self.overlap}; it must be from 0 to half a tile ({self.size // 2})")
 
     @classmethod
     def of(cls, data: "DataSettings") -> "Tiling":
         """The tiling that params.yaml asks for."""
-        return cls(data.image_size, data.scale, data.tile_overlap)
+        return cls(data.shape, data.scale, data.tile_overlap)
 
     @property
     def is_tiled(self) -> bool:
-        """Whether images are cut into tiles rather than stretched whole."""
+        """Whether images are cut into tiles rather than seen whole."""
         return self.scale > 0
 
-    def shape(self, height: int, width: int) -> tuple[int, int]:
+    @property
+    def size(self) -> int:
+        """The side of a tile."""
+        return self.shape[0]
+
+    def working_shape(self, height: int, width: int) -> tuple[int, int]:
         """The working resolution of an image, which is that of its anomaly map too."""
         if not self.is_tiled:
-            return self.size, self.size
+            return self.shape
         return max(1, round(height * self.scale)), max(1, round(width * self.scale))
 
     def objection(self, height: int, width: int) -> str:
-        """Say what an image of this size loses by being stretched whole, and the scale to try; "" if little."""
-        short, long = sorted((height, width))
-        if self.is_tiled or (long <= SHRINK * self.size and long <= STRETCH * short):
+        """Say what an image of this size loses by being seen whole, and the scale to try; "" if little."""
+        least, most = sorted((height / self.shape[0], width / self.shape[1]))  # by which its sides shrink
+        if self.is_tiled or (most <= SHRINK and most <= STRETCH * least):
             return ""
-        scale = min(1.0, max(self.size / short, 1 / SHRINK))
+        scale = min(1.0, max(1 / least, 1 / SHRINK))
         return (
-            f"{width} x {height} pixels become {self.size} x {self.size}, so that defects below about "
-            f"{max(4, round(4 * long / self.size))} pixels are lost; try data.scale {scale:.2g} (docs/tiles.md)."
+            f"{width} x {height} pixels become {self.shape[1]} x {self.shape[0]}, so that defects below about "
+            f"{max(4, round(4 * most))} pixels are lost; try data.scale {scale:.2g} (docs/tiles.md)."
         )
 
     def prepare(self, image: FloatImage) -> FloatImage:
         """An image `(3, H, W)` at its working resolution, on the 256 levels that training keeps."""
-        resized = resize_image(image, self.shape(*image.shape[1:]))
+        resized = resize_image(image, self.working_shape(*image.shape[1:]))
         return image if resized is image else on_levels(resized)
 
     def prepare_mask(self, mask: Mask) -> Mask:
         """A mask `(H, W)` at the working resolution of its image."""
-        return resize_mask(mask, self.shape(*mask.shape))
+        return resize_mask(mask, self.working_shape(*mask.shape))
 
     def places(self, height: int, width: int) -> tuple[Place, ...]:
         """Places of the tiles of an image of this working resolution, row by row; they cover every pixel."""
@@ -91,14 +100,14 @@ class Tiling:
         return tuple((int(top), int(left)) for top in rows for left in columns)
 
     def pad(self, prepared: FloatImage) -> FloatImage:
-        """A prepared image, mirrored at its lower and right border where it is smaller than a tile."""
-        missing = [max(0, self.size - length) for length in prepared.shape[1:]]
+        """A prepared image, mirrored at its lower and right border where it is smaller than `shape`."""
+        missing = [max(0, side - length) for side, length in zip(self.shape, prepared.shape[1:], strict=True)]
         if not any(missing):
             return prepared
         return np.pad(prepared, ((0, 0), (0, missing[0]), (0, missing[1])), mode="reflect")
 
     def cut(self, padded: FloatImage, place: Place) -> FloatImage:
-        """The tile of a padded image at a place, a view `(3, S, S)`."""
+        """The tile of a padded image at a place, a view `(3, size, size)`."""
         top, left = place
         return padded[:, top : top + self.size, left : left + self.size]
 

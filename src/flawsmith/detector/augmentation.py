@@ -47,7 +47,7 @@ AsPatches = Callable[[NDArray[np.uint8]], Tensor]
 
 
 def transformed(images: NDArray[Pixel], element: int) -> NDArray[Pixel]:
-    """Square images (..., S, S), mirrored and turned counter-clockwise by an element of D4."""
+    """Images (..., H, W), for quarter turns square ones, mirrored and turned counter-clockwise by an element of D4."""
     mirrored = images[..., ::-1] if element >= 4 else images
     return np.ascontiguousarray(np.rot90(mirrored, element % 4, axes=(-2, -1)))
 
@@ -61,6 +61,11 @@ def transformed_triplets(triplets: TripletArrays, elements: NDArray[np.int64]) -
         return np.stack([transformed(image, element) for image, element in zip(images, elements, strict=True)])
 
     return replace(triplets, normal=each(triplets.normal), defect=each(triplets.defect), mask=each(triplets.mask))
+
+
+def fits(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether images (..., H, W) keep their shape under an augmentation: quarter turns swap the sides."""
+    return shape[-1] == shape[-2] or not any(element % 2 for element in AUGMENTATIONS[name])
 
 
 def augmentation_distances(
@@ -77,17 +82,19 @@ def augmentation_distances(
             for room as they will in the real one.
 
     Returns:
-        name → mean cosine distance over all patches of the held-out normals; empty with fewer than FEWEST normals.
+        name → mean cosine distance over all patches of the held-out normals, of those candidates that fit the images;
+        empty with fewer than FEWEST normals.
     """
     if len(normals) < FEWEST:
         return {}
     is_held = np.arange(len(normals)) % HELD_OUT == 0
     held, kept = patches_of(normals[is_held]), normals[~is_held]
-    seen = {element: patches_of(transformed(kept, element)) for element in AUGMENTATIONS[CANDIDATES[-1]]}
+    candidates = [name for name in CANDIDATES if fits(name, normals.shape)]
+    seen = {element: patches_of(transformed(kept, element)) for element in AUGMENTATIONS[candidates[-1]]}
     height, width = held.shape[-2:]
     budget = max(1, round(limit * share * len(kept) / len(normals)))
     distances = {}
-    for name in CANDIDATES:
+    for name in candidates:
         images = torch.stack([seen[element] for element in AUGMENTATIONS[name]], dim=1).flatten(0, 1)
         size = memory_size(budget, len(images), height, width)
         memory = MemoryBank(size, images.shape[1], dimensions).to(images.device)

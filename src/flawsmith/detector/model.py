@@ -30,7 +30,7 @@ class DetectorConfig:
 
     backbone: str
     out_indices: tuple[int, ...]
-    image_size: int
+    shape: tuple[int, int]  # height and width of the images
     bottleneck: int
     decoder_channels: tuple[int, ...]
     head_channels: int
@@ -43,12 +43,14 @@ class DetectorConfig:
     top_shares: tuple[float, ...]
 
     @classmethod
-    def of(cls, teacher: TeacherSettings, distill: DistillSettings, image_size: int, memory: int) -> "DetectorConfig":
+    def of(
+        cls, teacher: TeacherSettings, distill: DistillSettings, shape: tuple[int, int], memory: int
+    ) -> "DetectorConfig":
         """The configuration of the settings, with room for `memory` patches in the memory bank (see `memory_size`)."""
         return cls(
             teacher.backbone,
             teacher.out_indices,
-            image_size,
+            shape,
             distill.bottleneck,
             distill.decoder_channels,
             distill.head_channels,

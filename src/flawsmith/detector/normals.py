@@ -26,6 +26,7 @@ from flawsmith.detector.augmentation import (
     SAMPLE,
     augmentation_distances,
     choose_augmentation,
+    fits,
     images_asked,
     transformed,
 )
@@ -83,8 +84,18 @@ class Normals:
 
 
 def find_augmentation(normals: Normals, teacher: Teacher, settings: DistillSettings) -> tuple[str, dict[str, float]]:
-    """The name of the augmentation that is set, or that the normals show, and the distances that decided."""
+    """The name of the augmentation that is set, or that the normals show, and the distances that decided.
+
+    Raises:
+        UserError: what is set does not fit the images.
+    """
     if settings.symmetry != AUTO:
+        height, width = normals.data.shape
+        if not fits(settings.symmetry, (height, width)):
+            raise UserError(
+                f"`distill.symmetry` is {settings.symmetry}, but images of {width} x {height} pixels have no quarter "
+                "turns; set rot180, flips or none, or data.aspect to 1."
+            )
         return settings.symmetry, {}
     distances: dict[str, float] = {}
     if settings.memory:

@@ -138,7 +138,7 @@ def predictor_scorer(predictor: Predictor, tiling: Tiling | None = None) -> Scor
     """
 
     def score(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        height, width = tiling.shape(*images.shape[2:]) if tiling else images.shape[2:]
+        height, width = tiling.working_shape(*images.shape[2:]) if tiling else images.shape[2:]
         answers = (predictor.predict if tiling else predictor.predict_prepared)(list(images))
         maps = np.stack([resize_map(answer.anomaly_map, height, width) for answer in answers])
         return maps, np.array([answer.score for answer in answers], np.float32)

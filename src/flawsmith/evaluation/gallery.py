@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from flawsmith.data.images import FloatImage, resize_image, to_uint8
+from flawsmith.data.images import FloatImage, fitted, resize_image, to_uint8
 from flawsmith.evaluation.assess import Assessment, Example
 from flawsmith.evaluation.measure import Performance
 from flawsmith.inference.draw import Pixels, paint_heat, ring
@@ -107,7 +107,8 @@ def _two_columns(columns: tuple[Column, Column], scale: HeatScale, title: str, n
         for row, example in enumerate(examples):
             left, top = start, header + row * row_height
             for pane in panels(example, scale):
-                shown = Image.fromarray(pane).resize(_fitted(pane.shape[:2], side), Image.Resampling.LANCZOS)
+                height, width = fitted(pane.shape[:2], side)
+                shown = Image.fromarray(pane).resize((width, height), Image.Resampling.LANCZOS)
                 page.paste(shown, (left + (side - shown.width) // 2, top + (side - shown.height) // 2))
                 left += side + margin
             colour = LIGHT.bad if example.is_wrong else LIGHT.good
@@ -135,12 +136,6 @@ def _shrunk(example: Example) -> Example:
         mask=highest(example.mask),
         anomaly_map=highest(example.anomaly_map),
     )
-
-
-def _fitted(shape: tuple[int, ...], side: int) -> tuple[int, int]:
-    """Width and height of an image `(H, W)` whose longer side is brought to `side`."""
-    height, width = (max(1, round(side * length / max(shape))) for length in shape)
-    return width, height
 
 
 def _shorten(text: str, width: int) -> str:

@@ -114,8 +114,8 @@ def evaluation_set(layout: Layout, original: bool = False) -> EvaluationSet:
     log.warning("%s has no labelled test set: held-out synthetic triplets are scored instead.", layout.category)
     normals = {name: _normal_of(row) for name, row in rows.items() if not is_illumination_defect(row)}
     triplets = TripletFolder(manifest.parent)
-    samples = triplet_samples(triplets, normals, data.image_size)
-    shades = defect_samples(triplets, rows.keys() - normals.keys(), data.image_size)
+    samples = triplet_samples(triplets, normals, data.shape)
+    shades = defect_samples(triplets, rows.keys() - normals.keys(), data.shape)
     return EvaluationSet(samples, False, "all", {name: row["source"] for name, row in rows.items()}, shades)
 
 
@@ -153,13 +153,13 @@ def normal_samples(
     )
 
 
-def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], size: int) -> tuple[Sample, ...]:
+def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], shape: tuple[int, int]) -> tuple[Sample, ...]:
     """Held-out triplets as a test set: each distinct normal once, as good, and each defect image with its mask.
 
     Args:
         triplets: what the synthesize stage wrote.
         sources: triplet id → name of what its normal is, of the triplets to score. Shades do not belong among them.
-        size: side of the model's input in pixels.
+        shape: height and width of the model's input in pixels.
 
     Raises:
         UserError: there is no triplet.
@@ -172,21 +172,21 @@ def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], size: i
         )
 
     def normal(identity: str) -> tuple[FloatImage, Mask]:
-        return resize_image(triplets.read(identity)[0], size), np.zeros((size, size), np.bool_)
+        return resize_image(triplets.read(identity)[0], shape), np.zeros(shape, np.bool_)
 
     first_of_source = {source: identity for identity, source in sorted(sources.items(), reverse=True)}
     goods = (
         Sample(f"normal/{identity}.png", GOOD, partial(normal, identity))
         for identity in sorted(first_of_source.values())
     )
-    return (*goods, *defect_samples(triplets, sources, size))
+    return (*goods, *defect_samples(triplets, sources, shape))
 
 
-def defect_samples(triplets: TripletFolder, ids: Iterable[str], size: int) -> tuple[Sample, ...]:
+def defect_samples(triplets: TripletFolder, ids: Iterable[str], shape: tuple[int, int]) -> tuple[Sample, ...]:
     """The defect images of triplets, with their masks."""
 
     def defect(identity: str) -> tuple[FloatImage, Mask]:
         _, image, mask = triplets.read(identity)
-        return resize_image(image, size), resize_mask(mask, size)
+        return resize_image(image, shape), resize_mask(mask, shape)
 
     return tuple(Sample(f"defect/{identity}.png", SYNTHETIC, partial(defect, identity)) for identity in sorted(ids))

@@ -10,15 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 REST = "rest"  # the part of operations that belong to no module of the detector
 
 
-def count_cost(detector: nn.Module, size: int) -> dict[str, Any]:
-    """Count one image of side `size`; returns the content of cost.json.
+def count_cost(detector: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
+    """Count one image of height and width `shape`; returns the content of cost.json.
 
     A multiply-add is one product that enters a sum: half of what torch calls FLOPs. Convolutions and matrix products
     count; a bias or an activation counts nothing. `parameters` are floating-point numbers, trained or remembered. Parts
     are the detector's own modules, types torch's names of operations.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        detector(torch.zeros(1, 3, size, size))
+        detector(torch.zeros(1, 3, *shape))
     counts = counter.get_flop_counts()
     root = type(detector).__name__
     parameters, flops = Counter[str](), Counter[str]()

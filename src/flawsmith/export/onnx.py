@@ -19,18 +19,18 @@ _EXAMPLE_BATCH = 2  # with 1 the exporter would take the batch for a constant
 _SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note: the modules around a node, outermost first
 
 
-def export_network(detector: nn.Module, size: int, opset: int, path: Path) -> None:
+def export_network(detector: nn.Module, shape: tuple[int, int], opset: int, path: Path) -> None:
     """Write `detector` (eval mode, on the CPU) to `path`, without metadata.
 
-    The graph takes `image` (B, 3, size, size) float32 in [0, 1] with any B and gives `anomaly_map` (B, 1, size, size)
-    and `score` (B,); whatever normalisation the detector does is inside.
+    The graph takes `image` (B, 3, H, W) float32 in [0, 1] with any B and H, W = `shape`, and gives `anomaly_map`
+    (B, 1, H, W) and `score` (B,); whatever normalisation the detector does is inside.
 
     Raises:
         FlawsmithError: the detector does not export, or the result does not pass the ONNX checker.
     """
     if detector.training:
         raise FlawsmithError("The detector is in training mode, so its normalisation would be exported wrongly.")
-    example = torch.zeros(_EXAMPLE_BATCH, 3, size, size)
+    example = torch.zeros(_EXAMPLE_BATCH, 3, *shape)
     try:
         program = torch.onnx.export(
             detector,
@@ -51,7 +51,7 @@ def export_network(detector: nn.Module, size: int, opset: int, path: Path) -> No
     versions = {item.domain: item.version for item in model.opset_import}
     if versions.get("") != opset:
         raise FlawsmithError(f"The exporter wrote opset {versions.get('')} instead of {opset}; set export.opset to it.")
-    _finish(model, size, {}, path)
+    _finish(model, {}, path)
 
 
 def write_model(model: onnx.ModelProto, metadata: ModelMetadata, path: Path) -> None:
@@ -60,13 +60,13 @@ def write_model(model: onnx.ModelProto, metadata: ModelMetadata, path: Path) -> 
     Raises:
         FlawsmithError: the graph does not pass the ONNX checker, or is not of the shape that `export_network` promises.
     """
-    _finish(model, metadata.input_size, metadata.to_properties(), path)
+    _finish(model, metadata.to_properties(), path)
 
 
-def _finish(model: onnx.ModelProto, size: int, properties: Mapping[str, str], path: Path) -> None:
+def _finish(model: onnx.ModelProto, properties: Mapping[str, str], path: Path) -> None:
     strip_provenance(model)
     onnx.helper.set_model_props(model, dict(sorted(properties.items())))
-    _check(model, size)
+    _check(model)
     with atomic_file(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -101,7 +101,7 @@ def map_range(maps: NDArray[np.float32], pixel_threshold: float) -> tuple[float,
     """The range of map values that heat maps are drawn over: from the usual value of normal surface to as far above
     the pixel threshold, which therefore has the middle colour on every image of every category.
 
-    `maps` (N, 1, S, S) are of any images; only the drawing depends on them, no verdict.
+    `maps` (N, 1, H, W) are of any images; only the drawing depends on them, no verdict.
     """
     for low in (float(np.median(maps)), float(maps.min())):
         if low < pixel_threshold:
@@ -112,7 +112,7 @@ def map_range(maps: NDArray[np.float32], pixel_threshold: float) -> tuple[float,
     return low, 2 * pixel_threshold - low
 
 
-def _check(model: onnx.ModelProto, size: int) -> None:
+def _check(model: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -123,12 +123,13 @@ def _check(model: onnx.ModelProto, size: int) -> None:
         item.name: [dimension.dim_param or dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
         for item in (*model.graph.input, *model.graph.output)
     }
+    height, width = (dimensions.get(INPUT_NAME, [])[2:] + [0, 0])[:2]
     wanted = {
-        INPUT_NAME: ["batch", 3, size, size],
-        OUTPUT_NAMES[0]: ["batch", 1, size, size],
+        INPUT_NAME: ["batch", 3, height, width],
+        OUTPUT_NAMES[0]: ["batch", 1, height, width],
         OUTPUT_NAMES[1]: ["batch"],
     }
-    if dimensions != wanted:
+    if dimensions != wanted or not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise FlawsmithError(f"The exported model has the shapes {dimensions} instead of {wanted}.")
 
 

@@ -41,7 +41,7 @@ def compare(
 
     Args:
         batch: images fed at once.
-        maps: the detector's, (N, 1, S, S).
+        maps: the detector's, (N, 1, H, W).
         scores: the detector's, (N,).
         threshold: what the detector's scores are judged at.
         answers: the exported model's, N with verdicts of their own.
@@ -77,7 +77,7 @@ def measure_parity(
     images: NDArray[np.float32],
     batches: Sequence[int] = BATCHES,
 ) -> list[Difference]:
-    """Run `images` (N, 3, S, S) through both runtimes in batches of each size; the last is filled up from the start.
+    """Run `images` (N, 3, H, W) through both runtimes in batches of each size; the last is filled up from the start.
 
     The detector's decisions are made at `threshold`, the exported model's at the one in its file.
     """
@@ -101,7 +101,7 @@ def certificate(
     sources: Sequence[Path],
     tolerance: float,
 ) -> dict[str, Any]:
-    """Measure parity on `images` (N, 3, S, S), read from `sources`, and state it so that it can be checked again.
+    """Measure parity on `images` (N, 3, H, W), read from `sources`, and state it so that it can be checked again.
 
     Raises:
         FlawsmithError: a difference exceeds `tolerance`, or a decision flips.
@@ -125,7 +125,7 @@ def certificate(
         },
         "detector_digest": predictor.metadata.detector_digest,
         "images": [{"digest": digest_file(path), "file": path.name} for path in sources],
-        "input_size": predictor.metadata.input_size,
+        "input_shape": list(predictor.input_shape),
         "model_bytes": model_path.stat().st_size,
         "model_digest": digest_file(model_path),
         "threshold": threshold,
@@ -135,7 +135,7 @@ def certificate(
 
 
 def time_predictor(predictor: Predictor, images: NDArray[np.float32], rounds: int) -> dict[str, dict[str, float]]:
-    """Time a model on images (N, 3, S, S) of its own size, from floats to verdicts.
+    """Time a model on images (N, 3, H, W) of its own size, from floats to verdicts.
 
     Returns p50 and p95 in milliseconds and images per second (at p50), by batch size: figures of this machine now.
     """
@@ -152,7 +152,7 @@ def time_predictor(predictor: Predictor, images: NDArray[np.float32], rounds: in
 
 
 def run_detector(detector: nn.Module, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """One batch (B, 3, S, S) through torch: maps (B, 1, S, S) and scores (B,)."""
+    """One batch (B, 3, H, W) through torch: maps (B, 1, H, W) and scores (B,)."""
     with torch.inference_mode():
         maps, scores = detector(torch.from_numpy(np.ascontiguousarray(images)))
     return maps.numpy(), scores.numpy()

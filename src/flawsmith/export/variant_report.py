@@ -25,7 +25,7 @@ from flawsmith.layout import Layout
 from flawsmith.sequences import evenly
 
 Images = Sequence[Callable[[], FloatImage]]
-"""Loaders of images or tiles (3, S, S) in [0, 1] of the model's size: only one is in memory at a time."""
+"""Loaders of images or tiles (3, H, W) in [0, 1] of the model's size: only one is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class VariantImages:
 
     @classmethod
     def of(cls, layout: Layout, parity: NDArray[np.float32]) -> "VariantImages":
-        """Find a category's; `parity` are (N, 3, S, S).
+        """Find a category's; `parity` are (N, 3, H, W).
 
         Raises:
             UserError: there is no held-out triplet but shades, or an image cannot be read.
         """
-        data, limit, size = layout.data, layout.settings.export.variant_images, parity.shape[-1]
+        data, limit = layout.data, layout.settings.export.variant_images
         triplets = TripletFolder(layout.stage("synthesize"))
         rows = read_manifest(triplets.folder / "manifest.parquet").to_pylist()
         shades = {row["triplet_id"] for row in rows if is_illumination_defect(row)}  # nothing that a variant must find
@@ -59,7 +59,7 @@ class VariantImages:
             lambda tile=tile: next(iter_tiles([tile], data)) for tile in plan_tiles(layout.split().calibration, data)
         ]
         fit, held_out = (
-            [lambda name=name: resize_image(triplets.read(name)[1], size) for name in names]
+            [lambda name=name: resize_image(triplets.read(name)[1], data.shape) for name in names]
             for names in (triplets.ids(FIT), [name for name in triplets.ids(VALIDATION) if name not in shades])
         )
         if not held_out:
@@ -85,7 +85,7 @@ class Limits(NamedTuple):
 def write_variants(layout: Layout, model: Path, parity: NDArray[np.float32], folder: Path) -> dict[str, dict[str, Any]]:
     """Fill `folder`: each variant asked for that loses little enough, a report on each, and summary.json.
 
-    Returns precision → report. `parity` are the test images that `evaluate` hands on, (N, 3, S, S).
+    Returns precision → report. `parity` are the test images that `evaluate` hands on, (N, 3, H, W).
 
     Raises:
         UserError: there is no held-out triplet but shades, or an image cannot be read.

@@ -33,7 +33,7 @@ def to_fp16(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
 
     Args:
         model: what `write_model` wrote; it is changed in place.
-        images: (3, S, S) each, to look for values that float16 cannot hold. onnxruntime computes float16 in float32 on
+        images: (3, H, W) each, to look for values that float16 cannot hold. onnxruntime computes float16 in float32 on
             a CPU, so such a model would be right here and answer infinity on a GPU.
 
     Raises:
@@ -56,7 +56,7 @@ def to_int8(model: onnx.ModelProto, images: Iterable[NDArray[np.float32]]) -> on
 
     Args:
         model: what `write_model` wrote; it stays as it is.
-        images: (3, S, S) each, normal and defective, which choose the ranges of the activations.
+        images: (3, H, W) each, normal and defective, which choose the ranges of the activations.
 
     Raises:
         FlawsmithError: there is no such convolution.

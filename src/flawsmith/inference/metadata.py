@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
 
 INPUT_NAME = "image"
@@ -26,7 +25,6 @@ class ModelMetadata:
     threshold: float
     pixel_threshold: float
     false_alarm_rate: float  # share of normal parts that `threshold` may flag
-    input_size: int  # side of the square input in pixels
     map_low: float  # map values drawn as the first ...
     map_high: float  # ... and the last colour of a heat map
     detector_digest: str  # SHA-256 of the weights this model was exported from: the hook of the lineage
@@ -44,11 +42,6 @@ class ModelMetadata:
         """The unit of a relative score: the way from a typical normal part to the threshold, or 1 if there is none."""
         way = self.threshold - self.typical_score
         return way if way > 1e-6 else 1.0
-
-    @property
-    def tiling(self) -> Tiling:
-        """How an image comes before the network."""
-        return Tiling(self.input_size, self.scale, self.tile_overlap)
 
     def to_properties(self) -> dict[str, str]:
         """The metadata as ONNX metadata properties; floats keep every digit."""
@@ -76,18 +69,11 @@ class ModelMetadata:
                 values[item.name] = _KINDS[item.type](text)
                 if item.type is float and not math.isfinite(values[item.name]):
                     raise ValueError(text)
-                if item.name == "input_size" and values[item.name] < 1:
-                    raise ValueError(text)
             except ValueError as error:
                 raise UserError(
                     f"{source} has damaged metadata (`{key}` is {text!r}); export the model again."
                 ) from error
-        made = cls(**values)
-        try:
-            _ = made.tiling
-        except ValueError as error:
-            raise UserError(f"{source} has damaged metadata ({error}); export the model again.") from error
-        return made
+        return cls(**values)
 
 
 _KINDS: dict[Any, Callable[[str], Any]] = {str: str, float: float, int: int}

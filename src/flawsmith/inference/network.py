@@ -28,6 +28,7 @@ class Network:
 
     Attributes:
         provider: where it really computes.
+        input_shape: height and width in pixels of the images that it takes.
         digest: SHA-256 of the very bytes that were loaded, whatever becomes of the file.
 
     Raises:
@@ -42,10 +43,10 @@ class Network:
         self.digest = hashlib.sha256(content).hexdigest()
         self._session, self.provider = _open(content, path, threads, provider)
         self.properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self.input_size = _input_size(self._session, path)  # side of the square input in pixels
+        self.input_shape = _input_shape(self._session, path)
 
     def run(self, batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images `(B, 3, S, S)` in [0, 1] to anomaly maps `(B, S, S)` and scores `(B,)`, higher = more anomalous.
+        """Images `(B, 3, H, W)` in [0, 1] to anomaly maps `(B, H, W)` and scores `(B,)`, higher = more anomalous.
 
         Raises:
             FlawsmithError: the network answers with NaN or infinity, which no threshold could judge; or it cannot be
@@ -53,7 +54,7 @@ class Network:
         """
         feed = {INPUT_NAME: np.ascontiguousarray(batch, np.float32)}
         try:
-            maps, scores = self._session.run(list(OUTPUT_NAMES), feed)  # (B, 1, S, S), (B,)
+            maps, scores = self._session.run(list(OUTPUT_NAMES), feed)  # (B, 1, H, W), (B,)
         except Exception as error:  # as in `_open`
             reason = " ".join(str(error).split())[:300]
             raise FlawsmithError(
@@ -90,7 +91,7 @@ def _open(content: bytes, path: Path, threads: int | None, provider: str | None)
         raise UserError(f"{path} cannot be loaded as an ONNX model ({reason}); export the model again.") from error
 
 
-def _input_size(session: Any, path: Path) -> int:
+def _input_shape(session: Any, path: Path) -> tuple[int, int]:
     inputs = {item.name: item.shape for item in session.get_inputs()}
     outputs = {item.name for item in session.get_outputs()}
     if list(inputs) != [INPUT_NAME] or not outputs.issuperset(OUTPUT_NAMES):
@@ -98,9 +99,10 @@ def _input_size(session: Any, path: Path) -> int:
             f"{path} takes {sorted(inputs)} and gives {sorted(outputs)}, not `{INPUT_NAME}` and "
             f"{list(OUTPUT_NAMES)}; use the model.onnx of the export stage."
         )
-    batch, *rest = inputs[INPUT_NAME]
-    if isinstance(batch, int) or len(rest) != 3 or rest[0] != 3 or rest[1] != rest[2] or not isinstance(rest[1], int):
-        raise UserError(
-            f"{path} takes images of shape {inputs[INPUT_NAME]}, not (batch, 3, side, side); export the model again."
-        )
-    return rest[1]
+    match inputs[INPUT_NAME]:
+        case [str(), 3, int(height), int(width)]:
+            return height, width
+        case other:
+            raise UserError(
+                f"{path} takes images of shape {other}, not (batch, 3, height, width); export the model again."
+            )

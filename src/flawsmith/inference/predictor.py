@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.data.images import MAX_PIXELS, FloatImage, Reading
+from flawsmith.data.tiling import Tiling
 from flawsmith.errors import UserError
 from flawsmith.inference.metadata import ModelMetadata
 from flawsmith.inference.network import Network
@@ -22,8 +23,8 @@ from flawsmith.inference.network import Network
 class Prediction:
     """The verdict on one image; higher map values are more anomalous.
 
-    `anomaly_map` is `(S, S)` at the model's input size, or `(h, w)` at the image's working resolution of a model that
-    looks at tiles.
+    `anomaly_map` is `(H, W)`, of the shape of the model's input, or of a model that looks at tiles `(h, w)`, at the
+    image's working resolution.
     """
 
     score: float
@@ -55,15 +56,13 @@ class Predictor:
     ) -> None:
         self._network = Network(model_path, threads, provider)
         self.metadata = ModelMetadata.from_properties(self._network.properties, str(model_path))
-        if self._network.input_size != self.metadata.input_size:
-            size = self.metadata.input_size
-            raise UserError(
-                f"{model_path} takes images of side {self._network.input_size}, not (batch, 3, {size}, {size}) as its "
-                "metadata says; export the model again."
-            )
+        self.input_shape = self._network.input_shape  # height and width
+        try:
+            self.tiling = Tiling(self.input_shape, self.metadata.scale, self.metadata.tile_overlap)
+        except ValueError as error:
+            raise UserError(f"{model_path} has damaged metadata ({error}); export the model again.") from error
         self.digest = self._network.digest  # of the bytes that were loaded
         self.provider = self._network.provider  # where it really computes
-        self.tiling = self.metadata.tiling
         self.threshold = _chosen("threshold", threshold, self.metadata.threshold)
         self.pixel_threshold = _chosen("pixel_threshold", pixel_threshold, self.metadata.pixel_threshold)
 
@@ -85,7 +84,7 @@ class Predictor:
     def predict_prepared(self, images: Sequence[FloatImage]) -> list[Prediction]:
         """Score images that are at this model's working resolution already, so that they are not resized again.
 
-        A model without tiles stretches them as it does any image.
+        A model without tiles resizes them as it does any image.
 
         Raises:
             UserError, FlawsmithError: as `predict`.

@@ -176,6 +176,7 @@ def describe_model(predictor: Predictor) -> dict[str, Any]:
     """Return the model's metadata with the thresholds in force, and where it computes."""
     return {
         **asdict(predictor.metadata),
+        "input_shape": list(predictor.input_shape),
         "threshold": predictor.threshold,
         "pixel_threshold": predictor.pixel_threshold,
         "provider": predictor.provider,

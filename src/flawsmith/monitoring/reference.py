@@ -66,7 +66,6 @@ def measure(
         UserError: there is no image, or one has another shape or range.
         FlawsmithError: the model or the teacher answers with NaN or infinity.
     """
-    size = predictor.metadata.input_size
     names: list[str] = []
     scores: list[float] = []
     peaks: list[float] = []
@@ -77,7 +76,7 @@ def measure(
         names += [name for name, _ in group]
         scores += [prediction.score for prediction in predictions]
         peaks += [float(prediction.anomaly_map.max()) for prediction in predictions]
-        resized = np.stack([resize_image(image, size) for _, image in group])
+        resized = np.stack([resize_image(image, predictor.input_shape) for _, image in group])
         statistics += [image_statistics(image) for image in resized]
         features.append(_features(teacher, resized))
     if not names:
@@ -94,7 +93,7 @@ def measure(
 
 
 def _features(teacher: "Teacher", images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Images `(B, 3, S, S)` to `(B, D)`; a local defect hardly moves them."""
+    """Images `(B, 3, H, W)` to `(B, D)`; a local defect hardly moves them."""
     from flawsmith.detector.teacher import pooled_features  # brings torch
 
     pooled = pooled_features(teacher, images)

@@ -37,7 +37,7 @@ def to_frame(rows: list[Measures]) -> pd.DataFrame:
 def inspect_triplets(
     triplets: Path, report: Path, settings: ValidateSettings, side: int, readiness: Path | None = None
 ) -> Verdict:
-    """Judge the triplets in the folder `triplets`, whose images must have the side `side` (pixels).
+    """Judge the triplets in the folder `triplets`, whose images must have the shorter side `side` (pixels).
 
     `readiness` is the readiness.json of the DDPM behind them, None if they were made without one. Writes
     measures.parquet, verdict.json, docs/ (Data Docs) and worst.png into the existing folder `report`.

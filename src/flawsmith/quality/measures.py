@@ -37,7 +37,7 @@ class Measures:
         in_manifest: the manifest lists it.
         on_disk: all three files exist.
         decodable: all three files are images.
-        size_agrees: all three have the expected size.
+        size_agrees: all three have one size, of the expected shorter side.
         finite: no NaN and no infinite pixel.
         mask_area: share of the image that the mask covers.
         components: connected parts of the mask (8 neighbours).
@@ -70,7 +70,7 @@ class Measures:
 @dataclass(frozen=True)
 class Scale:
     """What the measures depend on: the change that counts as visible (of 1), the margin around the mask in pixels,
-    and the side that every image must have, in pixels."""
+    and the shorter side that every image must have, in pixels."""
 
     visible_change: float
     outside_margin: int
@@ -99,9 +99,8 @@ def measure_triplet(
     """
     sizes = {normal.shape[1:], defect.shape[1:], mask.shape}
     finite = bool(np.isfinite(normal).all() and np.isfinite(defect).all())
-    row = replace(
-        row, defect_sha256=_digest_pixels(defect), size_agrees=sizes == {(scale.side, scale.side)}, finite=finite
-    )
+    agrees = len(sizes) == 1 and min(mask.shape) == scale.side
+    row = replace(row, defect_sha256=_digest_pixels(defect), size_agrees=agrees, finite=finite)
     if not row.size_agrees or not finite:
         return row
     largest = np.abs(defect.astype(np.float64) - normal.astype(np.float64)).max(axis=0)  # (H, W)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from flawsmith.data.images import draw_outline, read_image, resize_image, resize_mask, to_uint8
+from flawsmith.data.images import draw_outline, fitted, read_image, resize_image, resize_mask, to_uint8
 from flawsmith.data.masks import read_mask
 from flawsmith.data.triplets import PARTS, part_path
 from flawsmith.errors import UserError
@@ -62,14 +62,16 @@ def _tiles(folder: Path, triplet_id: str) -> list[NDArray[np.uint8]]:
     tiles = []
     for part in PARTS[:2]:
         try:
-            tiles.append(to_uint8(resize_image(read_image(part_path(folder, part, triplet_id)), TILE)))
+            image = read_image(part_path(folder, part, triplet_id))
+            tiles.append(to_uint8(resize_image(image, fitted(image.shape[1:], TILE))))
         except UserError:
             tiles.append(missing)
     try:
-        mask = resize_mask(read_mask(part_path(folder, "mask", triplet_id)), TILE)
+        mask = read_mask(part_path(folder, "mask", triplet_id))
     except UserError:
         return [*tiles, missing]
-    return [*tiles, draw_outline(tiles[1], mask, OUTLINE)]
+    height, width, _ = tiles[1].shape
+    return [*tiles, draw_outline(tiles[1], resize_mask(mask, (height, width)), OUTLINE)]
 
 
 def _reason(row: Measures, broken: Sequence[Outcome]) -> str:

@@ -69,7 +69,7 @@ INTEGRITY = {
     "in_manifest": "every triplet on disk is listed in the manifest",
     "on_disk": "every triplet of the manifest has its three files",
     "decodable": "all three files of a triplet are readable images",
-    "size_agrees": "normal, defect and mask have the size data.image_size",
+    "size_agrees": "normal, defect and mask have one size, its shorter side data.image_size",
     "finite": "no pixel is NaN or infinite",
 }
 

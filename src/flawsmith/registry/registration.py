@@ -98,7 +98,8 @@ def judging_params(layout: Layout) -> dict[str, Any]:
 def _version_tags(layout: Layout, sources: package.Sources, lineage: Lineage, digest: str) -> dict[str, str]:
     """What the registry's page and `flawsmith history` tell of a version at a glance."""
     metrics, verdict = read_json(sources.metrics), read_json(sources.verdict)
-    metadata = Predictor(sources.model).metadata
+    predictor = Predictor(sources.model)
+    metadata, (height, width) = predictor.metadata, predictor.input_shape
     revision, dirty = git_state(layout.root)
     missing = [*(path for path, _ in lineage.changed), *(item.path for item in lineage.missing())]
     tags = {
@@ -120,7 +121,7 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Lineage, di
         "threshold": repr(metadata.threshold),
         "pixel_threshold": repr(metadata.pixel_threshold),
         "false_alarm_rate": f"{metadata.false_alarm_rate:g}",
-        "input_size": str(metadata.input_size),
+        "input_size": f"{width} x {height}",
         "flawsmith_version": __version__,
         "registered_by": current_actor(),
         "flow_run": current_flow_run(),

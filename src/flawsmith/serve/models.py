@@ -122,8 +122,8 @@ class ModelSlot:
         if mark == self._mark:
             return False
         loaded = self._source.load(mark)
-        size = loaded.predictor.metadata.input_size
-        loaded.predictor.predict([np.zeros((3, size, size), np.float32)])  # allocates, and fails now if it would later
+        image = np.zeros((3, *loaded.predictor.input_shape), np.float32)
+        loaded.predictor.predict([image])  # allocates, and fails now if it would later
         self.current, self._mark, self._refused = loaded, mark, ""
         self._on_change(loaded)
         return True

@@ -61,12 +61,11 @@ def run(layout: Layout) -> None:
         elements = AUGMENTATIONS[augmentation]
         log.info("%s: turns and mirror images of normal parts that count as normal: %s.", layout.category, augmentation)
 
-        size = arrays[FIT].mask.shape[-1]
-        cells = size // frozen.strides[-1]
-        patches = memory_size(settings.memory, len(normals.tiles) * len(elements), cells, cells)
+        cells = (side // frozen.strides[-1] for side in data.shape)
+        patches = memory_size(settings.memory, len(normals.tiles) * len(elements), *cells)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)  # layers draw their initial weights from the global generator
-            detector = Detector(DetectorConfig.of(teacher, settings, size, patches), frozen)
+            detector = Detector(DetectorConfig.of(teacher, settings, data.shape, patches), frozen)
         detector.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         source_ids = fill_memory(detector, normals, elements)
         turns = numpy_generator(settings.seed, "symmetry")

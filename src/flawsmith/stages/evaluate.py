@@ -7,6 +7,7 @@ alone, which needs the data and no trained model.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(layout: Layout) -> None:
         UserError: an earlier stage's output is missing, or the test set is not usable as it is.
         FlawsmithError: the detector does not export, or answers NaN.
     """
-    settings, tiling, out = layout.settings, Tiling.of(layout.settings.data), layout.stage(STAGE)
+    settings, tiling, out = layout.settings, Tiling.of(layout.data), layout.stage(STAGE)
     weights, verdict = layout.input("distill", "detector.safetensors").parent, layout.input("validate", "verdict.json")
     split, judged = layout.split(), evaluation_set(layout)
     if judged.labelled:
@@ -53,7 +54,7 @@ def run(layout: Layout) -> None:
     with stage_run(layout, STAGE, params) as tracked:
         with atomic_folder(out) as folder:
             baseline = _baseline_scorer(layout, judged.foreign_to(split))
-            export_network(load_detector(weights), settings.data.image_size, settings.export.opset, folder / NETWORK)
+            export_network(load_detector(weights), tiling.shape, settings.export.opset, folder / NETWORK)
             network = Network(folder / NETWORK)
             tracked.set_tag("provider", network.provider)
             detector = tiled_scorer(network.run, tiling)
@@ -61,7 +62,9 @@ def run(layout: Layout) -> None:
             generator = numpy_generator(settings.evaluate.seed, "bootstrap")
             result = assess(detector, baseline, judged.samples, calibration, generator, settings.evaluate)
             shades = flagged_share(detector, judged.shades, result.detector.threshold.value, settings.evaluate.batch)
-            header = ReportHeader(layout.category, settings, judged, read_json(verdict), shades)
+            header = ReportHeader(
+                layout.category, replace(settings, data=layout.data), judged, read_json(verdict), shades
+            )
             write_data(folder, result, judged, read_json(weights / "config.json").get("precision", ""), shades)
             write_parity_images(folder / "parity", judged.samples, settings.evaluate.parity_images, tiling)
             write_report(folder, result, header)
@@ -94,7 +97,7 @@ def run_baseline(layout: Layout) -> None:
         (result,) = measure(
             [_baseline_scorer(layout, judged.foreign_to(split))],
             judged.samples,
-            normal_samples(split.calibration, Tiling.of(layout.settings.data), layout.data.reading),
+            normal_samples(split.calibration, Tiling.of(layout.data), layout.data.reading),
             numpy_generator(settings.seed, "bootstrap"),
             settings,
         )
@@ -107,10 +110,10 @@ def run_baseline(layout: Layout) -> None:
 def _baseline_scorer(layout: Layout, normals: list[Path]) -> Scorer:
     device = Compute.choose(layout.settings.compute).device
     baseline = torch_scorer(fit_baseline(layout, normals, device), device)
-    return tiled_scorer(baseline, Tiling.of(layout.settings.data))
+    return tiled_scorer(baseline, Tiling.of(layout.data))
 
 
 def _params(layout: Layout) -> dict[str, dict[str, Any]]:
     settings = layout.settings
-    sections = {STAGE: settings.evaluate, "data": settings.data, "teacher": settings.teacher}
+    sections = {STAGE: settings.evaluate, "data": layout.data, "teacher": settings.teacher}
     return {name: section_values(section) for name, section in sections.items()}

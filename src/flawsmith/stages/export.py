@@ -50,7 +50,7 @@ def run(layout: Layout) -> None:
         raise UserError(f"{parity} holds no image; run `flawsmith evaluate --category {layout.category}` again.")
     if settings.export.variants:
         layout.input("synthesize", "mask")
-    params = {"export": section_values(settings.export), "data": section_values(settings.data)}
+    params = {"export": section_values(settings.export), "data": section_values(layout.data)}
     try:
         Network(network)
     except UserError as error:
@@ -58,7 +58,7 @@ def run(layout: Layout) -> None:
         raise UserError(f"{network} is damaged; {again}.") from error
     with stage_run(layout, "export", params) as tracked:
         detector = load_detector(weights)
-        images = load_images(sources, detector.config.image_size, layout.data.reading)
+        images = load_images(sources, detector.config.shape, layout.data.reading)
         metadata = _metadata(layout, detector, digest_path(weights), metrics, images)
         with atomic_folder(out) as folder:
             model = folder / MODEL
@@ -71,7 +71,7 @@ def run(layout: Layout) -> None:
             write_json(folder / PARITY, proof)
             for batch, figures in proof["batches"].items():
                 tracked.log_metrics({f"batch_{batch}_{name}": float(value) for name, value in figures.items()})
-            cost = count_cost(detector, metadata.input_size)
+            cost = count_cost(detector, predictor.input_shape)
             write_json(folder / COST, cost)
             log.info("%s: %s", layout.category, describe_cost(cost))
             tracked.log_metrics({"multiply_adds": float(cost["multiply_adds"])})
@@ -88,7 +88,7 @@ def run(layout: Layout) -> None:
 def _metadata(
     layout: Layout, detector: Detector, digest: str, metrics_path: Path, images: NDArray[np.float32]
 ) -> ModelMetadata:
-    data, metrics = layout.settings.data, read_json(metrics_path)
+    data, metrics = layout.data, read_json(metrics_path)
     judged = {key: metrics.get(key) for key in ("threshold", "pixel_threshold", "typical_score", "false_alarm_rate")}
     for key, value in judged.items():
         if value is None:
@@ -99,7 +99,6 @@ def _metadata(
     low, high = map_range(maps, metrics["pixel_threshold"])
     return ModelMetadata(
         category=layout.category,
-        input_size=detector.config.image_size,
         map_low=low,
         map_high=high,
         detector_digest=digest,
@@ -108,7 +107,7 @@ def _metadata(
         training_precision=metrics.get("training_precision", ""),
         scale=data.scale,
         tile_overlap=data.tile_overlap if data.scale else 0,
-        white_level=layout.data.white_level,
+        white_level=data.white_level,
         **judged,
     )
 

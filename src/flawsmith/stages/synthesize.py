@@ -32,7 +32,7 @@ DIGEST_KEY, PRECISION_KEY = b"flawsmith.settings", b"flawsmith.precision"
 
 def run(layout: Layout) -> None:
     """Make the triplets and write `normal|defect|mask/`, `manifest.parquet` and `sheet.png`."""
-    settings, data = layout.settings.synthesize, layout.settings.data
+    settings, data = layout.settings.synthesize, layout.data
     compute = Compute.choose(layout.settings.compute)
     params = {STAGE: section_values(settings), "data": section_values(data), "compute": compute.describe()}
     with stage_run(layout, STAGE, params) as tracked, compute.fast_math():

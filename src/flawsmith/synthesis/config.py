@@ -17,8 +17,9 @@ Count = Annotated[int, Field(ge=1, le=16)]
 
 
 def default_windows(image_size: int, multiple: int) -> tuple[int, ...]:
-    """Sides from a quarter to half of the image, in pixels: multiples of `multiple`, the divisor of the UNet's input.
+    """Sides from a quarter to half of the image's shorter side, in pixels.
 
+    They are multiples of `multiple`, the divisor of the UNet's input.
     No side is under 32 pixels (a mask's soft edge needs room) or over 1024.
     """
     sides = (max(32, image_size * sixteenths // 16) for sixteenths in range(4, 9))

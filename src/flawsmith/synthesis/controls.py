@@ -22,7 +22,16 @@ from scipy import ndimage
 from flawsmith.data.images import Mask
 from flawsmith.errors import UserError
 from flawsmith.synthesis.config import SynthesizeSettings
-from flawsmith.synthesis.masks import TRIES, MaskDraw, MaskKind, Places, WindowLimits, log_uniform, on_margin
+from flawsmith.synthesis.masks import (
+    TRIES,
+    MaskDraw,
+    MaskKind,
+    Places,
+    WindowLimits,
+    log_uniform,
+    on_margin,
+    window_around,
+)
 
 Texture = NDArray[np.float32]  # (3, side, side) in [0, 255]
 
@@ -41,7 +50,10 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def noise_mask(
-    generator: np.random.Generator, size: int, settings: SynthesizeSettings, foreground: Mask | None = None
+    generator: np.random.Generator,
+    shape: tuple[int, int],
+    settings: SynthesizeSettings,
+    foreground: Mask | None = None,
 ) -> MaskDraw:
     """Random pixels, or blocks of 2, 4 or 8 pixels a side, that cover 40 to 80 % of a square.
 
@@ -50,14 +62,14 @@ def noise_mask(
     Raises:
         UserError: as `sample_mask`.
     """
-    limits = WindowLimits.of(size, settings, foreground)
+    limits = WindowLimits.of(shape, settings, foreground)
     area = log_uniform(generator, (limits.low, limits.most))
     extent = int(np.ceil(np.sqrt(area / generator.uniform(*DENSITY))))
     side = limits.window(extent)
     blocks = [block for block in BLOCKS if block <= max(1.0, np.sqrt(area) / 2)]  # larger ones would decide the area
     for attempt in range(TRIES):
         row, column = limits.places.draw(generator)
-        top, left = (int(np.clip(at - side // 2, 0, size - side)) for at in (row, column))
+        top, left = window_around((row, column), side, shape)
         here = np.s_[top : top + side, left : left + side]
         block = int(generator.choice(blocks))
         coarse = generator.random((side // block + 2,) * 2, dtype=np.float32)
@@ -69,7 +81,7 @@ def noise_mask(
             for at, origin in ((row, top), (column, left))
         )
         allowed[rows, columns] = True
-        allowed &= ~on_margin(top, left, side, size, limits.rim)
+        allowed &= ~on_margin((top, left, side), shape, limits.rim)
         if foreground is not None:
             allowed &= foreground[here]
         values = np.sort(noise[allowed])
@@ -79,7 +91,7 @@ def noise_mask(
         threshold = float(values[min(round(area), values.size) - 1])
         chosen = allowed & (noise <= threshold)
         if limits.low <= chosen.sum() <= limits.high:
-            mask = np.zeros((size, size), bool)
+            mask = np.zeros(shape, bool)
             mask[here] = chosen
             return MaskDraw(mask, "noise", float(block), threshold, 0.0, (top, left, side))
     raise UserError(
@@ -88,16 +100,20 @@ def noise_mask(
 
 
 def rectangle_mask(
-    generator: np.random.Generator, size: int, _settings: SynthesizeSettings, foreground: Mask | None = None
+    generator: np.random.Generator,
+    shape: tuple[int, int],
+    _settings: SynthesizeSettings,
+    foreground: Mask | None = None,
 ) -> MaskDraw:
-    """A patch or a scar of CutPaste, as large as in the paper whatever the settings say, inside the image.
+    """A patch or a scar of CutPaste inside the image, as large as in the paper, whatever the settings say, for an image
+    of the shorter side.
 
     On an object, its centre lies on the part and the background is left out (the paper pastes anywhere).
 
     Raises:
         UserError: the foreground is empty, or holds no pixels of any patch drawn.
     """
-    places = Places.of(size, foreground)
+    places, size = Places.of(shape, foreground), min(shape)
     for _ in range(TRIES):
         scar = generator.random() < SCAR_SHARE
         angle = float(generator.uniform(-SCAR_ANGLE, SCAR_ANGLE)) if scar else 0.0
@@ -112,10 +128,10 @@ def rectangle_mask(
         cos, sin = abs(np.cos(angle)), abs(np.sin(angle))
         reach = ((height * cos + width * sin) / 2, (height * sin + width * cos) / 2)
         centre = [
-            float(np.clip(at, half - 0.5, max(size - half - 0.5, half - 0.5)))
-            for at, half in zip(places.draw(generator), reach, strict=True)
+            float(np.clip(at, half - 0.5, max(length - half - 0.5, half - 0.5)))
+            for at, half, length in zip(places.draw(generator), reach, shape, strict=True)
         ]
-        y, x = np.arange(size)[:, None] - centre[0], np.arange(size)[None, :] - centre[1]
+        y, x = np.arange(shape[0])[:, None] - centre[0], np.arange(shape[1])[None, :] - centre[1]
         down, across = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
         mask = (np.abs(down) <= height / 2) & (np.abs(across) <= width / 2)
         if foreground is not None:
@@ -131,12 +147,12 @@ def rectangle_mask(
 def own_texture(
     generator: np.random.Generator, donor: NDArray[np.uint8], side: int, foreground: Mask | None = None
 ) -> Texture:
-    """A region of `donor` (3, S, S), turned, mirrored and changed by three of DRAEM's augmenters, (3, side, side).
+    """A region of `donor` (3, H, W), turned, mirrored and changed by three of DRAEM's augmenters, (3, side, side).
 
     Args:
-        foreground: (S, S) bool, where the region's centre may lie; None is everywhere.
+        foreground: (H, W) bool, where the region's centre may lie; None is everywhere.
     """
-    centre = Places.of(donor.shape[1], foreground).draw(generator)
+    centre = Places.of(donor.shape[1:], foreground).draw(generator)
     texture = _turned(donor, side, centre, float(generator.uniform(0, 2 * np.pi)), bool(generator.integers(2)))
     coloured = bool((donor != donor[:1]).any())
     augmenters = [*AUGMENTERS, *([_recolour] if coloured else [])]
@@ -146,12 +162,10 @@ def own_texture(
 
 
 def cutpaste_texture(generator: np.random.Generator, image: NDArray[np.uint8], outline: MaskDraw) -> Texture:
-    """A patch from a random place of the same `image` (3, S, S), in the window of `outline`; a scar's is turned."""
-    side, size = outline.window[2], image.shape[1]
-    centre = tuple(generator.uniform((side - 1) / 2, size - (side + 1) / 2, 2))
-    texture = _turned(
-        image, side, (float(centre[0]), float(centre[1])), outline.angle if outline.kind == "scar" else 0.0
-    )
+    """A patch from a random place of the same `image` (3, H, W), in the window of `outline`; a scar's is turned."""
+    side = outline.window[2]
+    row, column = (float(generator.uniform((side - 1) / 2, length - (side + 1) / 2)) for length in image.shape[1:])
+    texture = _turned(image, side, (row, column), outline.angle if outline.kind == "scar" else 0.0)
     brightness, contrast, saturation, hue = generator.uniform(-PASTE_JITTER, PASTE_JITTER, 4)
     texture = np.clip(texture * (1 + brightness), 0, 255)
     texture = np.clip(_stretched(texture, 1 + contrast), 0, 255)
@@ -163,7 +177,7 @@ def cutpaste_texture(generator: np.random.Generator, image: NDArray[np.uint8], o
 def _turned(
     image: NDArray[np.uint8], side: int, centre: tuple[float, float], angle: float, mirrored: bool = False
 ) -> Texture:
-    """The square of `image` (3, S, S) around `centre`, turned by `angle`; beyond the image it is mirrored."""
+    """The square of `image` (3, H, W) around `centre`, turned by `angle`; beyond the image it is mirrored."""
     offset = np.arange(side) - (side - 1) / 2
     y, x = offset[:, None], offset[None, :] * (-1 if mirrored else 1)
     if angle == 0.0:  # whole pixels, so that a straight patch is no smoother than its image
@@ -183,10 +197,9 @@ def _turned(
 
 def _square_around(mask: Mask) -> tuple[int, int, int]:
     """The smallest square window (top, left, side) inside the image that holds the mask."""
-    size = mask.shape[0]
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     side = int(max(np.ptp(rows), np.ptp(columns))) + 1
-    top, left = (int(min(index[0], size - side)) for index in (rows, columns))
+    top, left = (int(min(index[0], length - side)) for index, length in zip((rows, columns), mask.shape, strict=True))
     return top, left, side
 
 

@@ -87,7 +87,7 @@ class TripletSpec:
 
 @dataclass(frozen=True)
 class Triplet:
-    """One accepted triplet: images (3, S, S) uint8 and the mask (S, S) of the pixels that really changed."""
+    """One accepted triplet: images (3, H, W) uint8 and the mask (H, W) of the pixels that really changed."""
 
     candidate: TripletSpec
     normal: NDArray[np.uint8]
@@ -101,7 +101,7 @@ class TripletGenerator:
 
     Attributes:
         denoiser, scheduler: needed for the texture `diffusion` alone.
-        normals: (N, 3, S, S) uint8, the fit part at the model's size: images, or tiles of them.
+        normals: (N, 3, H, W) uint8, the fit part at the model's size: images, or tiles of them.
         names: N file names, the manifest's name of each normal; tiles of one image share it.
         compute: where the denoiser lies, and its precision.
         places: of each normal the tile's top and left in pixels at working resolution; None for whole images.
@@ -117,6 +117,11 @@ class TripletGenerator:
     compute: Compute = CPU
     places: Sequence[tuple[int, int] | None] = ()
     twins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the normals."""
+        return self.normals.shape[2], self.normals.shape[3]
 
     def sources(self, role: str) -> NDArray[np.int64]:
         """Indices of the normals of one role: validation sources are those of a fixed share of the pictures, of which
@@ -166,7 +171,7 @@ class TripletGenerator:
         strength, start, opacity = (
             float(generator.uniform(*bounds)) for bounds in (settings.strength, settings.start, settings.opacity)
         )
-        outline = OUTLINES[settings.mask](generator, self.normals.shape[2], settings, allowed)
+        outline = OUTLINES[settings.mask](generator, self.shape, settings, allowed)
         donor = source
         others = sources[sources != source]  # of the same role: the roles share no image in this way either
         if settings.texture == "own" and others.size:
@@ -179,7 +184,7 @@ class TripletGenerator:
         return DefectSpec(SHADE, source, 0.0, 0.0, 1.0, outline, stream, shade)
 
     def _patch(self, generator: np.random.Generator, source: int, allowed: Mask | None, stream: Stream) -> DefectSpec:
-        outline = rectangle_mask(generator, self.normals.shape[2], self.settings, allowed)
+        outline = rectangle_mask(generator, self.shape, self.settings, allowed)
         return DefectSpec("cutpaste", source, 0.0, 0.0, 1.0, outline, stream)
 
     def _allowed(self, index: int) -> Mask | None:
@@ -343,7 +348,7 @@ def remake(maker: TripletGenerator, role: str, number: int) -> Triplet | None:
 def changed_mask(
     normal: NDArray[np.uint8], defect: NDArray[np.uint8], region: Mask, visibility: float
 ) -> NDArray[np.bool_]:
-    """Where a defect can be seen: pixels of `region` (S, S) moved by more than `visibility` in any channel.
+    """Where a defect can be seen: pixels of `region` (H, W) moved by more than `visibility` in any channel.
 
     Gaps of up to four pixels between changed pixels are closed (texture crosses its own brightness there); lone specks
     of fewer than four pixels are dropped.
@@ -368,7 +373,7 @@ _NAMES = {SHADE: "shades", PATCH: "patches", TEXTURE: "defects"}
 
 
 def _change(normal: NDArray[np.uint8], defect: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """(S, S): the change of the channel that changed most."""
+    """(H, W): the change of the channel that changed most."""
     return np.asarray(np.abs(defect.astype(np.int16) - normal.astype(np.int16)).max(axis=0), np.int16)
 
 

@@ -44,7 +44,7 @@ class MaskDraw:
     """A mask and all that was drawn for it.
 
     Attributes:
-        mask: `(size, size)` bool, never empty, True only inside the window.
+        mask: `(H, W)` bool, never empty, True only inside the window.
         kind: `perlin` (blobs, flecks, clusters) or `ridge` (lines of 1-4 px); `noise`, `rectangle` and `scar` are
             controls, `shade` is a large soft change of light.
         period: lattice period in pixels (for a ridge the one across it); the side of the blocks of `noise`, the shorter
@@ -71,37 +71,40 @@ def margin(feather: float) -> int:
 
 
 def sample_mask(
-    generator: np.random.Generator, size: int, settings: SynthesizeSettings, foreground: Mask | None = None
+    generator: np.random.Generator,
+    shape: tuple[int, int],
+    settings: SynthesizeSettings,
+    foreground: Mask | None = None,
 ) -> MaskDraw:
-    """Draw one defect mask for a square image of `size` pixels a side.
+    """Draw one defect mask for an image.
 
     The place is uniform over the foreground; the area (of a ridge its length and width) is log-uniform in
     `settings.area`, as far as windows and foreground can hold it; the window is the smallest that does.
 
     Args:
         generator: source of everything drawn.
-        size: side of the image in pixels.
+        shape: height and width of the image in pixels.
         settings: section `synthesize`.
-        foreground: `(size, size)` bool, where a defect may be; None is everywhere.
+        foreground: `(H, W)` bool, where a defect may be; None is everywhere.
 
     Raises:
         UserError: the foreground is empty, no window can hold the least area, or no outline in range was found.
     """
-    limits = WindowLimits.of(size, settings, foreground)
+    limits = WindowLimits.of(shape, settings, foreground)
     spec = _MaskSpec.draw(generator, settings.ridge_share, (limits.low, limits.most), limits.largest)
     side = limits.window(spec.extent)
 
     for attempt in range(TRIES):
         row, column = limits.places.draw(generator)
-        top, left = (int(np.clip(at - side // 2, 0, size - side)) for at in (row, column))
+        top, left = window_around((row, column), side, shape)
         here = np.s_[top : top + side, left : left + side]
         allowed = np.ones((side, side), bool) if foreground is None else foreground[here]
         outline = _Outline.draw(generator, spec, settings)
         reach = outline.reach(generator, (row - top, column - left), allowed)
-        closed = _close(reach, spec.area, on_margin(top, left, side, size, limits.rim))
+        closed = _close(reach, spec.area, on_margin((top, left, side), shape, limits.rim))
         wanted = spec.area / 2 if attempt < TRIES // 2 else 0  # keeps the areas as they were drawn, while it can
         if max(limits.low, wanted) <= closed.sum() <= limits.high:
-            mask = np.zeros((size, size), bool)
+            mask = np.zeros(shape, bool)
             mask[here] = closed
             return MaskDraw(mask, spec.kind, outline.period, outline.threshold, outline.angle, (top, left, side))
     remedy = "lower synthesize.ridge_share" if spec.kind == "ridge" else "lower synthesize.perlin_threshold"
@@ -115,28 +118,28 @@ def sample_mask(
 class Places:
     """Where the centre of a defect may lie: anywhere, or on the foreground."""
 
-    size: int  # side of the image in pixels
+    shape: tuple[int, int]  # height and width of the image in pixels
     listed: NDArray[np.intp] | None  # flat indices of the foreground; None is everywhere
 
     @classmethod
-    def of(cls, size: int, foreground: Mask | None) -> "Places":
-        """All pixels of `foreground` `(size, size)`.
+    def of(cls, shape: tuple[int, int], foreground: Mask | None) -> "Places":
+        """All pixels of `foreground` `(H, W)`.
 
         Raises:
             UserError: it is empty.
         """
-        if foreground is not None and foreground.shape != (size, size):
-            raise ValueError(f"foreground must be ({size}, {size}), not {foreground.shape}")
+        if foreground is not None and foreground.shape != shape:
+            raise ValueError(f"foreground must be {shape}, not {foreground.shape}")
         listed = None if foreground is None else np.flatnonzero(foreground)
         if listed is not None and not listed.size:
             raise UserError("The foreground is empty, so there is no place for a defect; check the normal images.")
-        return cls(size, listed)
+        return cls(shape, listed)
 
     def draw(self, generator: np.random.Generator) -> tuple[int, int]:
         """One place (row, column), all alike likely."""
-        listed = self.listed
-        place = int(generator.integers(self.size**2) if listed is None else listed[generator.integers(listed.size)])
-        return divmod(place, self.size)
+        listed, (height, width) = self.listed, self.shape
+        place = generator.integers(height * width) if listed is None else listed[generator.integers(listed.size)]
+        return divmod(int(place), width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,21 +155,21 @@ class WindowLimits:
     largest: int  # side of the square that the largest window leaves to a mask
 
     @classmethod
-    def of(cls, size: int, settings: SynthesizeSettings, foreground: Mask | None) -> "WindowLimits":
-        """The limits for masks in an image of `size` pixels a side.
+    def of(cls, shape: tuple[int, int], settings: SynthesizeSettings, foreground: Mask | None) -> "WindowLimits":
+        """The limits for masks in an image of height and width `shape`.
 
         Raises:
             UserError: the foreground is empty or too small, or no window can hold the least area.
         """
-        places = Places.of(size, foreground)
+        places, area = Places.of(shape, foreground), shape[0] * shape[1]
         rim = margin(settings.feather)
-        windows = tuple(sorted(side for side in set(settings.windows) if 2 * rim < side <= size))
+        windows = tuple(sorted(side for side in set(settings.windows) if 2 * rim < side <= min(shape)))
         largest = windows[-1] - 2 * rim if windows else 0
-        low, high = max(1, int(np.ceil(settings.area[0] * size**2))), int(settings.area[1] * size**2)
+        low, high = max(1, int(np.ceil(settings.area[0] * area))), int(settings.area[1] * area)
         most = min(high, int(FILL * largest**2))
         if low > most:
             raise UserError(
-                f"synthesize.area asks for defects of {low} to {high} pixels in {size} x {size}, but the "
+                f"synthesize.area asks for defects of {low} to {high} pixels in {shape[1]} x {shape[0]}, but the "
                 f"synthesize.windows {list(settings.windows)} hold at most {int(FILL * largest**2)}; change one of "
                 "them."
             )
@@ -265,7 +268,7 @@ class _Outline:
         )
         if self.spec.kind == "ridge":
             return self._ridge_reach(noise, centre, allowed)
-        distance = distance_to(len(allowed), centre, self.angle, min(self.aspect, 2.0))
+        distance = distance_to(allowed.shape, centre, self.angle, min(self.aspect, 2.0))
         above = noise - np.float32(self.threshold)
         candidates = allowed & (above > 0)
         reach = np.full_like(noise, np.inf)
@@ -273,7 +276,6 @@ class _Outline:
         return _keep_parts(reach, self.parts)
 
     def _ridge_reach(self, noise: FloatField, centre: tuple[int, int], allowed: Mask) -> FloatField:
-        side = noise.shape[0]
         slope_y, slope_x = np.gradient(noise)
         from_line = np.abs(noise - np.float32(self.threshold)) / (np.hypot(slope_y, slope_x) + np.float32(1e-6))
         reach = np.full_like(noise, np.inf)
@@ -281,9 +283,9 @@ class _Outline:
         if not spine.any():
             return reach
         # the falloff is centred on the line, at its place nearest to the centre drawn
-        away = np.where(spine, distance_to(side, centre), np.inf)
-        on_line = divmod(int(away.argmin()), side)
-        distance = distance_to(side, on_line)
+        away = np.where(spine, distance_to(noise.shape, centre), np.inf)
+        on_line = divmod(int(away.argmin()), noise.shape[1])
+        distance = distance_to(noise.shape, on_line)
         half = self.spec.width / 2
         shoulder = np.clip((from_line - 0.5) / max(half - 0.5, 1e-6), 0, 1)  # 0 on the spine, 1 at the full half width
         candidates = allowed & ((shoulder < 1) | spine)
@@ -296,23 +298,30 @@ def log_uniform(generator: np.random.Generator, bounds: tuple[float, float]) -> 
     return float(np.exp(generator.uniform(*np.log(bounds))))
 
 
-def distance_to(side: int, centre: tuple[int, int], angle: float = 0.0, aspect: float = 1.0) -> FloatField:
-    """Distance to `centre` in pixels, `(side, side)`, stretched `aspect` times along `angle` at equal area; never 0."""
-    y = (np.arange(side, dtype=np.float32) - centre[0])[:, None]
-    x = (np.arange(side, dtype=np.float32) - centre[1])[None, :]
+def distance_to(shape: tuple[int, ...], centre: tuple[int, int], angle: float = 0.0, aspect: float = 1.0) -> FloatField:
+    """Distance to `centre` in pixels, `(H, W)`, stretched `aspect` times along `angle` at equal area; never 0."""
+    y = (np.arange(shape[0], dtype=np.float32) - centre[0])[:, None]
+    x = (np.arange(shape[1], dtype=np.float32) - centre[1])[None, :]
     cos, sin, root = np.float32(np.cos(angle)), np.float32(np.sin(angle)), np.float32(np.sqrt(aspect))
     result: FloatField = np.hypot((cos * y - sin * x) * root, (sin * y + cos * x) / root)
     return np.maximum(result, np.float32(0.1))
 
 
-def on_margin(top: int, left: int, side: int, size: int, rim: int) -> Mask:
+def window_around(centre: tuple[int, int], side: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Top and left of the window of this side around `centre`, moved so that it lies inside the image."""
+    top, left = (int(np.clip(at - side // 2, 0, length - side)) for at, length in zip(centre, shape, strict=True))
+    return top, left
+
+
+def on_margin(window: Window, shape: tuple[int, int], rim: int) -> Mask:
     """The window's pixels too near to those of its borders that are not the image's."""
+    top, left, side = window
     result = np.zeros((side, side), bool)
     for cut, strip in (
         (top > 0, np.s_[:rim, :]),
         (left > 0, np.s_[:, :rim]),
-        (top + side < size, np.s_[-rim:, :]),
-        (left + side < size, np.s_[:, -rim:]),
+        (top + side < shape[0], np.s_[-rim:, :]),
+        (left + side < shape[1], np.s_[:, -rim:]),
     ):
         if cut:
             result[strip] = True

@@ -29,7 +29,7 @@ SOFTNESS = (1.5, 5.0)  # range of p: 1.5 is a peaked hill, 5 a plateau with a so
 ASPECT = (1.0, 4.0)
 WARP = 0.8  # the distance r is multiplied by 1 +- this, after low-frequency noise
 WARP_PERIOD = 1.0  # of that noise, in diameters of the visible area
-SMOOTHING = 1 / 40  # of the image: sigma of the Gaussian behind which brightness, not texture, is left
+SMOOTHING = 1 / 40  # of the shorter side: sigma of the Gaussian behind which brightness, not texture, is left
 ROOM = 0.8  # share of the way to black or white that a shade may go
 
 
@@ -38,7 +38,7 @@ class IlluminationDefect:
     """A soft change of light.
 
     Attributes:
-        alpha: (S, S) float32 in [0, 1].
+        alpha: (H, W) float32 in [0, 1].
         change: signed change of brightness where it is largest, of 1.
         gain_share: how much of it is gain; 1 is light, 0 a film.
         gain, offset: as in the module's equation, for pixels in [0, 1].
@@ -57,20 +57,18 @@ def sample_shade(
     settings: SynthesizeSettings,
     foreground: Mask | None = None,
 ) -> tuple[MaskDraw, IlluminationDefect]:
-    """Draw a shade for one image (3, S, S), on the foreground (S, S) where there is one.
+    """Draw a shade for one image (3, H, W), on the foreground (H, W) where there is one.
 
     The visible area is log-uniform in `settings.shade_area`, as far as the foreground can hold it, the largest change
     log-uniform in `settings.shade_change`, dark or bright; it is smaller and of the other sign where the surface is too
     dark or too bright for it. The mask may be empty: there is nothing to see then.
     """
-    size = normal.shape[1]
-    level = ndimage.gaussian_filter(
-        normal.astype(np.float32) / np.float32(255), (0, size * SMOOTHING, size * SMOOTHING)
-    )
-    row, column = Places.of(size, foreground).draw(generator)
-    area = log_uniform(
-        generator, (max(settings.shade_area[0] * size**2, 1.0), max(settings.shade_area[1] * size**2, 1.0))
-    )
+    shape = (normal.shape[1], normal.shape[2])
+    sigma, pixels = min(shape) * SMOOTHING, shape[0] * shape[1]
+    level = ndimage.gaussian_filter(normal.astype(np.float32) / np.float32(255), (0, sigma, sigma))
+    row, column = Places.of(shape, foreground).draw(generator)
+    low, high = settings.shade_area
+    area = log_uniform(generator, (max(low * pixels, 1.0), max(high * pixels, 1.0)))
     wished, sign = log_uniform(generator, settings.shade_change), float(generator.choice([-1.0, 1.0]))
     gain_share, softness = float(generator.uniform(0, 1)), log_uniform(generator, SOFTNESS)
     angle, aspect = float(generator.uniform(0, np.pi)), log_uniform(generator, ASPECT)
@@ -83,17 +81,17 @@ def sample_shade(
 
     period = WARP_PERIOD * 2 * float(np.sqrt(area / np.pi))
     origin = generator.uniform(0, 1000, 2)
-    noise = perlin_noise((size, size), period, generator, angle, 3, 0.5, (float(origin[0]), float(origin[1])))
-    distance = distance_to(size, (row, column), angle, aspect) * (1 + np.float32(WARP) * noise)
-    largest = np.abs(np.float32(gain) * level + np.float32(offset)).max(axis=0)  # (S, S), c of the module's equation
+    noise = perlin_noise(shape, period, generator, angle, 3, 0.5, (float(origin[0]), float(origin[1])))
+    distance = distance_to(shape, (row, column), angle, aspect) * (1 + np.float32(WARP) * noise)
+    largest = np.abs(np.float32(gain) * level + np.float32(offset)).max(axis=0)  # (H, W), c of the module's equation
     seen = largest > settings.visibility
     if foreground is not None:
         seen &= foreground
-    reach = np.full((size, size), np.inf, np.float32)
+    reach = np.full(shape, np.inf, np.float32)
     reach[seen] = distance[seen] / (1 - np.sqrt(settings.visibility / largest[seen])) ** np.float32(1 / softness)
     inside = np.sort(reach[seen])
     if not inside.size:
-        nothing = np.zeros((size, size), bool)
+        nothing = np.zeros(shape, bool)
         return _outline(nothing, period, angle), IlluminationDefect(
             np.zeros_like(reach), change, gain_share, gain, offset
         )
@@ -105,7 +103,7 @@ def sample_shade(
 
 
 def shaded(normal: NDArray[np.uint8], shade: IlluminationDefect, mask: Mask, visibility: float) -> NDArray[np.uint8]:
-    """`normal` (3, S, S) under the shade; outside the mask no pixel moves by more than `visibility` (of 1)."""
+    """`normal` (3, H, W) under the shade; outside the mask no pixel moves by more than `visibility` (of 1)."""
     values = normal.astype(np.float32)
     change = shade.alpha * (np.float32(shade.gain) * values + np.float32(255 * shade.offset))
     limit = np.floor(np.float32(visibility * 255))  # grain brighter than its surroundings would cross it here and there
@@ -114,4 +112,4 @@ def shaded(normal: NDArray[np.uint8], shade: IlluminationDefect, mask: Mask, vis
 
 
 def _outline(mask: Mask, period: float, angle: float) -> MaskDraw:
-    return MaskDraw(mask, "shade", period, 0.0, angle, (0, 0, mask.shape[0]))
+    return MaskDraw(mask, "shade", period, 0.0, angle, (0, 0, max(mask.shape)))

@@ -12,7 +12,7 @@ OUTLINE = (255, 60, 60)
 
 
 def triplet_row(normal: NDArray[np.uint8], defect: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
-    """(S, 5 S, 3): normal, defect, mask, and the mask's surroundings in normal and defect with its outline."""
+    """(H, 3 W + 2 H, 3): normal, defect, mask, and the mask's surroundings in normal and defect with its outline."""
     size = mask.shape[0]
     first, second = (part.transpose(1, 2, 0) for part in (normal, defect))
     white = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
@@ -22,9 +22,8 @@ def triplet_row(normal: NDArray[np.uint8], defect: NDArray[np.uint8], mask: Mask
 
 def zoom(image: NDArray[np.uint8], mask: Mask, size: int) -> NDArray[np.uint8]:
     """The square around the mask with some context, (H, W, 3) → (size, size, 3), enlarged without smoothing."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        return image
+    shown = mask if mask.any() else np.ones_like(mask)
+    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
     side = min(max(np.ptp(rows), np.ptp(columns)) * 3 // 2 + 16, min(mask.shape))
     top, left = (
         int(np.clip((index[0] + index[-1] - side) // 2, 0, extent - side))

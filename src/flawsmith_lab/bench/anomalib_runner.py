@@ -2,7 +2,7 @@
 
     python -P anomalib_runner.py FOLDER
 
-FOLDER holds request.json, fit.npy, calibration.npy and test.npy, (N, 3, S, S) uint8, and teacher.safetensors. Left
+FOLDER holds request.json, fit.npy, calibration.npy and test.npy, (N, 3, H, W) uint8, and teacher.safetensors. Left
 there: MODEL.calibration.npy and MODEL.test.npy, float32 maps (N, S, S), MODEL.scores.npz, and answer.json with seconds.
 
 The networks, losses, coreset and optimiser settings are anomalib's own; its trainer, whose thresholds and early
@@ -139,7 +139,7 @@ def batches(images: NDArray[np.uint8], request: Answer) -> Iterator[Tensor]:
 
 
 def normalised(images: NDArray[np.uint8], request: Answer) -> Tensor:
-    """(B, 3, S, S) uint8 → float32 with the teacher's mean and deviation."""
+    """(B, 3, H, W) uint8 → float32 with the teacher's mean and deviation."""
     mean, std = (np.asarray(request[key], np.float32).reshape(1, 3, 1, 1) for key in ("mean", "std"))
     return torch.from_numpy((images.astype(np.float32) / np.float32(255) - mean) / std).to(device())
 

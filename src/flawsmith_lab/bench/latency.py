@@ -112,9 +112,9 @@ def random_model(settings: Settings, size: int, path: Path) -> None:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # layers draw their initial weights from the global generator
         frozen = Teacher(teacher.backbone, teacher.out_indices)
-        cells = size // frozen.strides[-1]
+        cells, shape = size // frozen.strides[-1], (size, size)
         places = memory_size(settings.distill.memory, NORMALS, cells, cells)
-        detector = Detector(DetectorConfig.of(teacher, settings.distill, size, places), frozen).eval()
+        detector = Detector(DetectorConfig.of(teacher, settings.distill, shape, places), frozen).eval()
         if detector.memory is not None:
             detector.memory.patches.copy_(F.normalize(torch.randn(detector.memory.patches.shape), dim=1))
         detector.calibrate([torch.rand(2, 3, size, size)])
@@ -123,14 +123,13 @@ def random_model(settings: Settings, size: int, path: Path) -> None:
         threshold=1.0,
         pixel_threshold=1.0,
         false_alarm_rate=settings.evaluate.false_alarm_rate,
-        input_size=size,
         map_low=0.0,
         map_high=2.0,
         detector_digest="0" * 64,
         teacher=teacher.backbone,
         flawsmith_version=__version__,
     )
-    export_network(detector, size, settings.export.opset, path)
+    export_network(detector, shape, settings.export.opset, path)
     write_model(onnx.load(path), metadata, path)
 
 
@@ -150,7 +149,9 @@ def own_models(chosen: argparse.Namespace, folder: Path) -> dict[int, Path]:
             print(f"exporting our detector for {size} px ...", flush=True)
             random_model(settings, size, path)
         return own
-    size = Predictor(chosen.model).metadata.input_size
+    size, width = Predictor(chosen.model).input_shape
+    if size != width:
+        raise UserError(f"{chosen.model} takes images of {width} x {size} px; the others are timed on square ones.")
     if chosen.sizes not in (None, (size,)):
         raise UserError(f"{chosen.model} takes images of {size} px; leave out --sizes, or --model.")
     nodes = onnx.load(chosen.model, load_external_data=False).graph.node

@@ -47,7 +47,7 @@ def training_speed(
     step with the best product (what the machine allows when nobody disturbs), `efficiency_median` the medians.
 
     Args:
-        images: (N, 3, S, S) uint8.
+        images: (N, 3, H, W) uint8.
     """
     alone = replace(settings, checkpoint_every=steps + WARM_UP + 1)
     resume = ResumePoint(scratch / "resume", "bench")
@@ -104,7 +104,7 @@ def in_whole_image(candidate: TripletSpec) -> TripletSpec:
     return replace(
         candidate,
         defects=tuple(
-            replace(defect, outline=replace(defect.outline, window=(0, 0, defect.outline.mask.shape[0])))
+            replace(defect, outline=replace(defect.outline, window=(0, 0, max(defect.outline.mask.shape))))
             for defect in candidate.defects
         ),
     )

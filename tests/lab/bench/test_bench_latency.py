@@ -36,7 +36,7 @@ if sys.argv[2].endswith("latency_worker.py"):
     os.execv({python!r}, [{python!r}, "-P", sys.argv[2], "onnxruntime", *sys.argv[4:]])
 from toy_onnx import write_toy
 folder = pathlib.Path(sys.argv[3])
-files = [str(write_toy(folder / (name + ".onnx"), input_size=size))
+files = [str(write_toy(folder / (name + ".onnx"), shape=(size, size)))
          for name, size, batch in json.loads((folder / "request.json").read_text())["files"]]
 answer = {{"anomalib": "0", "torch": "0", "openvino": "0", "files": files}}
 (folder / "answer.json").write_text(json.dumps(answer))
@@ -52,7 +52,7 @@ def executable(path: Path, text: str) -> Path:
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """A model for images of SIZE."""
-    return write_toy(tmp_path / "whole.onnx", input_size=SIZE)
+    return write_toy(tmp_path / "whole.onnx", shape=(SIZE, SIZE))
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_alone_every_setting_has_a_row_and_no_ratio(toy: Path, capsys: pytest.Ca
 
 def test_beside_peers_the_ratio_is_that_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     python = executable(tmp_path / "python", STAND_IN.format(python=sys.executable, tests=str(TESTS)))
-    model = write_toy(tmp_path / "model.onnx", input_size=256)
+    model = write_toy(tmp_path / "model.onnx", shape=(256, 256))
     main(["--model", str(model), "--python", str(python), "--rounds", "2", "--batches", "1", "--threads", "2"])
     found = last_line(capsys)
     rows = {(one["model"], one["runtime"], one["precision"]): one for one in found["rows"]}

@@ -1,0 +1,106 @@
+"""Every stage on a category whose images are wider than high and differ a little in size, from normals to masks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+from small_settings import SHIPPED, SMALL, dotted
+
+from flawsmith.config import load_settings
+from flawsmith.data.images import read_image, write_png
+from flawsmith.data.masks import read_mask
+from flawsmith.data.triplets import TripletFolder
+from flawsmith.detector.model import load_detector
+from flawsmith.errors import UserError
+from flawsmith.files import read_json
+from flawsmith.inference.folder import predict_folder
+from flawsmith.inference.options import PredictOptions
+from flawsmith.inference.predictor import Predictor
+from flawsmith.layout import Layout
+from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
+from flawsmith.stages.explain import explain
+
+pytestmark = pytest.mark.timeout(1200)
+
+SIZES = ((96, 160), (100, 160), (96, 152), (90, 150))
+SHAPE = (64, 96)  # of what models see: the sizes' median aspect, to a multiple of 32
+SHAPED: dict[str, Any] = dotted(SMALL) | {
+    "categories": ["strip"],
+    "tracking.mode": "off",
+    "ddpm-train.steps": 6,
+    "synthesize.validation_fraction": 0.3,
+    "distill.memory": 300,
+}
+
+
+def strip(seed: int) -> NDArray[np.uint8]:
+    height, width = SIZES[seed % len(SIZES)]
+    gray = np.random.default_rng(seed).normal(120, 20, (height, width))
+    return np.repeat(np.clip(ndimage.gaussian_filter(gray, 0.8), 0, 255)[..., None], 3, axis=2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    root = tmp_path_factory.mktemp("shaped")
+    folder = root / "data" / "strip"
+    for seed in range(12):
+        write_png(folder / f"train/good/{seed:03d}.png", strip(seed))
+    for seed in range(4):
+        write_png(folder / f"test/good/{seed:03d}.png", strip(100 + seed))
+        pixels = strip(200 + seed)
+        mask = np.zeros(pixels.shape[:2], np.bool_)
+        mask[10:26, -40:-20] = True  # upper right: off the diagonal
+        pixels[mask] = 250
+        write_png(folder / f"test/hole/{seed:03d}.png", pixels)
+        write_png(folder / f"ground_truth/hole/{seed:03d}_mask.png", mask)
+    layout = Layout(load_settings(SHIPPED, SHAPED), "strip", root)
+    for stage in (ddpm_train, synthesize, validate, distill, evaluate, export):
+        stage.run(layout)
+    return layout
+
+
+def test_triplets_have_the_shape_of_the_normals(made: Layout, tmp_path: Path) -> None:
+    folder = TripletFolder(made.stage("synthesize"))
+    shapes = {folder.read(name)[1].shape for role in ("fit", "val") for name in folder.ids(role)}
+    assert shapes == {(3, *SHAPE)}
+    assert explain(made, "fit-00000", tmp_path / "why.png")
+
+
+def test_the_model_takes_that_shape_and_agrees_with_the_detector(made: Layout) -> None:
+    assert load_detector(made.stage("distill")).config.shape == SHAPE
+    assert Predictor(made.stage("export") / "model.onnx").input_shape == SHAPE
+    assert {read_image(path).shape[1:] for path in (made.stage("evaluate") / "parity").glob("*.png")} == {SHAPE}
+    proof = read_json(made.stage("export") / "parity.json")
+    assert all(batch["decision_flips"] == 0 for batch in proof["batches"].values())
+
+
+def test_heat_is_where_the_defect_is(made: Layout) -> None:
+    metrics = read_json(made.stage("evaluate") / "metrics.json")
+    assert metrics["pixel_auroc"] > 0.9
+    assert metrics["baseline"]["pixel_auroc"] > 0.9
+
+
+def test_a_folder_gets_masks_of_the_originals_sizes_at_the_right_places(made: Layout, tmp_path: Path) -> None:
+    folder, model = made.surface().folder, made.stage("export") / "model.onnx"
+    (answer,) = Predictor(model).predict([read_image(folder / "test/hole/000.png")])
+    hot = float(np.quantile(answer.anomaly_map, 0.85))  # so brief a training leaves heat elsewhere too
+    predictor = Predictor(model, threshold=-1e6, pixel_threshold=hot)
+    predict_folder(predictor, [folder / "test" / "hole"], tmp_path / "out", PredictOptions(masks=True))
+    for row in json.loads((tmp_path / "out" / "results.json").read_text())["images"]:
+        truth = read_mask(folder / "ground_truth" / "hole" / row["file"].replace(".png", "_mask.png"))
+        found = read_mask(tmp_path / "out" / "masks" / row["file"])
+        assert (row["height"], row["width"]) == found.shape == truth.shape
+        assert read_image(tmp_path / "out" / "overlays" / row["file"]).shape[1:] == truth.shape
+        share = found[truth].mean()
+        assert share > 0.5
+        assert all(share > 2 * found[np.flip(truth, axis)].mean() for axis in (0, 1, (0, 1)))
+
+
+def test_quarter_turns_of_what_is_not_square_are_refused(made: Layout) -> None:
+    turned = load_settings(SHIPPED, SHAPED | {"distill.symmetry": "rot90"})
+    with pytest.raises(UserError, match=r"`distill\.symmetry` is rot90, but images of 96 x 64 pixels"):
+        distill.run(Layout(turned, "strip", made.root))
