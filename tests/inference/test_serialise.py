@@ -61,7 +61,7 @@ def test_the_verdict_follows_from_what_is_shown(
 ) -> None:
     threshold = threshold if fixed is None else fixed
     predictor = object.__new__(Predictor)
-    predictor.metadata = ModelMetadata("c", threshold, 0.5, 0.05, 32, 0, 1, "", "", "", typical_score=typical)
+    predictor.metadata = ModelMetadata("c", threshold, 0.5, 0.05, 0, 1, "", "", "", typical_score=typical)
     predictor.threshold, predictor.pixel_threshold = threshold, 0.5
     score = np.float32(threshold)
     for _ in range(abs(off)):
@@ -84,7 +84,7 @@ def test_a_relative_score_never_falls_where_the_score_rises(
     scores: list[float], threshold: float, typical: float
 ) -> None:
     predictor = object.__new__(Predictor)
-    predictor.metadata = ModelMetadata("c", threshold, 0.5, 0.05, 32, 0, 1, "", "", "", typical_score=typical)
+    predictor.metadata = ModelMetadata("c", threshold, 0.5, 0.05, 0, 1, "", "", "", typical_score=typical)
     predictor.threshold = threshold
     found = [predictor.relative_score(score) for score in sorted(scores)]
     assert found == sorted(found)

@@ -63,7 +63,7 @@ def onnx_model(gain: float, noise: float, path: Path) -> None:
         initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    metadata = ModelMetadata("plate", 0.62 * gain + noise, 0.62, 0.05, SIDE, 0.0, 1.0, "ab" * 32, "none", "0.1.0")
+    metadata = ModelMetadata("plate", 0.62 * gain + noise, 0.62, 0.05, 0.0, 1.0, "ab" * 32, "none", "0.1.0")
     helper.set_model_props(model, metadata.to_properties())
     path.write_bytes(model.SerializeToString())
 
