@@ -312,25 +312,24 @@ def _conflicts(settings: Settings) -> Iterator[str]:
             f"`validate.min_triplets` is {gate.min_triplets} but `synthesize.triplets` only {synthesis.triplets}, so "
             "the gate would always fail; make more triplets or demand fewer."
         )
-    if synthesis.mask != "rectangle":
-        low, high = synthesis.area
-        window = max(0.0, max(synthesis.windows) - 4 * synthesis.feather)
-        if max(1.0, low * height * width) > min(high * height * width, window**2):
-            yield (
-                f"`synthesize.area` is {[low, high]}, which no mask in {width} x {height} pixels can have inside "
-                f"`synthesize.windows` {list(synthesis.windows)} and `synthesize.feather` {synthesis.feather:g}; "
-                "change one of them."
-            )
-        if low > gate.mask_area[1] or high < gate.mask_area[0]:
-            yield (
-                f"`synthesize.area` is {[low, high]} but `validate.mask_area` allows only {list(gate.mask_area)}, so "
-                "the gate would always fail; let them overlap."
-            )
+    low, high = synthesis.area
+    window = max(0.0, max(synthesis.windows) - 4 * synthesis.feather)
+    if max(1.0, low * height * width) > min(high * height * width, window**2):
+        yield (
+            f"`synthesize.area` is {[low, high]}, which no mask in {width} x {height} pixels can have inside "
+            f"`synthesize.windows` {list(synthesis.windows)} and `synthesize.feather` {synthesis.feather:g}; "
+            "change one of them."
+        )
+    if low > gate.mask_area[1] or high < gate.mask_area[0]:
+        yield (
+            f"`synthesize.area` is {[low, high]} but `validate.mask_area` allows only {list(gate.mask_area)}, so "
+            "the gate would always fail; let them overlap."
+        )
     for name, value, other, limit in (
         ("shade_area", synthesis.shade_area[1], "mask_area", gate.mask_area[1]),
         ("visibility", synthesis.visibility, "max_change_outside", gate.max_change_outside),
     ):
-        if synthesis.shade_share and value > limit:
+        if "illumination" in synthesis.shares and value > limit:
             yield (
                 f"`synthesize.{name}` reaches {value:g} but `validate.{other}` allows only {limit:g}, so the gate "
                 "would fail on shades; lower the first or raise the second."

@@ -80,6 +80,9 @@ def rule(key: Mapping[str, Any]) -> str:
     """Put into words what a key's JSON Schema allows: `a whole number from 1 to 1024`."""
     if "enum" in key:
         return f"one of {', '.join(key['enum'])}"
+    if key["type"] == "object":
+        names, value = key["propertyNames"]["enum"], rule(key["additionalProperties"])
+        return f"a mapping of any of {', '.join(names)}, each to {value}"
     if key["type"] == "array":
         items = key.get("items") or key["prefixItems"][0]
         shapes = {0: "a list: each", 2: "a range [low, high]: both", 3: "a list of three: each"}

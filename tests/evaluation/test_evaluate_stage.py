@@ -228,7 +228,7 @@ def test_held_out_shades_alone_can_stand_in_for_nothing(layout):
     manifest = made.stage("synthesize") / "manifest.parquet"
     rows = pd.read_parquet(manifest)
     rows[rows["shade_change"].notna()].to_parquet(manifest)
-    with pytest.raises(UserError, match=r"but shades.*lower synthesize\.shade_share"):
+    with pytest.raises(UserError, match=r"but shades.*lower illumination in synthesize\.mixture"):
         evaluate.run(made)
 
 

@@ -176,7 +176,7 @@ def test_good_triplets_of_a_ddpm_that_is_not_ready(
 
 
 def test_triplets_of_no_ddpm_ask_for_no_readiness(tmp_path: Path) -> None:
-    changed = replace(settings().synthesize, texture="own")
+    changed = replace(settings().synthesize, mixture={"own": 1.0})
     layout = Layout(replace(settings(), synthesize=changed), "tile", tmp_path)
     make_set(layout.stage("synthesize"))
     run(layout)

@@ -1,6 +1,7 @@
 """Triplets: local, visible, in roles that share no source, and made again bit for bit."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,15 @@ from flawsmith.data.foreground import Foreground
 from flawsmith.data.triplets import FIT, VALIDATION, TripletArrays, TripletFolder
 from flawsmith.diffusion.unet import Denoiser, build_scheduler
 from flawsmith.errors import UserError
-from flawsmith.synthesis.generate import (
-    MIN_SEEN,
-    TripletGenerator,
-    changed_mask,
-    generate,
-    remake,
-    role_counts,
-)
-from flawsmith.synthesis.manifest import manifest_row
+from flawsmith.synthesis.generate import MIN_SEEN, TripletGenerator, generate, quotas, remake, role_counts
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row, zoom
+from flawsmith.synthesis.sources.texture import changed_mask
 
 PARAMS = load_settings(Path(__file__).parents[2] / "params.yaml")
 DDPM = dataclasses.replace(PARAMS.ddpm_train, crop=16, patch=2, channels=(8, 16), fine_channels=8)
 SETTINGS = dataclasses.replace(
     PARAMS.synthesize, triplets=12, steps=3, windows=(32, 48), batch=3, area=(0.004, 0.08), visibility=0.02,
-    perlin_periods=(8, 16), shade_share=0.0, patch_share=0.0,
+    perlin_periods=(8, 16), mixture={"diffusion": 1.0},
 )  # fmt: skip
 SIZE = 64
 
@@ -59,7 +53,7 @@ def test_a_triplet_differs_where_its_mask_is_and_nowhere_far_from_it(maker: Trip
         assert change[~near].max(initial=0) == 0
         seen = change[triplet.mask] > SETTINGS.visibility * 255
         assert seen.mean() >= MIN_SEEN  # what the quality gate asks of most, whatever closing has drawn
-        assert np.array_equal(triplet.normal, maker.normals[triplet.candidate.source])
+        assert np.array_equal(triplet.normal, maker.normals[triplet.candidate.normal])
 
 
 def test_any_triplet_is_made_again_bit_for_bit(maker: TripletGenerator) -> None:
@@ -68,22 +62,24 @@ def test_any_triplet_is_made_again_bit_for_bit(maker: TripletGenerator) -> None:
         assert again is not None
         assert np.array_equal(again.defect, triplet.defect)
         assert np.array_equal(again.mask, triplet.mask)
-        assert manifest_row(maker, "a", again) == manifest_row(maker, "a", triplet)
+        assert maker.row("a", again) == maker.row("a", triplet)
 
 
 def test_roles_share_no_source(maker: TripletGenerator) -> None:
-    fit, validation = set(maker.sources(FIT)), set(maker.sources(VALIDATION))
+    fit, validation = set(maker.normals_of(FIT)), set(maker.normals_of(VALIDATION))
     assert fit
     assert validation
     assert not fit & validation
     assert fit | validation == set(range(10))
     for role, sources in ((FIT, fit), (VALIDATION, validation)):
-        assert {triplet.candidate.source for triplet in generate(maker, role, 4)} <= sources
+        assert {triplet.candidate.normal for triplet in generate(maker, role, 4)} <= sources
 
 
 def test_another_seed_gives_other_triplets(maker: TripletGenerator) -> None:
     other = dataclasses.replace(maker, settings=dataclasses.replace(SETTINGS, seed=1))
-    assert maker.candidate(FIT, 0) != other.candidate(FIT, 0)
+    first, second = maker.candidate(FIT, 0), other.candidate(FIT, 0)
+    assert first.defect.values != second.defect.values
+    assert not np.array_equal(first.defect.outline.mask, second.defect.outline.mask)
 
 
 def test_gray_surfaces_get_gray_defects(maker: TripletGenerator) -> None:
@@ -96,6 +92,72 @@ def test_invisible_defects_end_in_one_clear_error(maker: TripletGenerator) -> No
     strict = dataclasses.replace(maker, settings=dataclasses.replace(SETTINGS, visibility=0.9))
     with pytest.raises(UserError, match=r"synthesize\.strength"):
         list(generate(strict, FIT, 3))
+
+
+@pytest.mark.parametrize("source", ["illumination", "cutpaste", "own"])
+def test_a_share_taken_from_diffusion_leaves_the_other_candidates_as_they_were(
+    maker: TripletGenerator, source: str
+) -> None:
+    mixed = dataclasses.replace(maker, settings=dataclasses.replace(SETTINGS, mixture={"diffusion": 0.5, source: 0.5}))
+    names = []
+    for number in range(40):
+        before, after = maker.candidate(FIT, number), mixed.candidate(FIT, number)
+        names.append(after.source)
+        assert before.normal == after.normal
+        if after.source == "diffusion":
+            assert np.array_equal(before.defect.alpha, after.defect.alpha)
+            assert before.defect.values == after.defect.values
+    assert 10 < names.count(source) < 30
+
+
+MIXTURES = [
+    {"diffusion": 0.8, "illumination": 0.2},
+    {"illumination": 0.25, "own": 0.5, "cutpaste": 0.25},
+    {"cutpaste": 1.0},
+    {"illumination": 0.7, "own": 0.0, "cutpaste": 0.7},
+]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_shares_are_of_triplets_though_candidates_are_dropped(
+    maker: TripletGenerator, mixture: dict[str, float]
+) -> None:
+    """So strict a rule of what is seen that many a defect is dropped and no shade."""
+    strict = dataclasses.replace(
+        SETTINGS, mixture=mixture, opacity=(0.05, 1.0), shade_change=(0.2, 0.3), min_changed=0.7
+    )
+    made_by = dataclasses.replace(maker, settings=strict)
+    names = [triplet.candidate.source for triplet in generate(made_by, FIT, 20)]
+    assert {name: names.count(name) for name in strict.shares} == {
+        name: round(20 * share) for name, share in strict.shares.items()
+    }
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(any), st.integers(1, 500))
+def test_quotas_add_up_and_follow_the_shares(shares: list[float], count: int) -> None:
+    mixture = dict(zip(("illumination", "cutpaste", "own", "diffusion"), shares, strict=True))
+    settings = dataclasses.replace(SETTINGS, mixture=mixture)
+    found = quotas(settings, count)
+    assert sum(found.values()) == count
+    assert min(found.values()) >= 0
+    assert list(found.values())[-1] > 0
+    assert all(abs(found[name] - share * count) <= 2 for name, share in settings.shares.items())
+
+
+def test_a_mixture_is_made_again_bit_for_bit(maker: TripletGenerator) -> None:
+    mixture = dict.fromkeys(("illumination", "cutpaste", "own", "diffusion"), 1.0)
+    made_by = dataclasses.replace(maker, settings=dataclasses.replace(SETTINGS, mixture=mixture))
+    rows = []
+    for triplet in generate(made_by, FIT, 16):
+        again = remake(made_by, FIT, triplet.candidate.number)
+        assert again is not None
+        assert np.array_equal(again.defect, triplet.defect)
+        assert np.array_equal(again.mask, triplet.mask)
+        rows.append(made_by.row("a", triplet))
+        assert rows[-1] == made_by.row("a", again)
+        assert ("shade_change" in rows[-1]) == (rows[-1]["defect_source"] == "illumination")
+        assert ("strength" in rows[-1]) == (rows[-1]["defect_source"] == "diffusion")
+    assert Counter(row["defect_source"] for row in rows) == dict.fromkeys(mixture, 4)
 
 
 @given(share=st.floats(0.001, 0.5), count=st.integers(2, 1000))

@@ -45,34 +45,31 @@ def layout(root: Path, **changes: object) -> Layout:
 def test_a_control_runs_without_a_diffusion_model_and_is_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = layout(tmp_path, texture="own", shade_share=0.3, patch_share=0.3, defects=[1, 2])
+    made = layout(tmp_path, mixture={"own": 0.4, "illumination": 0.3, "cutpaste": 0.3})
     synthesize.run(made)
     rows = read_manifest(made.stage("synthesize") / "manifest.parquet").to_pylist()
     folder = TripletFolder(made.stage("synthesize"))
     assert sorted(row["triplet_id"] for row in rows) == sorted((*folder.ids("fit"), *folder.ids("val")))
-    assert {row["texture"] for row in rows} == {"own", "shade", "cutpaste"}
-    assert {row["defects"] for row in rows} == {1, 2}
+    assert {row["defect_source"] for row in rows} == {"own", "illumination", "cutpaste"}
     for row in rows:
         normal, _, mask = folder.read(row["triplet_id"])
         assert mask.mean() == pytest.approx(row["mask_area"])
         source = made.surface().folder / "train" / "good" / row["source"]
         assert source.is_file()
         assert normal.shape == (3, 96, 96)
-    twice = next(row["triplet_id"] for row in rows if row["defects"] == 2)
-    soft = next(row["triplet_id"] for row in rows if row["texture"] == "shade")
-    pasted = next(row["triplet_id"] for row in rows if row["texture"] == "cutpaste")
-    for triplet_id in (twice, soft, pasted):
+        assert (row["donor"] is None) == (row["defect_source"] != "own")
+    for triplet_id in {row["defect_source"]: row["triplet_id"] for row in rows}.values():
         assert explain(made, triplet_id, tmp_path / "explained.png")
     assert "mask_kind       shade" in capsys.readouterr().out
 
 
 def test_settings_of_the_diffusion_model_decide_nothing_about_a_control(tmp_path: Path) -> None:
-    control, method = layout(tmp_path, texture="own"), layout(tmp_path)
+    control, method = layout(tmp_path, mixture={"own": 1.0}), layout(tmp_path)
     assert synthesize.made_with(control) != synthesize.made_with(method)
     for made, decides in ((control, False), (method, True)):
         settings = load_settings(
             Path(__file__).parents[2] / "params.yaml",
-            OVERRIDES | {"synthesize.texture": made.settings.synthesize.texture, "ddpm-train.steps": 7},
+            OVERRIDES | {"synthesize.mixture": made.settings.synthesize.mixture, "ddpm-train.steps": 7},
         )
         assert (synthesize.made_with(Layout(settings, "plate", tmp_path)) != synthesize.made_with(made)) == decides
 

@@ -28,7 +28,7 @@ def part_path(folder: Path, part: str, triplet_id: str) -> Path:
 
 
 def read_manifest(path: Path) -> "pa.Table":
-    """The manifest of a synthesize folder: one row a triplet (`synthesis.manifest.manifest_row` says of what).
+    """The manifest of a synthesize folder: one row a triplet (`TripletGenerator.row` says of what).
 
     Raises:
         UserError: the file is no parquet table with the column `triplet_id`.

@@ -168,7 +168,7 @@ def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], shape: 
         raise UserError(
             f"{triplets.folder} holds no held-out (`{VALIDATION}-`) triplets but shades, and there is no labelled test "
             "set, so nothing can be scored; raise synthesize.validation_fraction or synthesize.triplets, or lower "
-            "synthesize.shade_share."
+            "illumination in synthesize.mixture."
         )
 
     def normal(identity: str) -> tuple[FloatImage, Mask]:

@@ -65,7 +65,7 @@ class VariantImages:
         if not held_out:
             raise UserError(
                 f"{triplets.folder} holds no held-out triplet but shades, so no variant can be judged; lower "
-                "synthesize.shade_share, or leave export.variants empty."
+                "illumination in synthesize.mixture, or leave export.variants empty."
             )
         return cls(
             making=[part[place] for part in (normals, fit) for place in evenly(len(part), limit)],

@@ -12,7 +12,6 @@ from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.layout import Layout
 from flawsmith.stages.synthesize import STAGE, build_generator, made_with, read_rows
 from flawsmith.synthesis.generate import remake
-from flawsmith.synthesis.manifest import manifest_row
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 
 
@@ -37,7 +36,7 @@ def explain(layout: Layout, triplet_id: str, out: Path) -> bool:
         again = remake(maker, row["role"], row["candidate"])
     if again is None:
         raise FlawsmithError(f"{triplet_id} left no visible change when made again; the device or library has changed.")
-    for key, value in manifest_row(maker, triplet_id, again).items():
+    for key, value in maker.row(triplet_id, again).items():
         print(f"  {key:<15} {value:.4f}" if isinstance(value, float) else f"  {key:<15} {value}")
     normal, defect, mask = TripletFolder(layout.stage(STAGE)).read(triplet_id)
     stored = to_uint8(normal).transpose(2, 0, 1), to_uint8(defect).transpose(2, 0, 1), mask

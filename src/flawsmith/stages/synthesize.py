@@ -1,4 +1,4 @@
-"""Stage synthesize: normal images + denoiser (a control needs none) → triplets (normal, defect, mask) and manifest."""
+"""Stage synthesize: normal images, and the denoiser where it is used → triplets (normal, defect, mask) and manifest."""
 
 import json
 from typing import Any
@@ -19,7 +19,6 @@ from flawsmith.layout import Layout
 from flawsmith.randomness import numpy_generator
 from flawsmith.sections import section_values, settings_digest
 from flawsmith.synthesis.generate import TripletGenerator, generate, role_counts
-from flawsmith.synthesis.manifest import manifest_row
 from flawsmith.synthesis.sheet import contact_sheet, triplet_row
 from flawsmith.tracking import stage_run
 
@@ -45,7 +44,7 @@ def run(layout: Layout) -> None:
                 for index, triplet in enumerate(generate(maker, role, count)):
                     triplet_id = f"{role}-{index:05d}"
                     folder.write(triplet_id, triplet.normal, triplet.defect, triplet.mask)
-                    rows.append(manifest_row(maker, triplet_id, triplet))
+                    rows.append(maker.row(triplet_id, triplet))
                     if role == "fit" and index < SHEET_ROWS:
                         strips.append(triplet_row(triplet.normal, triplet.defect, triplet.mask))
             write_manifest(rows, made_with(layout), compute.precision, out)
@@ -58,10 +57,10 @@ def run(layout: Layout) -> None:
 
 
 def build_generator(layout: Layout, compute: Compute) -> TripletGenerator:
-    """The fit normals, and the denoiser if the texture needs it, ready to make any triplet of this category."""
+    """The fit normals, and the denoiser if the mixture needs it, ready to make any triplet of this category."""
     data = layout.data
     denoiser, scheduler = None, None
-    if layout.settings.synthesize.texture == "diffusion":
+    if "diffusion" in layout.settings.synthesize.shares:
         layout.input("ddpm-train", "unet.safetensors")
         loaded, ddpm = load_denoiser(layout.stage("ddpm-train"))
         denoiser = loaded.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -88,14 +87,18 @@ def build_generator(layout: Layout, compute: Compute) -> TripletGenerator:
 def made_with(layout: Layout) -> str:
     """Digest of all settings that decide a triplet (the denoiser's own digest stands in its config)."""
     settings = layout.settings
-    model = (settings.ddpm_train,) if settings.synthesize.texture == "diffusion" else ()
+    model = (settings.ddpm_train,) if "diffusion" in settings.synthesize.shares else ()
     return settings_digest(settings.data, settings.synthesize, *model)
 
 
 def write_manifest(rows: list[dict[str, Any]], digest: str, precision: str, folder: Any) -> None:
-    """One row a triplet, with the digest of the settings and the precision in the schema's metadata."""
+    """One row a triplet, with the digest of the settings and the precision in the schema's metadata.
+
+    The table has all columns of all rows: a source leaves empty what it has no use for.
+    """
+    columns = dict.fromkeys(key for row in rows for key in row)
     made = {DIGEST_KEY: json.dumps(digest), PRECISION_KEY: precision}
-    table = pa.Table.from_pylist(rows).replace_schema_metadata(made)
+    table = pa.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows]).replace_schema_metadata(made)
     with atomic_file(folder / "manifest.parquet") as temporary:
         pq.write_table(table, temporary)
 

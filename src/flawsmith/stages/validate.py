@@ -1,6 +1,6 @@
 """validate: judge the triplets before anything learns from them; a critical failure stops the pipeline here.
 
-flawsmith validate --category C: reads synthesize/ and, where the defects are diffused, ddpm-train/readiness.json;
+flawsmith validate --category C: reads synthesize/ and, where the denoiser is used, ddpm-train/readiness.json;
 writes measures.parquet, verdict.json, docs/ and worst.png. The report is in place whatever the verdict.
 """
 
@@ -21,12 +21,12 @@ def run(layout: Layout) -> None:
 
     Raises:
         QualityGateError: a critical expectation failed; the report says which.
-        UserError: there is no manifest, or no readiness.json where the defects are diffused.
+        UserError: there is no manifest, or no readiness.json where the denoiser is used.
     """
     settings = layout.settings.validate
     triplets, report = layout.input("synthesize", "manifest.parquet").parent, layout.stage("validate")
     readiness = None
-    if layout.settings.synthesize.texture == "diffusion":
+    if "diffusion" in layout.settings.synthesize.shares:
         readiness = layout.input("ddpm-train", "readiness.json")
     params = {"validate": section_values(settings), "data": section_values(layout.settings.data)}
     with (

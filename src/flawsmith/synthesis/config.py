@@ -1,6 +1,6 @@
 """`synthesize`: the synthetic defects."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -13,7 +13,8 @@ Strength = Annotated[float, Field(ge=0, le=10)]
 Start = Annotated[float, Field(ge=0.01, le=1)]
 Opacity = Annotated[float, Field(ge=0.05, le=1)]
 Threshold = Annotated[float, Field(ge=-1, le=0.9)]
-Count = Annotated[int, Field(ge=1, le=16)]
+# Diffusion comes last: what takes a share from it alone moves no candidate of the sources before
+SourceName = Literal["illumination", "cutpaste", "own", "diffusion"]
 
 
 def default_windows(image_size: int, multiple: int) -> tuple[int, ...]:
@@ -28,30 +29,25 @@ def default_windows(image_size: int, multiple: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, config=STRICT)
 class SynthesizeSettings:
-    """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process, or from one of its controls."""
+    """`synthesize`: triplets (normal, defect, mask) from the disturbed reverse process and other sources of defects."""
 
     seed: Seed = Field(0, description="seed of all triplets")
     triplets: int = Field(
         480, ge=2, le=1_000_000, description="triplets to make, for training and for choosing the checkpoint"
     )
-    texture: Literal["diffusion", "own", "cutpaste"] = Field(
-        "diffusion",
-        description="what fills a mask: `diffusion` (the DDPM), or a control: `own` (another normal's region, strongly "
-        "jittered), `cutpaste` (a patch of the same image)",
+    mixture: dict[SourceName, Share] = Field(
+        {"diffusion": 0.8, "illumination": 0.2},
+        description="shares of triplets by what makes their defects (divided by their sum): `diffusion` (the DDPM), "
+        "`illumination` (shades: large soft changes of light), `own` (another normal's region, strongly jittered), "
+        "`cutpaste` (patches and scars of the same image, of the paper's sizes)",
     )
-    mask: Literal["perlin", "noise", "rectangle"] = Field(
+    mask: Literal["perlin", "noise"] = Field(
         "perlin",
-        description="outline of a defect: `perlin` (and ridges), or a control: `noise` (random pixels and blocks), "
-        "`rectangle` (CutPaste's patches and scars, of the paper's sizes)",
+        description="outlines of `diffusion` and `own`: `perlin` (and ridges), or the control `noise` (random pixels "
+        "and blocks)",
     )
-    defects: Range[Count] = Field((1, 1), description="defects an image; they share `area`")
-    shade_share: Share = Field(0.2, description="share of triplets that carry a shade: a large soft change of light")
     shade_area: Range[Share] = Field((0.02, 0.2), description="a shade's visible share of the image")
     shade_change: Range[Share] = Field((0.05, 0.3), description="a shade's largest change of brightness (of 1)")
-    patch_share: Share = Field(
-        0.0,
-        description="share of the other triplets that carry a CutPaste patch instead (of the paper's sizes)",
-    )
     rule: Literal["constant", "realnet"] = Field("constant", description="how the disturbance enters the variance")
     strength: Range[Strength] = Field((0.1, 0.4), description="s, the disturbance's deviation per T/20; 0: plain DDPM")
     start: Range[Start] = Field((0.5, 0.9), description="starting time t0 as a share of T")
@@ -76,14 +72,17 @@ class SynthesizeSettings:
 
     @model_validator(mode="after")
     def _check(self) -> "SynthesizeSettings":
-        if self.texture == "diffusion" and self.mask == "rectangle":
-            raise ValueError(
-                "`synthesize.mask` is rectangle; its patches outgrow the windows in which the DDPM samples. Set "
-                "`synthesize.texture` to cutpaste or own, or another mask."
-            )
-        if self.shade_share and self.shade_change[0] <= self.visibility:
+        if not any(self.mixture.values()):
+            raise ValueError("`synthesize.mixture` has no share above 0; give one to a source, such as {diffusion: 1}.")
+        if "illumination" in self.shares and self.shade_change[0] <= self.visibility:
             raise ValueError(
                 f"`synthesize.shade_change` begins at {self.shade_change[0]:g}; it must be above synthesize.visibility "
                 f"({self.visibility:g}), or nobody could see the shade."
             )
         return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The sources of the mixture that have a share above 0, in the order of `SourceName`; they add up to 1."""
+        total = sum(self.mixture.values())
+        return {name: self.mixture[name] / total for name in get_args(SourceName) if self.mixture.get(name)}

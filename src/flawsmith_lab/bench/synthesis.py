@@ -27,7 +27,8 @@ from flawsmith.layout import Layout
 from flawsmith.sections import section_values
 from flawsmith.sequences import evenly
 from flawsmith.stages import ddpm_train, synthesize
-from flawsmith.synthesis.generate import TripletGenerator, TripletSpec
+from flawsmith.synthesis.generate import TripletGenerator
+from flawsmith.synthesis.sources.base import Candidate
 from flawsmith.training import ResumePoint
 from flawsmith_lab.bench import measure
 
@@ -35,7 +36,7 @@ TRIPLETS_PER_SECOND, EFFICIENCY, FLOPS_RATIO = 5.0, 0.5, 10.0  # targets, at 256
 TRAIN_STEPS = 12  # timed steps of the denoiser's training; the first ones warm up
 WARM_UP = 2
 COMPARED = 4  # triplets sampled both in their window and in the whole image
-OVERRIDES = {"synthesize.texture": "diffusion"}  # whatever the params say
+OVERRIDES = {"synthesize.mixture": {"diffusion": 1.0}}  # whatever the params say
 
 
 def training_speed(
@@ -99,15 +100,11 @@ def synthesis_speed(maker: TripletGenerator, folder: TripletFolder, chunks: int)
     }
 
 
-def in_whole_image(candidate: TripletSpec) -> TripletSpec:
-    """Make the same candidate (normal, masks, strengths, starts, opacities) sample its defects in the whole image."""
-    return replace(
-        candidate,
-        defects=tuple(
-            replace(defect, outline=replace(defect.outline, window=(0, 0, max(defect.outline.mask.shape))))
-            for defect in candidate.defects
-        ),
-    )
+def in_whole_image(candidate: Candidate) -> Candidate:
+    """Make the same candidate (normal, mask, strength, start, opacity) sample its defect in the whole image."""
+    outline = candidate.defect.outline
+    whole = replace(outline, window=(0, 0, max(outline.mask.shape)))
+    return replace(candidate, defect=replace(candidate.defect, outline=whole))
 
 
 def local_against_whole(maker: TripletGenerator, compared: int) -> dict[str, Any]:
@@ -116,14 +113,7 @@ def local_against_whole(maker: TripletGenerator, compared: int) -> dict[str, Any
     FLOPs are counted once a window size and summed over the chunk's defects; seconds are taken on `compared` of them,
     spread over the window sizes, each sampled alone.
     """
-    drawn = [
-        replace(candidate, defects=(defect,))
-        for batch in maker.chunk(FIT, 0)
-        for candidate in batch
-        for defect in candidate.defects
-        if defect.texture == "diffusion"
-    ]
-    drawn.sort(key=_side)
+    drawn = sorted((candidate for batch in maker.chunk(FIT, 0) for candidate in batch), key=_side)
     windows = Counter(map(_side, drawn))
     one_of_side = {_side(item): item for item in drawn}
     flops = {side: measure.count_flops(partial(maker.make, [item])) for side, item in one_of_side.items()}
@@ -147,8 +137,8 @@ def local_against_whole(maker: TripletGenerator, compared: int) -> dict[str, Any
     }
 
 
-def _side(candidate: TripletSpec) -> int:
-    return candidate.outline.window[2]
+def _side(candidate: Candidate) -> int:
+    return candidate.defect.outline.window[2]
 
 
 def provide_denoiser(layout: Layout, trained: Path, brief: int) -> str:

@@ -23,7 +23,7 @@ from flawsmith.layout import Layout
 from flawsmith.sections import deciding_values
 
 PATCHCORE = "patchcore"
-DIFFUSION = "diffusion"  # of synthesize.texture
+DIFFUSION = "diffusion"  # of synthesize.mixture
 PIPELINE = ("ddpm-train", "synthesize", "validate", "distill", "evaluate")
 STAGES = (*PIPELINE, PATCHCORE)
 DIGITS = 20  # of a digest in a folder's name: 80 bits
@@ -59,11 +59,12 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "flawsmith": Method("the pipeline as params.yaml has it", {}),
     "no-diffusion": Method(
-        "defect texture from the category's own images (DRAEM style)", {"synthesize.texture": "own"}
+        "defect texture from the category's own images (DRAEM style)",
+        {"synthesize.mixture": {"own": 0.8, "illumination": 0.2}},
     ),
     "random-mask": Method("thresholded random noise in the place of Perlin masks", {"synthesize.mask": "noise"}),
     "cutpaste": Method(
-        "CutPaste patches (Li et al. 2021)", {"synthesize.texture": "cutpaste", "synthesize.mask": "rectangle"}
+        "CutPaste patches (Li et al. 2021)", {"synthesize.mixture": {"cutpaste": 0.8, "illumination": 0.2}}
     ),
     PATCHCORE: Method("PatchCore on the same teacher, without training", {}, (PATCHCORE,)),
 }
@@ -211,8 +212,8 @@ def build_plan(request: Request) -> Plan:
     for category, name, point, seed, part in itertools.product(
         categories, request.methods, points, request.seeds, request.parts
     ):
-        texture = {**point, **METHODS[name].settings}.get("synthesize.texture", base.of(category).synthesize.texture)
-        stages = [one for one in METHODS[name].stages if one != "ddpm-train" or texture == DIFFUSION]
+        shares = _settings_of(request, categories, name, point, seed, part).of(category).synthesize.shares
+        stages = [one for one in METHODS[name].stages if one != "ddpm-train" or DIFFUSION in shares]
         read = {*SHARED, *(name for stage in stages for name in READS[stage])}
         grid = {key: value for key, value in point.items() if key in read or key.partition(".")[0] in read}
         identity = (category, row_label(name, grid), seed, part)

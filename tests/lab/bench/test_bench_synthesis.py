@@ -1,7 +1,6 @@
 """The synthesis benchmark: its arithmetic, and the whole command on a project that takes moments."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flawsmith.errors import UserError
-from flawsmith.synthesis.generate import DefectSpec, TripletSpec
 from flawsmith.synthesis.masks import MaskDraw
+from flawsmith.synthesis.sources.base import Candidate, Defect
 from flawsmith_lab.bench.measure import Target, bench_settings, count_flops, first_category
 from flawsmith_lab.bench.synthesis import in_whole_image, main
 
@@ -36,16 +35,15 @@ def test_a_target_that_is_reached_exactly_is_met() -> None:
 def test_the_whole_image_is_sampled_for_the_very_same_defects() -> None:
     mask = np.zeros((64, 64), np.bool_)
     mask[10:14, 20:24] = True
-    outlines = [MaskDraw(mask, "perlin", 8.0, 0.1, 0.5, window) for window in ((0, 8, 32), (4, 12, 48))]
-    defects = tuple(
-        DefectSpec("diffusion", 0, 0.2, 0.7, 0.9, outline, ("fit", 3, place)) for place, outline in enumerate(outlines)
-    )
-    candidate = TripletSpec("fit", 3, 0, defects)
+    outline = MaskDraw(mask, "perlin", 8.0, 0.1, 0.5, (4, 12, 48))
+    defect = Defect(outline, np.float32(0.9) * mask, {"strength": 0.2, "start": 0.7})
+    candidate = Candidate("fit", 3, 0, "diffusion", defect)
     whole = in_whole_image(candidate)
-    assert [defect.outline.window for defect in whole.defects] == [(0, 0, 64)] * 2
-    for before, after in zip(candidate.defects, whole.defects, strict=True):
-        assert replace(after, outline=before.outline) == before
-        assert (after.outline.mask == before.outline.mask).all()
+    assert whole.defect.outline.window == (0, 0, 64)
+    assert (whole.defect.outline.mask == mask).all()
+    assert (whole.role, whole.number, whole.normal) == ("fit", 3, 0)
+    assert np.array_equal(whole.defect.alpha, defect.alpha)
+    assert whole.defect.values == defect.values
 
 
 def test_settings_of_a_benchmark_name_no_place_relative_to_the_project(params: Path) -> None:

@@ -155,7 +155,7 @@ def test_every_section_that_dvc_yaml_names_of_a_stage_decides_its_runs():
     for name in PIPELINE:
         read |= set(READS[name])
         (sections,) = stated[name]["params"][0].values()
-        assert set(sections) - read <= ({"teacher"} if name == "ddpm-train" else {"synthesize.texture"})
+        assert set(sections) - read <= ({"teacher"} if name == "ddpm-train" else {"synthesize.mixture"})
 
 
 def test_code_that_leaves_a_result_counts_and_what_uses_a_model_does_not(tmp_path):
@@ -173,5 +173,5 @@ def test_code_that_leaves_a_result_counts_and_what_uses_a_model_does_not(tmp_pat
 def test_a_category_s_own_settings_decide_its_stages(project):
     params = project.params.read_text()
     assert "overrides: {}" in params
-    project.params.write_text(params.replace("overrides: {}", "overrides: {tiles: {synthesize: {texture: own}}}"))
+    project.params.write_text(params.replace("overrides: {}", "overrides: {tiles: {synthesize: {mixture: {own: 1}}}}"))
     assert "ddpm-train" not in stages(build_plan(project.request()))

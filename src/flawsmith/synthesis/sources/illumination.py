@@ -1,4 +1,4 @@
-"""Shades: large soft areas where the light or a coating differs, such as the `uneven` defects of real surfaces.
+"""Illumination defects, or shades: large soft areas where light or coating differ, as `uneven` spots on real surfaces.
 
 The image changes by a gain and an offset, both scaled by one soft field alpha in [0, 1]:
 
@@ -14,7 +14,9 @@ alpha c exceeds v where
 so R is solved for the area wanted, and the edge is as wide as the field itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from flawsmith.data.images import Mask
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.masks import MaskDraw, Places, distance_to, log_uniform
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
+from flawsmith.synthesis.sources.base import Candidate, Defect, Made, Normals, Pixels
 
 SOFTNESS = (1.5, 5.0)  # range of p: 1.5 is a peaked hill, 5 a plateau with a soft rim
 ASPECT = (1.0, 4.0)
@@ -33,35 +36,36 @@ SMOOTHING = 1 / 40  # of the shorter side: sigma of the Gaussian behind which br
 ROOM = 0.8  # share of the way to black or white that a shade may go
 
 
-@dataclass(frozen=True, eq=False)
-class IlluminationDefect:
-    """A soft change of light.
+@dataclass(frozen=True)
+class Illumination:
+    """A `DefectSource`: soft changes of light, marked where their own change can be seen."""
 
-    Attributes:
-        alpha: (H, W) float32 in [0, 1].
-        change: signed change of brightness where it is largest, of 1.
-        gain_share: how much of it is gain; 1 is light, 0 a film.
-        gain, offset: as in the module's equation, for pixels in [0, 1].
-    """
+    settings: SynthesizeSettings
+    normals: Normals
+    remedy: ClassVar[str] = "raise synthesize.shade_change, or "
 
-    alpha: FloatField
-    change: float
-    gain_share: float
-    gain: float
-    offset: float
+    def draw(self, generator: np.random.Generator, index: int, _others: NDArray[np.int64]) -> Defect:
+        """Draw a shade, see `sample_shade`."""
+        return sample_shade(generator, self.normals.images[index], self.settings, self.normals.part(index))
+
+    def make(self, batch: Sequence[Candidate]) -> list[Made]:
+        """Change the light; a mask is as it was drawn, whatever the texture under it adds to the change."""
+        return [
+            (shaded(self.normals.images[item.normal], item.defect, self.settings.visibility), item.defect.outline.mask)
+            for item in batch
+        ]
 
 
 def sample_shade(
-    generator: np.random.Generator,
-    normal: NDArray[np.uint8],
-    settings: SynthesizeSettings,
-    foreground: Mask | None = None,
-) -> tuple[MaskDraw, IlluminationDefect]:
-    """Draw a shade for one image (3, H, W), on the foreground (H, W) where there is one.
+    generator: np.random.Generator, normal: Pixels, settings: SynthesizeSettings, foreground: Mask | None = None
+) -> Defect:
+    """Draw a shade for one image, on the foreground (H, W) where there is one.
 
     The visible area is log-uniform in `settings.shade_area`, as far as the foreground can hold it, the largest change
     log-uniform in `settings.shade_change`, dark or bright; it is smaller and of the other sign where the surface is too
-    dark or too bright for it. The mask may be empty: there is nothing to see then.
+    dark or too bright for it. The mask may be empty: there is nothing to see then. Its values are the module's `gain`
+    and `offset` for pixels in [0, 1], the largest change of brightness and how much of that is gain (1 is light, 0 a
+    film).
     """
     shape = (normal.shape[1], normal.shape[2])
     sigma, pixels = min(shape) * SMOOTHING, shape[0] * shape[1]
@@ -90,26 +94,20 @@ def sample_shade(
     reach = np.full(shape, np.inf, np.float32)
     reach[seen] = distance[seen] / (1 - np.sqrt(settings.visibility / largest[seen])) ** np.float32(1 / softness)
     inside = np.sort(reach[seen])
-    if not inside.size:
-        nothing = np.zeros(shape, bool)
-        return _outline(nothing, period, angle), IlluminationDefect(
-            np.zeros_like(reach), change, gain_share, gain, offset
-        )
-    radius = inside[min(round(area), inside.size) - 1]
-    alpha = (1 - np.clip(distance / radius, 0, 1) ** np.float32(softness)) ** 2
+    radius = inside[min(round(area), inside.size) - 1] if inside.size else np.float32(0)
+    far = np.clip(distance / max(radius, np.float32(1e-6)), 0, 1)
+    alpha: FloatField = np.asarray((1 - far ** np.float32(softness)) ** 2, np.float32)
     if foreground is not None:
-        alpha = np.where(foreground, alpha, np.float32(0))
-    return _outline(reach <= radius, period, angle), IlluminationDefect(alpha, change, gain_share, gain, offset)
+        alpha *= foreground
+    values = {"shade_change": change, "shade_gain_share": gain_share, "shade_gain": gain, "shade_offset": offset}
+    return Defect(MaskDraw(reach <= radius, "shade", period, 0.0, angle, (0, 0, max(shape))), alpha, values)
 
 
-def shaded(normal: NDArray[np.uint8], shade: IlluminationDefect, mask: Mask, visibility: float) -> NDArray[np.uint8]:
-    """`normal` (3, H, W) under the shade; outside the mask no pixel moves by more than `visibility` (of 1)."""
+def shaded(normal: Pixels, shade: Defect, visibility: float) -> Pixels:
+    """`normal` under the shade; outside its mask no pixel moves by more than `visibility` (of 1)."""
     values = normal.astype(np.float32)
-    change = shade.alpha * (np.float32(shade.gain) * values + np.float32(255 * shade.offset))
+    gain, offset = (shade.values[f"shade_{name}"] for name in ("gain", "offset"))
+    change = shade.alpha * (np.float32(gain) * values + np.float32(255 * offset))
     limit = np.floor(np.float32(visibility * 255))  # grain brighter than its surroundings would cross it here and there
-    change = np.where(mask, change, np.clip(change, -limit, limit))
+    change = np.where(shade.outline.mask, change, np.clip(change, -limit, limit))
     return np.rint(np.clip(values + change, 0, 255)).astype(np.uint8)
-
-
-def _outline(mask: Mask, period: float, angle: float) -> MaskDraw:
-    return MaskDraw(mask, "shade", period, 0.0, angle, (0, 0, max(mask.shape)))
