@@ -25,8 +25,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "max_change_outside": 1.0, "ssim": [-1.0, 1.0], "worst": 4,
     },
     "distill": {
-        "student_steps": 4, "head_steps": 4, "localisation_steps": 4, "batch": 2, "bottleneck": 8,
-        "decoder_channels": [8, 8], "head_channels": 8, "validate_every": 2, "checkpoint_every": 2,
+        "student_steps": 4, "head_steps": 4, "batch": 2, "bottleneck": 8,
+        "decoder_channels": [8, 8], "head_channels": 8, "memory": 200, "validate_every": 2, "checkpoint_every": 2,
     },
     "evaluate": {"bootstrap": 20, "batch": 4, "gallery": 4, "baseline_vectors": 200, "parity_images": 8},
     "export": {"latency_runs": 3},

@@ -98,8 +98,6 @@ def test_every_key_is_described_and_keeps_its_bounds(section: str) -> None:
         ({"distill__normal_share": 0.6, "distill__batch": 1}, "all 1 images of a batch would be defect-free"),
         ({"distill__cosine_weights": [1.0]}, "`distill.cosine_weights` is [1.0]; it needs 2 values"),
         ({"distill__cosine_weights": [0.0, 0.0]}, "not all 0"),
-        ({"distill__map_weights": [1.0, 1.0]}, "`distill.map_weights` needs 5 values"),
-        ({"distill__score_weights": [0.0] * 5}, "not all 0"),
         ({"export__variants": ["int8", "int8"]}, "names one twice"),
         ({"monitor__permutations": 99}, "with `monitor.alpha` 0.01 it must be 200 or more"),
         ({"monitor__min_images": 2000}, "above `monitor.max_images`"),

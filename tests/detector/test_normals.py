@@ -1,4 +1,4 @@
-"""What the memory bank may hold: never the source of a validation triplet, nor in training that of the triplet."""
+"""What the memories may hold: never the source of a validation triplet, nor in training that of the triplet."""
 
 from pathlib import Path
 from typing import Any

@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from filled import calibrate, detector_of
 from numpy.typing import NDArray
 from toy_detector import SIZE, Exported, ToyDetector
 
 from flawsmith.config import load_settings
 from flawsmith.data.dataset import load_images
 from flawsmith.data.images import write_png
-from flawsmith.detector.model import Detector, DetectorConfig, remember
+from flawsmith.detector.model import Detector
 from flawsmith.detector.teacher import build_teacher
 from flawsmith.export.onnx import export_network, write_model
 from flawsmith.export.parity import run_detector
@@ -74,12 +75,8 @@ def small_detector() -> Detector:
     params = load_settings(Path(__file__).parents[2] / "params.yaml")
     settings = dataclasses.replace(
         params.distill, bottleneck=32, decoder_channels=(16, 16), head_channels=16, memory=80,
-        map_weights=(1.0, 1.0, 2.0, 0.0, 0.0), score_weights=(1.0, 1.0, 3.0, 0.0, 0.0),
     )  # fmt: skip
-    torch.manual_seed(0)
-    teacher = build_teacher(params.teacher)
-    detector = Detector(DetectorConfig.of(params.teacher, settings, (SIZE, SIZE), settings.memory), teacher).eval()
     normals = torch.from_numpy(_images(0, 12, False))
-    remember(detector, [normals[:8]], 8)
-    detector.calibrate([normals[8:]])
+    detector, _ = detector_of(build_teacher(params.teacher), params.teacher, settings, normals[:8])
+    calibrate(detector, normals[8:])
     return detector

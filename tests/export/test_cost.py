@@ -24,8 +24,8 @@ def test_a_small_network_counted_by_hand(exported: Exported) -> None:
 def test_the_real_detectors_parts_are_named_and_its_memory_is_counted(small_detector: Detector) -> None:
     cost = count_cost(small_detector, small_detector.config.shape)
     parts = cost["by_part"]
-    assert {"teacher", "student", "head", "localisation", "memory"} <= set(parts)
-    assert parts["memory"]["parameters"] >= small_detector.memory.patches.numel()  # type: ignore[union-attr]
-    assert all(parts[name]["multiply_adds"] > 0 for name in ("teacher", "student", "head", "localisation", "memory"))
+    assert {"teacher", "student", "head", "memories"} <= set(parts)
+    assert parts["memories"]["parameters"] >= sum(bank.patches.numel() for bank in small_detector.banks.values())
+    assert all(parts[name]["multiply_adds"] > 0 for name in ("teacher", "student", "head", "memories"))
     assert sum(part["multiply_adds"] for part in parts.values()) == cost["multiply_adds"]
     assert describe_cost(cost).startswith(f"{cost['multiply_adds'] / 1e9:.2f}G multiply-adds an image (")

@@ -81,7 +81,7 @@ def test_a_variant_is_smaller_and_judges_alike(made: Made, precision: str) -> No
     assert report["image_auroc"]["model"] > 0.9
     counts = [report[name]["images"] for name in ("calibration_normals", "held_out_defects", "parity_images")]
     assert counts == [6, 6, 3]
-    bound = {FP16: 0.1, INT8: 1.5}[precision]  # deviations of normal pixels
+    bound = {FP16: 0.5, INT8: 4.0}[precision]  # deviations of normal pixels, which power distances have few of
     for name in ("calibration_normals", "held_out_defects"):
         assert 0 < report[name]["map_difference_mean"] < bound
     flips = sum(report[name]["decision_flips"] for name in ("calibration_normals", "held_out_defects", "parity_images"))

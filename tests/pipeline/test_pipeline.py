@@ -57,9 +57,7 @@ def test_losses_have_a_row_a_step(project: Project) -> None:
     assert all(0 < float(row["loss"]) < 100 for row in rows)
     with (project.stage("distill") / "losses.csv").open() as stream:
         phases = [row["phase"] for row in csv.DictReader(stream)]
-    assert phases == [
-        phase for phase in ("student", "head", "localisation") for _ in range(SMALL["distill"][f"{phase}_steps"])
-    ]
+    assert phases == [phase for phase in ("student", "head") for _ in range(SMALL["distill"][f"{phase}_steps"])]
 
 
 def test_triplets_are_complete_and_their_masks_mean_change(project: Project) -> None:

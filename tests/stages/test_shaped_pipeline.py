@@ -15,7 +15,6 @@ from flawsmith.data.images import read_image, write_png
 from flawsmith.data.masks import read_mask
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.detector.model import load_detector
-from flawsmith.errors import UserError
 from flawsmith.files import read_json
 from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.options import PredictOptions
@@ -98,9 +97,3 @@ def test_a_folder_gets_masks_of_the_originals_sizes_at_the_right_places(made: La
         share = found[truth].mean()
         assert share > 0.5
         assert all(share > 2 * found[np.flip(truth, axis)].mean() for axis in (0, 1, (0, 1)))
-
-
-def test_quarter_turns_of_what_is_not_square_are_refused(made: Layout) -> None:
-    turned = load_settings(SHIPPED, SHAPED | {"distill.symmetry": "rot90"})
-    with pytest.raises(UserError, match=r"`distill\.symmetry` is rot90, but images of 96 x 64 pixels"):
-        distill.run(Layout(turned, "strip", made.root))

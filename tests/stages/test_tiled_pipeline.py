@@ -37,7 +37,6 @@ TILED: dict[str, Any] = dotted(SMALL) | {
     "synthesize.triplets": 10,
     "synthesize.validation_fraction": 0.3,
     "distill.memory": 300,
-    "distill.symmetry": "rot90",
     "promote.bootstrap": 100,
 }
 
@@ -91,12 +90,11 @@ def test_a_triplet_of_a_tile_is_explained_bit_for_bit(made: Layout, tmp_path: Pa
     assert explain(made, "fit-00001", tmp_path / "why.png")
 
 
-def test_what_was_asked_of_the_normals_is_told(made: Layout) -> None:
-    told = read_json(made.stage("distill") / "config.json")
-    assert told["augmentation"] == "rot90"
-    assert told["augmentation_distances"] == {}  # set by hand, so nobody was asked
-    assert len(told["norm_powers"]) == 3
-    assert all(0 <= power <= 2 for power in told["norm_powers"])
+def test_how_much_each_map_counts_is_told(made: Layout) -> None:
+    counts = read_json(made.stage("distill") / "config.json")["counts"]
+    assert set(counts) == {"memory_fine", "memory_coarse", "student_8", "student_16", "head"}
+    assert counts["memory_fine"] + counts["memory_coarse"] == pytest.approx(1, abs=1e-3)
+    assert all(0 <= count <= 1 for count in counts.values())
 
 
 def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:

@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flawsmith.data.triplets import FIT, TripletArrays
-from flawsmith.detector.augmentation import SAMPLE
 from flawsmith.detector.config import DistillSettings
-from flawsmith.detector.memory import MemoryBank, as_patches
 from flawsmith.detector.model import Detector
 from flawsmith.detector.teacher import Features, Teacher, as_batch
 from flawsmith.devices import Compute
+from flawsmith.progress import bar
 from flawsmith.randomness import numpy_generator
-from flawsmith.sequences import batched, evenly
+from flawsmith.sequences import batched
 
 BLOCK = 8  # images whose features are computed together
-STUDENT, HEAD, LOCALISATION = "student", "head", "localisation"  # the phases in order
-STREAMS = {STUDENT: "student", HEAD: "head", LOCALISATION: "locator"}  # of draws: another name draws other batches
+STUDENT, HEAD = "student", "head"  # the phases in order
 
 
 class FeatureBank:
@@ -71,40 +69,14 @@ class FeatureBank:
         return [tuple(level[row].clone() for level in levels) for row in range(len(batch))]
 
 
-class DistanceBank:
-    """Distances of a `FeatureBank`'s images to the memory bank, computed on first use and kept.
-
-    A triplet's own normal image lies in the memory bank. Its patches do not count here, for at inspection no part was
-    seen before.
-
-    Args:
-        source_ids: (M,) the normal image behind each patch of the memory bank.
-        sources: (N,) the normal image behind each image of the feature bank; -1 if the memory bank does not hold it.
-    """
-
-    def __init__(self, memory: MemoryBank, bank: FeatureBank, source_ids: Tensor, sources: NDArray[np.int64]) -> None:
-        self.memory, self.bank, self.sources = memory, bank, sources
-        self.source_ids = source_ids.to(bank.compute.device)
-        self._kept: dict[int, Tensor] = {}
-
-    def one(self, index: int) -> Tensor:
-        """Distances (1, 1, h, w) of one image, on the device."""
-        if index not in self._kept:
-            # the same whether a training step (under autocast) or a resumed run asks first
-            with torch.no_grad(), self.bank.compute.exactly():
-                patches = as_patches(self.bank.stack([self.bank.one(index)])[-1])
-                self._kept[index] = self.memory(patches, self.source_ids == int(self.sources[index]))
-        return self._kept[index]
-
-
 @dataclass(frozen=True)
 class TripletSources:
     """What the triplets of one role were made from.
 
     Attributes:
-        sources: (N,) the normal image behind each triplet; -1 if the memory bank does not hold it.
-        textured: indices of the triplets whose defect has a texture of its own. The segmentation head learns from these
-            alone: from illumination defects it would learn to take any exposure for a defect.
+        sources: (N,) the normal image behind each triplet; -1 if no memory holds it.
+        textured: indices of the triplets whose defect has a texture of its own. The memories are weighed by these alone
+            and the head learns from them alone: illumination defects would teach it to take any exposure for a defect.
     """
 
     sources: NDArray[np.int64]
@@ -112,7 +84,7 @@ class TripletSources:
 
     @classmethod
     def unknown(cls, count: int) -> "TripletSources":
-        """The sources of `count` triplets, all textured, whose normal images no memory bank holds."""
+        """The sources of `count` triplets, all textured, whose normal images no memory holds."""
         return cls(np.full(count, -1), np.arange(count))
 
 
@@ -122,13 +94,12 @@ class TrainingTriplets:
 
     Attributes:
         arrays: role → triplets.
-        source_ids: (M,) the normal image behind each patch of the detector's memory bank, which is filled already; None
-            without a memory bank.
+        source_ids: memory → (M,) the normal image behind each of its patches; the memories are filled already.
         sources: role → sources of its triplets; `TripletSources.unknown` for a role that is missing.
     """
 
     arrays: Mapping[str, TripletArrays]
-    source_ids: Tensor | None = None
+    source_ids: Mapping[str, Tensor] = field(default_factory=dict)
     sources: Mapping[str, TripletSources] = field(default_factory=dict)
 
 
@@ -137,7 +108,7 @@ class BatchIndices:
     """Which triplets a training step sees.
 
     Attributes:
-        indices: (B,) of triplets.
+        indices: (B,) of triplets (see `TripletBatches.draw`).
         clean: (B,) whether the step sees the normal image instead of the defect image.
         generator: the step's random stream, for whatever else is drawn.
     """
@@ -154,14 +125,10 @@ class Batch:
     Attributes:
         target: teacher features of the normal images, (B, C_k, h_k, w_k) a level.
         seen: teacher features of the images seen: defect images, for a part of the rows normal ones.
-        remembered: distance of `seen` to the memory bank, (B, 1, h, w); empty without one.
-        mask: (B, 1, h, w) in [0, 1], the defective share of each cell of the maps.
     """
 
     target: Features
     seen: Features
-    remembered: Features
-    mask: Tensor
 
 
 class TripletBatches:
@@ -181,11 +148,7 @@ class TripletBatches:
             role: tuple(FeatureBank(detector.teacher, images, compute, limit) for images in (part.normal, part.defect))
             for role, part in arrays.items()
         }
-        self._distances: dict[str, tuple[DistanceBank, ...]] = {}
-        if detector.memory is not None and triplets.source_ids is not None:
-            for role, banks in self._banks.items():
-                known = triplets.source_ids, self._sources[role].sources
-                self._distances[role] = tuple(DistanceBank(detector.memory, bank, *known) for bank in banks)
+        self._detector, self._source_ids = detector, triplets.source_ids
         self._masks = {
             role: F.avg_pool2d(torch.from_numpy(part.mask).float().unsqueeze(1), detector.stride).to(compute.device)
             for role, part in arrays.items()
@@ -194,37 +157,50 @@ class TripletBatches:
     def of(self, role: str, indices: NDArray[np.int64], clean: NDArray[np.bool_]) -> Batch:
         """The triplets at `indices` (B,); rows that are `clean` (B,) see the normal image."""
         normal, defect = self._banks[role]
-        rows = [(int(index), bool(kept)) for index, kept in zip(indices, clean, strict=True)]
         target = normal[indices]
-        seen = target
-        if not clean.all():
-            seen = normal.stack([(normal if kept else defect).one(index) for index, kept in rows])
-        keep = torch.from_numpy(clean).to(self._device).view(-1, 1, 1, 1)
-        mask = self._masks[role][torch.from_numpy(indices)] * ~keep
-        remembered: Features = ()
-        if self._distances:
-            of_normal, of_defect = self._distances[role]
-            remembered = (torch.cat([(of_normal if kept else of_defect).one(index) for index, kept in rows]),)
-        return Batch(target, seen, remembered, mask)
+        if clean.all():
+            return Batch(target, target)
+        rows = zip(indices.tolist(), clean.tolist(), strict=True)
+        return Batch(target, normal.stack([(normal if kept else defect).one(index) for index, kept in rows]))
 
-    def shown_in(self, phase: str, role: str) -> NDArray[np.int64]:
-        """Indices of the role's triplets that the phase learns from, or is validated on."""
-        return self._sources[role].textured if phase == HEAD else np.arange(self._counts[role])
+    def textured(self, role: str) -> NDArray[np.int64]:
+        """Indices of the role's triplets whose defect has a texture of its own."""
+        return self._sources[role].textured
+
+    @torch.no_grad()
+    def maps(self, role: str, clean: bool) -> Tensor:
+        """Standardised maps (N, K, h, w) of the role's textured triplets: of the normal images if `clean`.
+
+        A triplet's own normal image lies in the memories. Its patches do not count here, for at inspection no part was
+        seen before.
+        """
+        bank, found = self._banks[role][0 if clean else 1], []
+        what = f"distill maps of {'normal' if clean else 'defect'} images, {role}"
+        for index in bar(self.textured(role).tolist(), what, unit="image"):
+            source = int(self._sources[role].sources[index])
+            excluded = {name: ids == source for name, ids in self._source_ids.items()}
+            # the same whether a training step (under autocast) or a resumed run asks first
+            with bank.compute.exactly():
+                found.append(
+                    self._detector.standardise(self._detector.maps_of(bank.stack([bank.one(index)]), excluded))
+                )
+        return torch.cat(found)
+
+    def masks(self, role: str) -> Tensor:
+        """The defective share of each cell of the maps, (N, 1, h, w), of the role's textured triplets."""
+        return self._masks[role][torch.from_numpy(self.textured(role))]
 
     def draw(self, phase: str, step: int) -> BatchIndices:
-        """Draw what a training step sees."""
-        generator, settings = numpy_generator(self._settings.seed, "distill", STREAMS[phase], step), self._settings
-        shown = self.shown_in(phase, FIT)
-        indices = shown[generator.integers(0, len(shown), settings.batch)]
+        """Draw what a training step sees: places among all triplets for the student, among the textured ones for the
+        head."""
+        generator, settings = numpy_generator(self._settings.seed, "distill", phase, step), self._settings
+        indices = generator.integers(
+            0, self._counts[FIT] if phase == STUDENT else len(self.textured(FIT)), settings.batch
+        )
         clean = np.arange(settings.batch) < round(settings.normal_share * settings.batch)
         return BatchIndices(indices, clean, generator)
 
-    def in_order(self, role: str, clean: bool, indices: NDArray[np.int64] | None = None) -> Iterator[Batch]:
-        """Yield all triplets of a role, or those at `indices`: the normal images if `clean`, else the defect images."""
-        wanted = np.arange(self._counts[role]) if indices is None else indices
-        for some in batched(wanted, self._settings.batch):
-            yield self.of(role, np.array(some), np.full(len(some), clean))
-
-    def some_normals(self) -> Iterator[Batch]:
-        """Yield an even part of the normal images behind the training triplets."""
-        return self.in_order(FIT, True, np.array(evenly(self._counts[FIT], SAMPLE)))
+    def in_order(self, role: str) -> Iterator[Batch]:
+        """Yield all triplets of a role, with their defect images."""
+        for some in batched(np.arange(self._counts[role]), self._settings.batch):
+            yield self.of(role, np.array(some), np.zeros(len(some), np.bool_))

@@ -1,6 +1,6 @@
 """`teacher` and `distill`: the detector's networks and their training."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -31,19 +31,15 @@ class TeacherSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class DistillSettings:
-    """`distill`: the asymmetric student, its two heads and the memory."""
+    """`distill`: the asymmetric student, the memories and the head that reads them."""
 
     seed: Seed = Field(0, description="seed of initialisation and batches")
     student_steps: Steps = Field(320, description="optimiser steps of the student")
-    head_steps: Steps = Field(200, description="optimiser steps of the segmentation head")
+    head_steps: Steps = Field(400, description="optimiser steps of the segmentation head")
     batch: int = Field(8, ge=1, le=1024, description="images a step")
     normal_share: float = Field(0.3, ge=0, le=0.9, description="share of defect-free images in a batch")
     learning_rate: Rate = Field(2e-3, description="peak of the student's cosine schedule")
-    localisation_steps: Steps = Field(
-        400, description="optimiser steps of the localisation head, which reads distances alone"
-    )
-    head_learning_rate: Rate = Field(1e-3, description="peak of the head's cosine schedule")
-    localisation_learning_rate: Rate = Field(2e-3, description="peak of the localisation head's cosine schedule")
+    head_learning_rate: Rate = Field(2e-3, description="peak of the head's cosine schedule")
     bottleneck: int = Field(128, ge=8, le=4096, description="channels of the student's bottleneck")
     decoder_channels: tuple[Annotated[int, Field(ge=8, le=2048)], ...] = Field(
         (64, 96),
@@ -51,36 +47,21 @@ class DistillSettings:
         max_length=3,
         description="decoder channels a scale that the student answers, finest first; two values skip the finest",
     )
-    head_channels: int = Field(48, ge=4, le=1024, description="channels of the segmentation head")
-    localisation_channels: int = Field(16, ge=4, le=1024, description="channels of the localisation head")
+    head_channels: int = Field(24, ge=4, le=1024, description="channels of the segmentation head")
     cosine_weights: tuple[Weight, ...] = Field(
         (1.0, 1.0), min_length=1, description="cosine loss: weight a scale, finest first"
     )
     focal_gamma: float = Field(2.0, ge=0, le=10, description="gamma of the focal loss")
     l1_weight: Weight = Field(1.0, description="weight of the L1 part of the segmentation loss")
     memory: int = Field(
-        40_000, ge=0, le=10_000_000, description="patches of normal parts that are remembered; 0 for none"
+        8_000, ge=0, le=1_000_000, description="patches of normal parts that each memory keeps; 0 for no memories"
     )
-    memory_dimensions: int = Field(
-        64, ge=0, le=4096, description="leading directions of their features compared; 0 for all"
-    )
-    symmetry: Literal["auto", "none", "hflip", "vflip", "rot180", "flips", "rot90", "all"] = Field(
-        "auto",
-        description="which mirror images and quarter turns of normal parts are normal too, so that memory and student "
-        "see them; auto asks the normals, and of turns alone",
-    )
-    map_weights: tuple[Weight, ...] = Field(
-        (1.0, 1.0, 0.0, 0.0, 2.0),
-        min_length=1,
-        description="anomaly map: weight of each normalised map: one a scale, finest first, memory, segmentation head, "
-        "localisation head",
-    )
-    score_weights: tuple[Weight, ...] = Field(
-        (1.0, 1.0, 0.0, 2.0, 0.0), min_length=1, description="image score: the same weights for what it looks at"
+    memory_candidates: int = Field(
+        250_000, ge=1, le=10_000_000, description="patches of normal parts, drawn at random, that they are chosen from"
     )
     smoothing: float = Field(4.0, ge=0, le=64, description="sigma of the Gaussian on the anomaly map in pixels")
     top_shares: tuple[Share, ...] = Field(
-        (0.001, 0.01, 0.1),
+        (0.001, 0.005, 0.02),
         min_length=1,
         description="shares of the highest pixels; their standardised means are averaged to the image score",
     )
@@ -102,9 +83,4 @@ class DistillSettings:
                 f"`distill.cosine_weights` is {list(self.cosine_weights)}; it needs {scales} values, as "
                 "distill.decoder_channels has, and not all 0, or the student would learn nothing."
             )
-        for name in ("map_weights", "score_weights"):
-            weights = getattr(self, name)
-            used = [weight for place, weight in enumerate(weights) if self.memory or place != scales]
-            if len(weights) != scales + 3 or not any(used):
-                raise ValueError(f"`distill.{name}` needs {scales + 3} values, not all 0.")
         return self

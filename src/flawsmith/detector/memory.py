@@ -1,146 +1,149 @@
-"""The memory bank: how far each patch of an image is from the nearest patch of a normal image.
+"""The memories: how far each patch of an image is from the nearest patch of a normal image.
 
-A patch is one position of the teacher's coarsest feature level. The distance is a cosine distance. It differs from
-PatchCore's (Roth et al., CVPR 2022): features are L2-normalised, so that the contrast of the whole image does not
-count; distances are weighted by a power of the feature norm; they are compared along the few directions in which normal
-patches differ; patches are subsampled evenly instead of by a coreset.
+As in PatchCore (Roth et al., CVPR 2022) with a coreset, with two differences. A feature is divided by its length plus
+its image's mean length: what is weak counts little, and the contrast of what is strong does not count. And distances
+are power distances (Aurenhammer 1987): |x - m|^2 less the squared distance that normal patches have where m is the
+nearest. So a thread or an edge, where no two normal parts agree, is not far from normal, and a smooth shaft that is
+somewhat off is.
 
-The segmentation head reads the distance and not the patch that was found: two normal patches may be equally near, and
-the last bit of a sum would then decide between them, so that no two runtimes would agree.
+Nothing reads which patch was found: two may be equally near, and the last bit of a sum would then decide between them.
+The least power distance is continuous.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flawsmith.detector.feature_norm import norm_power
+from flawsmith.detector.coreset import k_center
+from flawsmith.detector.student import enlarge
+from flawsmith.detector.teacher import Features
 
-CHUNK = 2048  # patches compared at once: (h * w, CHUNK) similarities of an image of 256 pixels, 2 MB, stay in a cache
+CHUNK = 2048  # patches compared at once: (h * w, CHUNK) floats of an image of 256 pixels, 8 MB, stay in a cache
 POOLED = 3  # cells a side that are averaged into a patch, PatchCore's neighbourhood
+NEIGHBOURS = 8  # patches whose allowances are averaged
+PRIOR = 5.0  # normal patches that an allowance is worth before any was seen
+TINY = 1e-6  # a feature length that is none
 
 
 class MemoryBank(nn.Module):
-    """`patches` (M, D) float16, features of normal patches in the `basis` (C, D); M and D are fixed when it is built.
-
-    The basis holds the D leading right singular vectors of the patches (Eckart & Young 1936: no D directions keep more
-    of their inner products); without a basis, patches are the C features themselves. What lies outside these directions
-    is ignored on both sides, since it follows the exposure.
-
-    Distances are multiplied by the feature norm, in units of its image's mean, to the power of `norm_power` (see
-    `feature_norm`). Half floats change a cosine similarity by less than 1e-3 and halve the file.
-    """
+    """`patches` (M, C) float16 of normal parts, and the `allowance` (M,) of each: the squared distance that is normal
+    there. Half floats change a squared distance by about 1e-3 of a feature's length and halve the file."""
 
     patches: Tensor
-    basis: Tensor | None
-    norm_power: Tensor
+    allowance: Tensor
 
-    def __init__(self, size: int, channels: int, dimensions: int = 0) -> None:
-        """`dimensions` 0, or as many as there are channels, is no projection."""
+    def __init__(self, size: int, channels: int) -> None:
         super().__init__()
-        projects = 0 < dimensions < channels
-        self.register_buffer("basis", torch.eye(channels, dimensions) if projects else None)
-        width = dimensions if projects else channels
-        self.register_buffer("patches", torch.zeros(size, width, dtype=torch.float16))
-        self.register_buffer("norm_power", torch.zeros(()))
+        self.register_buffer("patches", torch.zeros(size, channels, dtype=torch.float16))
+        self.register_buffer("allowance", torch.zeros(size))
 
     def forward(self, patches: Tensor, excluded: Tensor | None = None) -> Tensor:
-        """Cosine distance to the nearest patch, weighted by the feature norm: (B, 1, h, w), 0 or more.
+        """Least power distance (B, 1, h, w) of patches (B, C, h, w); below 0 where normal parts differ more.
 
         Args:
-            patches: (B, C, h, w), `as_patches` of the coarsest level.
             excluded: (M,) bool, patches of the bank that do not count.
         """
-        batch, channels, height, width = patches.shape
-        norm = patches.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        rows = self._project((patches / norm).permute(0, 2, 3, 1).reshape(-1, channels))
-        nearest = torch.full_like(rows[:, 0], -1.0)
-        for first in range(0, len(self.patches), CHUNK):
-            similarity = rows @ self.patches[first : first + CHUNK].to(rows.dtype).T
-            if excluded is not None:
-                similarity.masked_fill_(excluded[first : first + CHUNK], -1.0)
-            nearest = torch.maximum(nearest, similarity.amax(dim=1))
-        return (1 - nearest.view(batch, 1, height, width)) * norm.pow(self.norm_power)
+        batch, _, height, width = patches.shape
+        rows = _rows(patches)
+        nearest, _ = self._nearest(rows, self.allowance, excluded)
+        return (nearest + rows.square().sum(dim=1)).view(batch, 1, height, width)
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[Tensor], images: int) -> Tensor:
-        """Subsample the patches of normals evenly, as many as the bank holds, and find the basis.
-
-        Args:
-            batches: `as_patches` (B, C, h, w) of the normals, in order.
-            images: how many they are in all.
-
-        Returns:
-            source ids: the index of the image behind each patch, (M,).
-        """
-        found: list[Tensor] = []
-        kept = torch.empty(0)
-        seen = 0
-        for patches in batches:
-            if not seen:
-                height, width = patches.shape[-2:]
-                kept = subsample(images, height, width, len(self.patches))
-            chosen = kept[seen : seen + len(patches)].to(patches.device)
-            found.append(F.normalize(patches.permute(0, 2, 3, 1)[chosen].float(), dim=1).cpu())
-            seen += len(patches)
-        rows = torch.cat(found)
-        if self.basis is not None:
-            self.basis.copy_(_leading_directions(rows, self.basis.shape[1]))
-        self.patches.copy_(self._project(rows.to(self.patches.device)))
-        return torch.nonzero(kept)[:, 0]
+    def fill(
+        self, rows: Tensor, generator: torch.Generator, on_step: Callable[[int], object] = lambda chosen: None
+    ) -> Tensor:
+        """Keep M of rows (N, C), N >= M, by greedy k-center (`on_step` as there); return their indices (M,)."""
+        kept = k_center(rows, len(self.patches), generator, on_step, candidates=len(rows))
+        self.patches.copy_(rows[kept])
+        self.allowance.zero_()
+        return kept
 
     @torch.no_grad()
-    def fit_norm_power(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-        """Set the norm power from normals (`norm_power`) and return it.
+    def allow(self, images: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Set the allowances from normals.
+
+        Each is the mean squared distance of the normal patches whose nearest patch of the bank is it or one of the
+        NEIGHBOURS nearest to it. PRIOR patches of the mean over all are added, since some places saw none.
 
         Args:
             images: patches (B, C, h, w), each with the patches of the bank that are its own, (M,) bool.
         """
-        self.norm_power.zero_()
-        self.norm_power.fill_(norm_power((patches.norm(dim=1), self(patches, own)) for patches, own in images))
-        return float(self.norm_power)
+        size, place = len(self.patches), self.patches.device
+        seen, total = torch.zeros(size, device=place), torch.zeros(size, device=place)
+        for patches, own in images:
+            rows = _rows(patches)
+            found, index = self._nearest(rows, torch.zeros_like(self.allowance), own)
+            squared = (found + rows.square().sum(dim=1)).clamp_min(0)
+            seen.index_add_(0, index, torch.ones_like(squared))
+            total.index_add_(0, index, squared)
+        if not seen.any():
+            return
+        kept = self.patches.float()
+        near = [
+            torch.addmm(kept.square().sum(dim=1), part, kept.T, alpha=-2).topk(min(NEIGHBOURS, size), 1, False).indices
+            for part in kept.split(CHUNK)
+        ]
+        neighbours = torch.cat(near)
+        mean = total.sum() / seen.sum()
+        self.allowance.copy_((total[neighbours].sum(1) + PRIOR * mean) / (seen[neighbours].sum(1) + PRIOR))
 
-    def _project(self, rows: Tensor) -> Tensor:
-        return rows if self.basis is None else F.normalize(rows @ self.basis.to(rows.dtype), dim=1)
+    def _nearest(self, rows: Tensor, allowance: Tensor, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Least |m|^2 - allowance - 2 x m of each row x over the patches m, and which patch has it."""
+        nearest, index = [], []
+        for first in range(0, len(self.patches), CHUNK):
+            part = slice(first, first + CHUNK)
+            kept = self.patches[part].to(rows.dtype)
+            offset = kept.square().sum(dim=1) - allowance[part]
+            if excluded is not None:
+                offset = offset.masked_fill(excluded[part], torch.inf)
+            found = torch.addmm(offset, rows, kept.T, alpha=-2).min(dim=1)
+            nearest.append(found.values)
+            index.append(found.indices + first)
+        least = torch.stack(nearest).min(dim=0)
+        return least.values, torch.stack(index).gather(0, least.indices[None])[0]
 
 
-def _leading_directions(rows: Tensor, count: int) -> Tensor:
-    """The `count` leading right singular vectors of rows (M, C), as columns (C, count).
+def fine_patches(features: Features) -> Tensor:
+    """All three levels joined on the grid of the middle one, (B, C, h, w).
 
-    The largest entry of each is made positive, since the sign is arbitrary.
+    The finest level is folded, four of its cells to one, so that nothing small is lost and no cell is added.
     """
-    squares = sum(part.double().T @ part.double() for part in rows.split(CHUNK))
-    _, vectors = torch.linalg.eigh(torch.as_tensor(squares))  # in ascending order
-    leading = vectors.flip(1)[:, :count]
-    largest = leading.gather(0, leading.abs().argmax(dim=0, keepdim=True))
-    return (leading * largest.sign()).float()
+    fine, middle, coarse = (_pooled(level) for level in features)
+    folded = F.pixel_unshuffle(fine, fine.shape[-1] // middle.shape[-1])
+    levels = (folded, middle, enlarge(coarse, middle.shape[-2:]))
+    return torch.cat([softly_normalised(level) for level in levels], dim=1) / math.sqrt(len(levels))
 
 
-def as_patches(coarse: Tensor) -> Tensor:
-    """Average a feature level (B, C, h, w) over POOLED x POOLED cells, fewer at the border, in units of the mean norm.
-
-    The contrast of the whole image is gone; that of its patches among each other is left.
-    """
-    pooled = F.avg_pool2d(coarse, POOLED, 1, POOLED // 2, count_include_pad=False)
-    return pooled / pooled.norm(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True).clamp_min(1e-6)
+def coarse_patches(features: Features) -> Tensor:
+    """The coarsest level, (B, C, h, w)."""
+    return softly_normalised(_pooled(features[-1]))
 
 
-def memory_size(limit: int, images: int, height: int, width: int) -> int:
-    """How many patches a memory bank keeps: all, or `limit` of them."""
-    return min(limit, images * height * width)
+MEMORIES = {"memory_fine": fine_patches, "memory_coarse": coarse_patches}
+"""Name of a memory → what it compares. What is large shows in the coarse one, what is small in the fine one alone."""
 
 
-def subsample(images: int, height: int, width: int, size: int) -> Tensor:
-    """Which patches to keep, (images, height, width) bool with exactly `size` true.
+def channels_of(name: str, channels: Sequence[int], strides: Sequence[int]) -> int:
+    """How many channels the patches of a memory have, of a teacher's levels."""
+    fine, middle, coarse = channels
+    folded = fine * (strides[1] // strides[0]) ** 2
+    return coarse if name == "memory_coarse" else folded + middle + coarse
 
-    A low-discrepancy sequence over image, row and column (additive recurrence with the powers of the root of
-    x^4 = x + 1; Roberts 2018). Every image and every part of the image, borders included, gives its share, and alike
-    neighbours are not kept together. A stride would do so at a few densities only.
-    """
-    root = 1.2207440846057596
-    i, r, c = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in (images, height, width)], indexing="ij")
-    order = (i / root + r / root**2 + c / root**3) % 1.0
-    kept = torch.zeros(order.numel(), dtype=torch.bool)
-    kept[order.flatten().argsort(stable=True)[:size]] = True
-    return kept.view(images, height, width)
+
+def softly_normalised(level: Tensor) -> Tensor:
+    """A level (B, C, h, w), each cell divided by its length plus the image's mean length: lengths lie in [0, 1)."""
+    length = level.norm(dim=1, keepdim=True)
+    return level / (length + length.mean(dim=(2, 3), keepdim=True)).clamp_min(TINY)
+
+
+def _pooled(level: Tensor) -> Tensor:
+    """A level averaged over POOLED x POOLED cells, fewer at the border."""
+    return F.avg_pool2d(level, POOLED, 1, POOLED // 2, count_include_pad=False)
+
+
+def _rows(patches: Tensor) -> Tensor:
+    """(B, C, h, w) → (B * h * w, C)."""
+    return patches.permute(0, 2, 3, 1).flatten(0, 2)

@@ -1,7 +1,7 @@
 """The detector as one module: image in, anomaly map and score out, all normalisation inside."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,40 +13,47 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flawsmith.detector.config import DistillSettings, TeacherSettings
-from flawsmith.detector.feature_norm import norm_power, relative_norm
-from flawsmith.detector.memory import MemoryBank, as_patches
-from flawsmith.detector.student import LocalisationHead, SegmentationHead, Student, enlarge
+from flawsmith.detector.memory import MEMORIES, TINY, MemoryBank, channels_of
+from flawsmith.detector.student import SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
 from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith.sections import settings_digest
 
+RINGS = 4  # distances from the border, in cells, with units of their own
+SHARPNESS = 60.0  # of the memories' weights: .01 of AUROC less, and a memory counts half
+TOLD = 0.005  # share of the highest pixels by which memories are weighed
+# mean 1 - cosine similarity of teacher and student on normal parts: up to the first the student is trusted whole, from
+# the second on not at all
+TRUSTED, DISTRUSTED = 0.08, 0.16
+NOTHING_EXCLUDED: Mapping[str, Tensor] = MappingProxyType({})
 LEAST_DEVIATION = 1e-6  # less is that of nothing: a score in units of it would be a random large number
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What the module is built from before its weights are loaded."""
+    """What the module is built from before its weights are loaded.
+
+    Attributes:
+        shape: height and width of the images.
+        memories: patches that each of MEMORIES keeps; () for no memories.
+    """
 
     backbone: str
     out_indices: tuple[int, ...]
-    shape: tuple[int, int]  # height and width of the images
+    shape: tuple[int, int]
     bottleneck: int
     decoder_channels: tuple[int, ...]
     head_channels: int
-    localisation_channels: int
-    memory: int
-    memory_dimensions: int
-    map_weights: tuple[float, ...]
-    score_weights: tuple[float, ...]
+    memories: tuple[int, ...]
     smoothing: float
     top_shares: tuple[float, ...]
 
     @classmethod
     def of(
-        cls, teacher: TeacherSettings, distill: DistillSettings, shape: tuple[int, int], memory: int
+        cls, teacher: TeacherSettings, distill: DistillSettings, shape: tuple[int, int], memories: tuple[int, ...]
     ) -> "DetectorConfig":
-        """The configuration of the settings, with room for `memory` patches in the memory bank (see `memory_size`)."""
+        """The configuration of the settings, with memories of these sizes (see `normals.memory_sizes`)."""
         return cls(
             teacher.backbone,
             teacher.out_indices,
@@ -54,189 +61,201 @@ class DetectorConfig:
             distill.bottleneck,
             distill.decoder_channels,
             distill.head_channels,
-            distill.localisation_channels,
-            memory,
-            distill.memory_dimensions,
-            distill.map_weights,
-            distill.score_weights,
+            memories,
             distill.smoothing,
             distill.top_shares,
         )
 
 
 class Detector(nn.Module):
-    """Frozen teacher, student, memory bank and two heads, fused into one anomaly map and one score.
+    """Frozen teacher, memories, student and segmentation head, fused into one anomaly map and one score.
 
-    Raw maps, at the stride of the finest level that the student answers, each (B, 1, h, w):
-
-    - for each of these levels 1 - cosine similarity of teacher and student, times a power of the feature norm;
-    - the distance to the memory bank, if there is one;
-    - the logit of the segmentation head, which reads teacher and student channel by channel;
-    - the logit of the localisation head, which reads the distances above alone.
-
-    Each is brought to zero mean and unit deviation over the pixels of the calibration normals (`calibrate`) and summed
-    with two sets of weights, since what tells best whether there is a defect does not show best where it ends. The sum
-    by `map_weights`, smoothed and enlarged, is the anomaly map. The score reads the sum by `score_weights`: the means
-    of its highest `top_shares` of pixels, each in units of its deviation over the calibration normals, averaged, since
-    defects come at all sizes.
+    1. `raw_maps`: how far each cell is from normal, by name: its power distance to each memory; for each level that the
+       student answers, 1 - cosine similarity of teacher and student.
+    2. `standardise`: each map in units of its deviation over the calibration normals, apart for the cells at each
+       distance from the border, since the zeros beyond it make features noisy.
+    3. `found`: the memories' maps averaged by `weights` (how well each finds the synthetic defects), raised or lowered
+       by the student's maps as far as these deserve `trust`: a student that cannot answer the features of normal parts
+       tells nothing by a wrong answer.
+    4. The segmentation head reads the standardised maps. It counts half (`head_share`) if it marks the validation
+       triplets better than `found` does, else nothing.
+    5. The sum, smoothed and enlarged, is the anomaly map. The score averages the means of its highest `top_shares` of
+       pixels, each in units of its deviation over the calibration normals, since defects come at all sizes.
     """
 
     map_mean: Tensor
-    map_std: Tensor
+    map_deviation: Tensor
+    weights: Tensor
+    trust: Tensor
+    head_share: Tensor
+    fused_mean: Tensor
+    fused_deviation: Tensor
     score_mean: Tensor
-    score_std: Tensor
-    map_weights: Tensor
-    score_weights: Tensor
+    score_deviation: Tensor
     kernel: Tensor
-    norm_powers: Tensor
 
     def __init__(self, config: DetectorConfig, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.config = config
         self.teacher = teacher or Teacher(config.backbone, config.out_indices)
-        channels = self.teacher.channels
+        channels, strides = self.teacher.channels, self.teacher.strides
         self.student = Student(channels, config.bottleneck, config.decoder_channels)
-        self.memory = MemoryBank(config.memory, channels[-1], config.memory_dimensions) if config.memory else None
-        answered = channels[-len(config.decoder_channels) :]
-        read = (*answered, 1) if config.memory else answered
-        self.head = SegmentationHead(read, config.head_channels)
-        self.localisation = LocalisationHead(len(read), config.localisation_channels)
-        without = None if config.memory else len(answered)  # the index of the memory bank's map
-        weights, score_weights = (
-            torch.tensor([weight for index, weight in enumerate(given) if index != without])
-            for given in (config.map_weights, config.score_weights)
+        sizes = dict(zip(MEMORIES, config.memories, strict=False))
+        self.memories = nn.ModuleDict(
+            {name: MemoryBank(size, channels_of(name, channels, strides)) for name, size in sizes.items()}
         )
-        used = len(weights)
-        self.register_buffer("norm_powers", torch.zeros(len(answered)))
-        self.register_buffer("map_mean", torch.zeros(used))
-        self.register_buffer("map_std", torch.ones(used))
-        self.register_buffer("score_mean", torch.zeros(len(config.top_shares)))
-        self.register_buffer("score_std", torch.ones(len(config.top_shares)))
-        self.register_buffer("map_weights", weights / weights.sum(), persistent=False)
-        self.register_buffer("score_weights", score_weights / score_weights.sum(), persistent=False)
+        answered = [f"student_{stride}" for stride in strides[-len(config.decoder_channels) :]]
+        self.names = (*self.memories, *answered)
+        self.head = SegmentationHead(len(self.names), config.head_channels)
+        shares = len(config.top_shares)
+        self.register_buffer("map_mean", torch.zeros(len(self.names), RINGS))
+        self.register_buffer("map_deviation", torch.ones(len(self.names), RINGS))
+        self.register_buffer("weights", torch.full((len(self.memories),), 1 / max(1, len(self.memories))))
+        self.register_buffer("trust", torch.ones(len(answered)))
+        self.register_buffer("head_share", torch.zeros(()))
+        self.register_buffer("fused_mean", torch.zeros(2))
+        self.register_buffer("fused_deviation", torch.ones(2))
+        self.register_buffer("score_mean", torch.zeros(shares))
+        self.register_buffer("score_deviation", torch.ones(shares))
         self.register_buffer("kernel", gaussian_kernel(config.smoothing / self.stride), persistent=False)
+
+    @property
+    def banks(self) -> dict[str, MemoryBank]:
+        """The memories by name."""
+        return {name: bank for name, bank in self.memories.items() if isinstance(bank, MemoryBank)}
 
     @property
     def stride(self) -> int:
         """Pixels a cell of the maps."""
-        return self.teacher.strides[-len(self.config.decoder_channels)]
-
-    @property
-    def all_norm_powers(self) -> list[float]:
-        """The norm power of each of `distances`."""
-        return [*self.norm_powers.tolist(), *([] if self.memory is None else [float(self.memory.norm_power)])]
+        return self.teacher.strides[min(1, 3 - len(self.config.decoder_channels))]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) in [0, 1] → anomaly map (B, 1, S, S) and score (B,); 0 is the mean of normal parts in both."""
-        return self.answer(self.raw_maps(image), image.shape[-2:])
+        """(B, 3, H, W) in [0, 1] → anomaly map (B, 1, H, W) and score (B,); 0 is the mean of normal parts in both."""
+        smoothed = smooth(self.fuse(self.standardise(self.raw_maps(image))), self.kernel)
+        score = ((self.pooled(smoothed) - self.score_mean) / self.score_deviation).mean(dim=1)
+        return enlarge(smoothed, image.shape[-2:]), score
 
-    def answer(self, raw: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """Raw maps (B, K, h, w) → anomaly map (B, 1, *size) and score (B,)."""
-        fused = self.fuse(raw, self.map_weights)
-        pooled = self.pooled(self.fuse(raw, self.score_weights))
-        score = ((pooled - self.score_mean) / self.score_std).mean(dim=1)
-        return F.interpolate(fused, size=size, mode="bilinear", align_corners=False), score
+    def raw_maps(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) → name → (B, 1, h, w) at `stride`, higher where less normal."""
+        return self.maps_of(self.teacher(image))
 
-    def fuse(self, raw: Tensor, weights: Tensor) -> Tensor:
-        """Normalise raw maps (B, K, h, w), average them by `weights` (K,) and smooth: (B, 1, h, w)."""
-        maps = (raw - self.map_mean.view(1, -1, 1, 1)) / self.map_std.view(1, -1, 1, 1)
-        return smooth((maps * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True), self.kernel)
+    def maps_of(self, features: Features, excluded: Mapping[str, Tensor] = NOTHING_EXCLUDED) -> dict[str, Tensor]:
+        """As `raw_maps`, of the teacher's features (B, C_k, h_k, w_k) a level.
+
+        Args:
+            excluded: memory → (M,) bool, its patches that do not count.
+        """
+        found = {name: memory(MEMORIES[name](features), excluded.get(name)) for name, memory in self.memories.items()}
+        products = feature_products(features, self.student(features))
+        answered = self.names[len(found) :]
+        found |= {name: 1 - product.sum(dim=1, keepdim=True) for name, product in zip(answered, products, strict=True)}
+        pixels = features[0].shape[-2] * self.teacher.strides[0], features[0].shape[-1] * self.teacher.strides[0]
+        size = pixels[0] // self.stride, pixels[1] // self.stride
+        return {name: enlarge(part, size) for name, part in found.items()}
+
+    def standardise(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """Raw maps, each (B, 1, h, w) → (B, K, h, w) in the order of `names`."""
+        maps = torch.cat([raw[name] for name in self.names], dim=1)
+        rings = ring_of_cells(*maps.shape[-2:]).to(maps.device)
+        return (maps - self.map_mean[:, rings]) / self.map_deviation[:, rings]
+
+    def found(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → (B, 1, h, w), above 0: where memories and, as far as trusted, student find
+        something."""
+        memories, students = maps[:, : len(self.weights)], maps[:, len(self.weights) :]
+        power = (self.trust / len(self.trust)).view(1, -1, 1, 1)
+        logs = (F.softplus(students).clamp_min(TINY).log() * power).sum(dim=1, keepdim=True)
+        if len(self.weights):
+            remembered = (memories * self.weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+            logs = logs + F.softplus(remembered).clamp_min(TINY).log()
+        return logs.exp()
+
+    def fuse(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → (B, 1, h, w)."""
+        both = torch.cat([self.found(maps), self.head(maps)], dim=1)
+        both = (both - self.fused_mean.view(1, -1, 1, 1)) / self.fused_deviation.view(1, -1, 1, 1)
+        return both[:, :1] * (1 - self.head_share) + both[:, 1:] * self.head_share
 
     def pooled(self, fused: Tensor) -> Tensor:
         """(B, 1, h, w) → (B, len(top_shares)): mean of the highest share of pixels, for each share."""
         return torch.stack([top_mean(fused, share) for share in self.config.top_shares], dim=1)
 
-    def raw_maps(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, K, h, w) at `stride`: `distances`, then the logits of the two heads."""
-        features = self.teacher(image)
-        remembered = self.recall(features)
-        products = feature_products(features, self.student(features))
-        distances = self.distances(features, products, remembered)
-        head = self.head((*products, *remembered), distances.shape[-2:])
-        return torch.cat([distances, head, self.localisation(distances)], dim=1)
-
-    def distances(self, features: Features, products: Features, remembered: Features) -> Tensor:
-        """How far each cell is from normal, (B, D, h, w) at `stride`: by level, finest first, then by the memory bank.
-
-        Args:
-            features: of the teacher, (B, C_k, h_k, w_k) a level.
-            products: `feature_products` of the levels that the student answers.
-            remembered: `recall`.
-        """
-        found = [
-            (1 - product.sum(dim=1, keepdim=True)) * norm.pow(power)
-            for product, norm, power in zip(products, self.feature_norms(features), self.norm_powers, strict=True)
-        ]
-        size = found[0].shape[-2:]
-        return torch.cat([enlarge(part, size) for part in (*found, *remembered)], dim=1)
-
-    def feature_norms(self, features: Features) -> Features:
-        """`relative_norm` of the levels that the student answers."""
-        return tuple(relative_norm(level) for level in features[-len(self.norm_powers) :])
-
     @torch.no_grad()
-    def fit_norm_powers(self, normals: Iterable[tuple[Features, Features]]) -> None:
-        """Set the norm power of each level that the student answers from normal images (`feature_norm`).
+    def fit_standard(self, raw: Mapping[str, Tensor]) -> None:
+        """Set the units of the maps, and how far the student is trusted, from calibration normals.
 
         Args:
-            normals: `feature_products` and the teacher's features of batches of them.
-        """
-        found = []
-        for products, features in normals:
-            distances = [1 - product.sum(dim=1, keepdim=True) for product in products]
-            found.append(list(zip(self.feature_norms(features), distances, strict=True)))
-        for level, pairs in enumerate(zip(*found, strict=True)):
-            self.norm_powers[level] = norm_power(pairs)
-
-    def recall(self, features: Features) -> Features:
-        """Distance of each patch to the memory bank, (B, 1, h, w); nothing without one."""
-        return () if self.memory is None else (self.memory(as_patches(features[-1])),)
-
-    @torch.inference_mode()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set the normalisation of raw maps, then of pooled scores, from batches (B, 3, S, S) of calibration normals.
-
-        Their raw maps are kept meanwhile: K floats a cell, 20 kB an image of 256 pixels.
-        """
-        self.normalise([self.raw_maps(batch) for batch in batches])
-
-    @torch.inference_mode()
-    def normalise(self, raw: Sequence[Tensor]) -> None:
-        """As `calibrate`, from the raw maps (B, K, h, w) of the calibration normals.
+            raw: their raw maps, each (N, 1, h, w).
 
         Raises:
             UserError: the normals do not differ, so nothing can be measured in units of their deviation.
         """
-        mean, deviation = _moments(maps.movedim(1, -1).flatten(0, 2) for maps in raw)
-        _check_deviation(deviation[(self.map_weights.cpu() > 0) | (self.score_weights.cpu() > 0)])
-        self.map_mean.copy_(mean)
-        self.map_std.copy_(deviation)
-        mean, deviation = _moments(self.pooled(self.fuse(maps, self.score_weights)) for maps in raw)
+        maps = torch.cat([raw[name] for name in self.names], dim=1).double()
+        rings = ring_of_cells(*maps.shape[-2:]).to(maps.device)
+        inside = maps.movedim(1, -1).flatten(0, 2)
+        _check_deviation(inside.std(dim=0))
+        for ring in range(RINGS):
+            # a map may be so small that it has no inner ring
+            cells = maps[:, :, rings == ring].movedim(1, -1).flatten(0, 1) if (rings == ring).any() else inside
+            self.map_mean[:, ring] = cells.mean(dim=0)
+            self.map_deviation[:, ring] = cells.std(dim=0).clamp_min(LEAST_DEVIATION)
+        wrong = inside.mean(dim=0)[len(self.weights) :]
+        # without a memory there is nothing but the student
+        trust = ((DISTRUSTED - wrong) / (DISTRUSTED - TRUSTED)).clamp(0, 1)
+        self.trust.copy_(trust if len(self.weights) else torch.ones_like(trust))
+
+    @torch.no_grad()
+    def fit_weights(self, normal: Tensor, defect: Tensor) -> None:
+        """Weigh the memories by how well each alone tells defect images from normal ones.
+
+        The weights are a softmax of SHARPNESS times the AUROC of each memory's map, averaged over its highest TOLD of
+        pixels.
+
+        Args:
+            normal, defect: standardised maps (N, K, h, w) of normal images and of images with synthetic defects.
+        """
+        areas = []
+        for place in range(len(self.weights)):
+            good, bad = (
+                top_mean(smooth(maps[:, place : place + 1], self.kernel), TOLD).double() for maps in (normal, defect)
+            )
+            areas.append(
+                (bad[:, None] > good[None]).double().mean() + 0.5 * (bad[:, None] == good[None]).double().mean()
+            )
+        if areas:
+            self.weights.copy_(torch.softmax(SHARPNESS * torch.stack(areas), dim=0))
+
+    @torch.no_grad()
+    def calibrate(self, maps: Tensor) -> None:
+        """Set the units of the fused map's parts, then of the score, from standardised maps (N, K, h, w) of calibration
+        normals.
+
+        Raises:
+            UserError: the normals do not differ.
+        """
+        both = torch.cat([self.found(maps), self.head(maps)], dim=1).double().movedim(1, -1).flatten(0, 2)
+        self.fused_mean.copy_(both.mean(dim=0))
+        self.fused_deviation.copy_(both.std(dim=0).clamp_min(LEAST_DEVIATION))
+        pooled = self.pooled(smooth(self.fuse(maps), self.kernel)).double()
+        deviation = pooled.std(dim=0, unbiased=False)
         _check_deviation(deviation)
-        self.score_mean.copy_(mean)
-        self.score_std.copy_(deviation)
+        self.score_mean.copy_(pooled.mean(dim=0))
+        self.score_deviation.copy_(deviation)
+
+    def told(self) -> dict[str, Any]:
+        """What training found: how each map counts."""
+        parts = {
+            **dict(zip(self.memories, self.weights.tolist(), strict=True)),
+            **dict(zip(self.names[len(self.weights) :], self.trust.tolist(), strict=True)),
+            "head": float(self.head_share),
+        }
+        return {name: round(value, 4) for name, value in parts.items()}
 
 
-@torch.inference_mode()
-def remember(detector: Detector, normals: Iterable[Tensor], images: int) -> Tensor | None:
-    """Fill the detector's memory bank from batches (B, 3, S, S) of the fit normals, `images` in all.
-
-    Returns:
-        source ids: the index of the normal behind each patch, (M,); None if the detector has no memory bank.
-    """
-    if detector.memory is None:
-        return None
-    return detector.memory.fill((as_patches(detector.teacher(batch)[-1]) for batch in normals), images)
-
-
-def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over all rows of `parts`, each (n, K), in float64."""
-    sums, squares, count = torch.zeros(1), torch.zeros(1), 0
-    for part in parts:
-        rows = part.double().cpu()
-        sums, squares, count = sums + rows.sum(dim=0), squares + rows.square().sum(dim=0), count + len(rows)
-    mean = sums / count
-    return mean, (squares / count - mean.square()).clamp_min(LEAST_DEVIATION**2).sqrt()
+def ring_of_cells(height: int, width: int) -> Tensor:
+    """(height, width): each cell's distance from the border in cells, RINGS - 1 for all that are farther."""
+    rows, columns = (torch.minimum(torch.arange(n), n - 1 - torch.arange(n)) for n in (height, width))
+    return torch.minimum(rows[:, None], columns[None]).clamp_max(RINGS - 1)
 
 
 def _check_deviation(deviation: Tensor) -> None:

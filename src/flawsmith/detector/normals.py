@@ -1,11 +1,11 @@
-"""The normal images that the memory bank may hold, and what is asked of them before training.
+"""The normal images that the memories may hold.
 
-No image may recognise itself. The sources of validation triplets are no part of the memory bank, since `evaluate`
-scores these triplets where there is no labelled test set. The sources of training triplets are, so each is left out for
-its own triplets: `image_ids` and `source_ids` say which patches those are.
+No image may recognise itself. The sources of validation triplets are no part of the memories, since `evaluate` scores
+these triplets where there is no labelled test set. The sources of training triplets are, so each is left out for its
+own triplets: `image_ids` and `source_ids` say which patches those are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,32 +21,25 @@ from flawsmith.data.config import DataSettings
 from flawsmith.data.dataset import Split, Tile, iter_tiles, normal_name, plan_tiles
 from flawsmith.data.images import to_uint8
 from flawsmith.data.triplets import VALIDATION, TripletFolder, is_illumination_defect, read_manifest
-from flawsmith.detector.augmentation import (
-    AUTO,
-    SAMPLE,
-    augmentation_distances,
-    choose_augmentation,
-    fits,
-    images_asked,
-    transformed,
-)
 from flawsmith.detector.batches import TripletSources
 from flawsmith.detector.config import DistillSettings
-from flawsmith.detector.memory import as_patches
-from flawsmith.detector.model import Detector, remember
+from flawsmith.detector.memory import MEMORIES
+from flawsmith.detector.model import Detector
 from flawsmith.detector.teacher import Teacher, as_batch
 from flawsmith.errors import UserError
 from flawsmith.progress import bar
+from flawsmith.randomness import torch_generator
 from flawsmith.sequences import batched, evenly
 
 BATCH = 8  # images that the teacher sees at once
+SAMPLE = 96  # normal images that are enough to tell what is normal at each patch
 NO_TWINS: Mapping[str, str] = MappingProxyType({})
 ManifestRows = Mapping[str, Mapping[str, Any]]  # by triplet id
 
 
 @dataclass(frozen=True)
 class Normals:
-    """The images that the memory bank may hold.
+    """The images that the memories may hold.
 
     Attributes:
         twins: as `Split.twins`.
@@ -78,58 +71,70 @@ class Normals:
         """The sample's pixels (N, 3, S, S)."""
         return np.stack(list(pixels(self.sample, self.data)))
 
-    def augmented(self, elements: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """Yield every tile (3, S, S) under each element of an augmentation."""
-        return (transformed(image, element) for image in pixels(self.tiles, self.data) for element in elements)
+
+def memory_sizes(settings: DistillSettings, teacher: Teacher, images: int, shape: tuple[int, int]) -> tuple[int, ...]:
+    """How many patches each of MEMORIES keeps of `images` of a shape: `settings.memory`, or all that there are."""
+    if not settings.memory:
+        return ()
+    strides = {"memory_fine": teacher.strides[1], "memory_coarse": teacher.strides[-1]}
+    cells = (images * (shape[0] // strides[name]) * (shape[1] // strides[name]) for name in MEMORIES)
+    return tuple(min(settings.memory, settings.memory_candidates, count) for count in cells)
 
 
-def find_augmentation(normals: Normals, teacher: Teacher, settings: DistillSettings) -> tuple[str, dict[str, float]]:
-    """The name of the augmentation that is set, or that the normals show, and the distances that decided.
-
-    Raises:
-        UserError: what is set does not fit the images.
-    """
-    if settings.symmetry != AUTO:
-        height, width = normals.data.shape
-        if not fits(settings.symmetry, (height, width)):
-            raise UserError(
-                f"`distill.symmetry` is {settings.symmetry}, but images of {width} x {height} pixels have no quarter "
-                "turns; set rot180, flips or none, or data.aspect to 1."
-            )
-        return settings.symmetry, {}
-    distances: dict[str, float] = {}
-    if settings.memory:
-        share = len(normals.sample) / len(normals.tiles)
-        with bar(what="distill augmentation", total=images_asked(len(normals.sample)), unit="image") as progress:
-            distances = augmentation_distances(
-                lambda images: _patches(teacher, images, progress.update),
-                normals.sample_pixels,
-                settings.memory,
-                settings.memory_dimensions,
-                share,
-            )
-    return choose_augmentation(distances), distances
-
-
-def fill_memory(detector: Detector, normals: Normals, elements: Sequence[int]) -> Tensor | None:
-    """Fill the memory bank with all normals under each element, and set its norm power.
+@torch.no_grad()
+def fill_memories(detector: Detector, normals: Normals, settings: DistillSettings) -> dict[str, Tensor]:
+    """Fill the memories with patches of all normals, and set what is normal at each.
 
     Returns:
-        (M,) the index in `normals.images` behind each patch; None without a memory bank.
+        memory → (M,) the index in `normals.images` behind each of its patches.
     """
-    device = detector.teacher.mean.device
-    count = len(normals.tiles) * len(elements)
-    shown = bar(normals.augmented(elements), "distill memory", count, "image")
-    kept = remember(detector, tensor_batches(shown, device), count)
-    if kept is None or detector.memory is None:
-        return None
-    source_ids = image_ids(normals.tiles, normals.images, normals.twins)[kept.cpu() // len(elements)]
-    own = ((source_ids == image).to(device) for image in image_ids(normals.sample, normals.images, normals.twins))
-    sample = bar(normals.sample_pixels, "distill norm power", unit="image")
-    detector.memory.fit_norm_power(
-        (_patches(detector.teacher, image[None]), excluded) for image, excluded in zip(sample, own, strict=True)
-    )
+    if not detector.memories:
+        return {}
+    ids, device = image_ids(normals.tiles, normals.images, normals.twins), detector.teacher.mean.device
+    candidates = _candidates(detector, normals, settings)
+    source_ids = {}
+    for name, memory in detector.banks.items():
+        rows, tiles = candidates[name]
+        with bar(what=f"distill {name}", total=len(memory.patches), unit="patch") as progress:
+            kept = memory.fill(rows, torch_generator(settings.seed, name), progress.update)
+        source_ids[name] = ids[tiles[kept.cpu()]].to(device)
+    sample = image_ids(normals.sample, normals.images, normals.twins).tolist()
+    for name, memory in detector.banks.items():
+        shown = bar(normals.sample_pixels, f"distill what {name} allows", unit="image")
+        memory.allow(
+            (MEMORIES[name](detector.teacher(batch)), source_ids[name] == own)
+            for batch, own in zip(_one_by_one(shown, device), sample, strict=True)
+        )
     return source_ids
+
+
+def _candidates(detector: Detector, normals: Normals, settings: DistillSettings) -> dict[str, tuple[Tensor, Tensor]]:
+    """Memory → patches (N, C) drawn at random over all tiles, and the tile of each (N,)."""
+    drawn: dict[str, Tensor] = {}
+    tiles_of: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {name: [] for name in detector.memories}
+    first = 0
+    shown = bar(pixels(normals.tiles, normals.data), "distill memory", len(normals.tiles), "image")
+    for batch in tensor_batches(shown, detector.teacher.mean.device):
+        features = detector.teacher(batch)
+        for name, parts in found.items():
+            patches = MEMORIES[name](features)
+            cells = patches.shape[-2] * patches.shape[-1]
+            if name not in drawn:
+                order = torch.randperm(
+                    cells * len(normals.tiles), generator=torch_generator(settings.seed, "cells", name)
+                )
+                drawn[name] = order[: settings.memory_candidates].sort().values
+            here = drawn[name][(drawn[name] >= first * cells) & (drawn[name] < (first + len(batch)) * cells)]
+            parts.append(patches.permute(0, 2, 3, 1).flatten(0, 2)[(here - first * cells).to(patches.device)])
+            tiles_of[name] = drawn[name] // cells
+        first += len(batch)
+    return {name: (torch.cat(parts), tiles_of[name]) for name, parts in found.items()}
+
+
+def _one_by_one(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Iterator[Tensor]:
+    """Yield images (3, H, W) as batches (1, 3, H, W) in [0, 1]."""
+    return (as_batch(image[None], device) for image in images)
 
 
 def tensor_batches(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Iterator[Tensor]:
@@ -140,18 +145,6 @@ def tensor_batches(images: Iterable[NDArray[np.uint8]], device: torch.device) ->
 def pixels(tiles: Sequence[Tile], data: DataSettings) -> Iterator[NDArray[np.uint8]]:
     """Yield the pixels (3, S, S) of each tile."""
     return (to_uint8(tile).transpose(2, 0, 1) for tile in iter_tiles(tiles, data))
-
-
-def _patches(
-    teacher: Teacher, images: NDArray[np.uint8], on_batch: Callable[[int], Any] = lambda count: None
-) -> Tensor:
-    """What the memory bank compares, of images (N, 3, S, S)."""
-    found = []
-    with torch.no_grad():
-        for batch in tensor_batches(images, teacher.mean.device):
-            found.append(as_patches(teacher(batch)[-1]))
-            on_batch(len(batch))
-    return torch.cat(found)
 
 
 def manifest_rows(folder: TripletFolder, normals: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The student, a bottleneck and decoder on the frozen teacher's features, and the two heads that read where it fails.
+"""The student, a bottleneck and decoder on the frozen teacher's features, and the head that reads where it fails.
 
 In training the teacher sees the normal image and the student the defect image. The student must answer the normal
 features through a bottleneck at half the coarsest resolution, with no skip path around it, so that the defect cannot
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsmith.detector.teacher import Features
+
+RARE = -3.0  # a bias for a probability of 5 %: defects are rare
 
 
 def conv_block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
@@ -67,82 +69,21 @@ class Student(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Reads where teacher and student disagree, and the distance to the memory bank: maps → one logit a cell.
+    """Reads how far each cell is from normal, and not in which direction: standardised maps → one logit a cell.
 
-    Of teacher and student it reads the products of L2-normalised features channel by channel, as DeSTSeg does (Zhang et
-    al., CVPR 2023, sec. 3.3); their sum over channels is the cosine similarity.
+    Bare distances hold no texture, so the head cannot learn the texture of synthetic defects by heart. It reads signed
+    logarithms, so that a strong defect does not drown a faint one, and little context, since the outlines of synthetic
+    defects are no law either.
     """
-
-    def __init__(self, channels: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        self.reduce = nn.ModuleList([nn.Conv2d(level, width, 1) for level in channels])
-        self.context = _contexts(width, (1, 3, 6))
-        self.answer = _rare(nn.Conv2d(width, 1, 1))
-
-    def forward(self, read: Features, size: tuple[int, ...]) -> Tensor:
-        """Maps (B, C_k, h_k, w_k) → logits (B, 1, *size)."""
-        # channels x resolution grow large before the sum, hence reduce first, then upsample
-        first, *others = (enlarge(reduce(level), size) for reduce, level in zip(self.reduce, read, strict=True))
-        hidden = first
-        for other in others:
-            hidden = hidden + other
-        hidden = F.relu(hidden)
-        for context in self.context:
-            hidden = hidden + context(hidden)
-        return self.answer(hidden)
-
-
-class LocalisationHead(nn.Module):
-    """Reads how far each cell is from normal, and not in which direction: distances → one logit a cell.
-
-    The segmentation head reads every channel and also learns the textures of synthetic defects by heart; bare distances
-    hold no texture, so this head draws real defects more sharply. It reads signed logarithms of distances in units of
-    their deviation over normal images, so that a strong defect does not drown a faint one, and little context, since
-    the outlines of synthetic defects are no law either.
-    """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, maps: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(maps))
-        self.register_buffer("deviation", torch.ones(maps))
-        self.read = nn.Conv2d(maps, width, 1)
-        self.context = _contexts(width, (1, 3))
-        self.answer = _rare(nn.Conv2d(width, 1, 1))
+        self.read = nn.Conv2d(maps, width, 3, padding=1, padding_mode="replicate")
+        self.context = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
+        self.answer = nn.Conv2d(width, 1, 1)
+        nn.init.constant_(self.answer.bias, RARE)  # type: ignore[arg-type]
 
-    def forward(self, distances: Tensor) -> Tensor:
-        """Distances (B, maps, h, w) → logits (B, 1, h, w)."""
-        far = (distances - self.mean.view(1, -1, 1, 1)) / self.deviation.view(1, -1, 1, 1)
-        hidden = F.relu(self.read(far.sign() * far.abs().log1p()))
-        for context in self.context:
-            hidden = hidden + context(hidden)
-        return self.answer(hidden)
-
-    @torch.no_grad()
-    def normalise(self, distances: Tensor) -> None:
-        """Take mean and deviation of each map from distances (N, maps, h, w) of normal images."""
-        self.mean.copy_(distances.mean(dim=(0, 2, 3)))
-        self.deviation.copy_(distances.std(dim=(0, 2, 3)).clamp_min(1e-6))
-
-
-def _contexts(width: int, dilations: tuple[int, ...]) -> nn.ModuleList:
-    """Convolutions of growing dilation, each to be added to what it reads."""
-    return nn.ModuleList(
-        [
-            nn.Sequential(
-                nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            )
-            for dilation in dilations
-        ]
-    )
-
-
-def _rare(answer: nn.Conv2d) -> nn.Conv2d:
-    """Set the bias for a probability of 5 %: defects are rare."""
-    if answer.bias is not None:
-        nn.init.constant_(answer.bias, -3.0)
-    return answer
+    def forward(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → logits (B, 1, h, w)."""
+        hidden = F.relu(self.read(maps.sign() * maps.abs().log1p()))
+        return self.answer(F.relu(self.context(hidden)))

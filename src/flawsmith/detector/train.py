@@ -1,28 +1,31 @@
-"""Asymmetric distillation: the student learns to answer normal features, then two heads learn to read where it fails.
+"""Asymmetric distillation: the student learns to answer normal features, then a head learns to read where it fails.
 
-Three phases, one after the other: student, segmentation head, localisation head.
+Two phases, one after the other: student, segmentation head. Between them each map gets its units and its weight.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from flawsmith.data.triplets import FIT, VALIDATION
-from flawsmith.detector.batches import BLOCK, HEAD, LOCALISATION, STUDENT, Batch, TrainingTriplets, TripletBatches
+from flawsmith.detector.batches import BLOCK, HEAD, STUDENT, Batch, TrainingTriplets, TripletBatches
 from flawsmith.detector.config import DistillSettings
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
-from flawsmith.detector.model import Detector, feature_products
-from flawsmith.detector.teacher import Features
+from flawsmith.detector.model import Detector
 from flawsmith.devices import Compute
 from flawsmith.progress import bar
 from flawsmith.training import ResumePoint, Rows, check_finite, learning_rate
 
 LOSS_COLUMNS = ("phase", "step", "loss", "validation")
 WARMUP = 20  # steps, or a tenth of all
+GAIN_JITTER = 0.4  # deviation of the logarithm of a map's gain in the head's training
+LEFT_OUT = 0.25  # chance that the head does not see a map
+HEAD_MARGIN = 0.02  # average precision by which the head must mark better than the maps without it
 OnStep = Callable[[int, Mapping[str, float]], None]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of logits and mask, both (B, 1, h, w)."""
@@ -51,51 +54,53 @@ class _Best:
             self.stale += 1
 
 
-class DistanceMaps:
-    """The distance maps of every triplet, computed once: a step of the localisation head then costs next to nothing.
+class HeadTraining:
+    """The standardised maps of every textured triplet, computed once: a step of the head then costs next to nothing.
 
-    Args:
-        batches: of the triplets.
-        distances: of a batch, (B, D, h, w), as `Detector.distances`.
-        head: (B, D, h, w) → logits (B, 1, h, w).
-        loss: of logits and mask.
+    In training each map's gain is jittered and now and then a map is left out, so that the head cannot rely on the one
+    map that synthetic defects happen to excite most.
     """
 
-    def __init__(
-        self, batches: TripletBatches, distances: Callable[[Batch], Tensor], head: nn.Module, loss: Loss
-    ) -> None:
+    def __init__(self, batches: TripletBatches, head: nn.Module, loss: Loss) -> None:
         self._batches, self._head, self._loss = batches, head, loss
+        self.maps = {role: {clean: batches.maps(role, clean) for clean in (False, True)} for role in (FIT, VALIDATION)}
+        self._masks = {role: batches.masks(role) for role in (FIT, VALIDATION)}
 
-        def cached(role: str, clean: bool) -> tuple[Tensor, Tensor]:
-            """Distances (N, D, h, w) and masks (N, 1, h, w)."""
-            # batch by batch: the features behind them are a hundred times as large
-            parts = [(distances(data), data.mask) for data in batches.in_order(role, clean)]
-            maps, masks = zip(*parts, strict=True)
-            return torch.cat(maps), torch.cat(masks)
-
-        self._fit = {clean: cached(FIT, clean) for clean in (False, True)}
-        self._validation = cached(VALIDATION, False)
-
-    @property
-    def normal(self) -> Tensor:
-        """Distances (N, D, h, w) of the normal images behind the training triplets."""
-        return self._fit[True][0]
+    def both_roles(self, clean: bool) -> Tensor:
+        """Standardised maps (N, K, h, w) of all textured triplets."""
+        return torch.cat([self.maps[role][clean] for role in (FIT, VALIDATION)])
 
     def training_loss(self, step: int) -> Tensor:
         """The loss of a step's batch, mirrored at random.
 
         A mirrored map of distances is a possible one, whether or not the part may be mirrored.
         """
-        drawn = self._batches.draw(LOCALISATION, step)
+        drawn, maps = self._batches.draw(HEAD, step), self.maps[FIT]
+        chosen = zip(drawn.clean.tolist(), drawn.indices.tolist(), strict=True)
+        seen = torch.stack([maps[clean][index] for clean, index in chosen])
+        clean = torch.from_numpy(drawn.clean).to(seen.device).view(-1, 1, 1, 1)
+        mask = self._masks[FIT][torch.from_numpy(drawn.indices)] * ~clean
+        gain = np.exp(GAIN_JITTER * drawn.generator.normal(size=seen.shape[:2]))
+        kept = drawn.generator.random(seen.shape[:2]) >= LEFT_OUT
+        kept[~kept.any(axis=1)] = True
+        factor = torch.from_numpy((gain * kept).astype(np.float32)).to(seen.device)
         axes = [axis for axis in (-2, -1) if drawn.generator.random() < 0.5]
-        rows = [(self._fit[bool(clean)], int(index)) for clean, index in zip(drawn.clean, drawn.indices, strict=True)]
-        seen, mask = (torch.stack([maps[which][index] for maps, index in rows]).flip(axes) for which in (0, 1))
-        return self._loss(self._head(seen), mask)
+        return self._loss(self._head((seen * factor[:, :, None, None]).flip(axes)), mask.flip(axes))
 
     def validation_loss(self) -> float:
-        """Mean loss over the validation triplets."""
-        batches = zip(*(whole.split(BLOCK) for whole in self._validation), strict=True)
+        """Mean loss over the defect images of the validation triplets."""
+        batches = zip(self.maps[VALIDATION][False].split(BLOCK), self._masks[VALIDATION].split(BLOCK), strict=True)
         return float(np.mean([float(self._loss(self._head(seen), mask)) for seen, mask in batches]))
+
+    def marks(self, answer: Callable[[Tensor], Tensor]) -> float:
+        """Average precision over the cells of the validation triplets, normal images included, of an answer to
+        standardised maps; nan if no cell is defective by half."""
+        maps = self.maps[VALIDATION]
+        values = torch.cat([answer(part) for which in (False, True) for part in maps[which].split(BLOCK)])
+        mask = torch.cat([self._masks[VALIDATION] >= 0.5, torch.zeros_like(self._masks[VALIDATION], dtype=torch.bool)])
+        if not mask.any():
+            return float("nan")
+        return float(average_precision_score(mask.flatten().cpu().numpy(), values.flatten().float().cpu().numpy()))
 
 
 @dataclass(frozen=True)
@@ -113,74 +118,72 @@ class Phase:
 def distill(
     detector: Detector,
     triplets: TrainingTriplets,
+    calibration: Callable[[], Iterable[Tensor]],
     settings: DistillSettings,
     resume: ResumePoint,
     compute: Compute,
     on_step: OnStep = lambda step, metrics: None,
 ) -> Rows:
-    """Train student, segmentation head and localisation head in place; return one row of LOSS_COLUMNS a step.
+    """Train student and segmentation head in place and set how their maps count; return one row of LOSS_COLUMNS a step.
 
     Each phase keeps the weights of the lowest loss on the validation triplets, whose source images no training triplet
     shares. It stops after `patience` validations without improvement.
 
+    Args:
+        calibration: yields batches (B, 3, H, W) in [0, 1] of the calibration normals.
+
     Raises:
         FlawsmithError: the loss became NaN.
+        UserError: the calibration normals do not differ.
     """
     detector.to(compute.device)
     batches = TripletBatches(detector, triplets, settings, compute)
     rows: list[list[Any]] = []
-    for phase in _phases(detector, batches, settings):
+
+    def train(phase: Phase) -> None:
         point, offset = ResumePoint(resume.folder / phase.name, resume.identity), len(rows)
 
-        def report(step: int, metrics: Mapping[str, float], name: str = phase.name, offset: int = offset) -> None:
-            on_step(offset + step, {f"{name}_{key}": value for key, value in metrics.items()})
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            on_step(offset + step, {f"{phase.name}_{key}": value for key, value in metrics.items()})
 
         found = _fit(phase, settings, point, compute, report)
-        rows += [[phase.name, offset + int(step), value, checked] for step, value, checked in found]
-    return rows
+        rows.extend([phase.name, offset + int(step), value, checked] for step, value, checked in found)
 
-
-def _phases(detector: Detector, batches: TripletBatches, settings: DistillSettings) -> Iterator[Phase]:
-    """Yield the phases in order. What stands before a `yield` needs the phase before it trained."""
-
-    def student_loss(data: Batch) -> Tensor:
-        return cosine_loss(data.target, detector.student(data.seen), settings.cosine_weights)
+    train(_student_phase(detector, batches, settings))
+    detector.eval()
+    with torch.no_grad():  # in float32, as a model that is used sees them
+        raw = [detector.raw_maps(batch) for batch in calibration()]
+        normal = {name: torch.cat([maps[name] for maps in raw]) for name in detector.names}
+        detector.fit_standard(normal)
 
     def marking_loss(logits: Tensor, mask: Tensor) -> Tensor:
         return segmentation_loss(logits, mask, settings.focal_gamma, settings.l1_weight)
 
-    def products(data: Batch) -> Features:
-        with torch.no_grad():
-            return feature_products(data.seen, detector.student(data.seen))
+    head = HeadTraining(batches, detector.head, marking_loss)
+    detector.fit_weights(head.both_roles(True), head.both_roles(False))
+    steps, peak = settings.head_steps, settings.head_learning_rate
+    train(Phase(HEAD, detector.head, steps, peak, head.training_loss, head.validation_loss))
+    with torch.no_grad():
+        # what training made must beat what needs none, or it is left out
+        better = head.marks(detector.head) > head.marks(detector.found) + HEAD_MARGIN
+        detector.head_share.fill_(0.5 if better else 0.0)
+        detector.calibrate(detector.standardise(normal))
+    return rows
 
-    def head_loss(data: Batch) -> Tensor:
-        return marking_loss(detector.head((*products(data), *data.remembered), data.mask.shape[-2:]), data.mask)
 
-    def on_batches(name: str, module: nn.Module, steps: int, peak: float, loss: Callable[[Batch], Tensor]) -> Phase:
-        shown = batches.shown_in(name, VALIDATION)
+def _student_phase(detector: Detector, batches: TripletBatches, settings: DistillSettings) -> Phase:
+    def loss(data: Batch) -> Tensor:
+        return cosine_loss(data.target, detector.student(data.seen), settings.cosine_weights)
 
-        def training_loss(step: int) -> Tensor:
-            drawn = batches.draw(name, step)
-            return loss(batches.of(FIT, drawn.indices, drawn.clean))
+    def training_loss(step: int) -> Tensor:
+        drawn = batches.draw(STUDENT, step)
+        return loss(batches.of(FIT, drawn.indices, drawn.clean))
 
-        def validation_loss() -> float:
-            return float(np.mean([float(loss(data)) for data in batches.in_order(VALIDATION, False, shown)]))
+    def validation_loss() -> float:
+        return float(np.mean([float(loss(data)) for data in batches.in_order(VALIDATION)]))
 
-        return Phase(name, module, steps, peak, training_loss, validation_loss)
-
-    def distances(data: Batch) -> Tensor:
-        with torch.no_grad():
-            return detector.distances(data.seen, products(data), data.remembered)
-
-    yield on_batches(STUDENT, detector.student, settings.student_steps, settings.learning_rate, student_loss)
-
-    detector.fit_norm_powers((products(data), data.seen) for data in batches.some_normals())
-    yield on_batches(HEAD, detector.head, settings.head_steps, settings.head_learning_rate, head_loss)
-
-    maps = DistanceMaps(batches, distances, detector.localisation, marking_loss)
-    detector.localisation.normalise(maps.normal)
-    steps, peak = settings.localisation_steps, settings.localisation_learning_rate
-    yield Phase(LOCALISATION, detector.localisation, steps, peak, maps.training_loss, maps.validation_loss)
+    steps, peak = settings.student_steps, settings.learning_rate
+    return Phase(STUDENT, detector.student, steps, peak, training_loss, validation_loss)
 
 
 def _fit(phase: Phase, settings: DistillSettings, resume: ResumePoint, compute: Compute, on_step: OnStep) -> Rows:

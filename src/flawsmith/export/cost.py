@@ -26,8 +26,11 @@ def count_cost(detector: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
         if tensor.is_floating_point():
             part, dot, _ = name.partition(".")
             parameters[part if dot else REST] += tensor.numel()
-    for part, _ in detector.named_children():
-        flops[part] = sum(counts.get(f"{root}.{part}", {}).values())
+    for part, module in detector.named_children():
+        # a mere list of modules is never called itself, only what it holds
+        called = [f"{root}.{part}", *(f"{root}.{part}.{name}" for name, _ in module.named_children())]
+        found = [counts[name] for name in called if name in counts]
+        flops[part] = sum(found[0].values()) if called[0] in counts else sum(sum(each.values()) for each in found)
     flops[REST] = counter.get_total_flops() - flops.total()
     by_type = {str(operation).rpartition(".")[2]: total // 2 for operation, total in counts["Global"].items()}
     return {

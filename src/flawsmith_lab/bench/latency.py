@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from flawsmith import __version__
 from flawsmith.config import Settings
-from flawsmith.detector.memory import memory_size
 from flawsmith.detector.model import Detector, DetectorConfig
+from flawsmith.detector.normals import memory_sizes
 from flawsmith.detector.teacher import Teacher
 from flawsmith.devices import CPU
 from flawsmith.errors import FlawsmithError, UserError
@@ -112,12 +112,14 @@ def random_model(settings: Settings, size: int, path: Path) -> None:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # layers draw their initial weights from the global generator
         frozen = Teacher(teacher.backbone, teacher.out_indices)
-        cells, shape = size // frozen.strides[-1], (size, size)
-        places = memory_size(settings.distill.memory, NORMALS, cells, cells)
+        shape = (size, size)
+        places = memory_sizes(settings.distill, frozen, NORMALS, shape)
         detector = Detector(DetectorConfig.of(teacher, settings.distill, shape, places), frozen).eval()
-        if detector.memory is not None:
-            detector.memory.patches.copy_(F.normalize(torch.randn(detector.memory.patches.shape), dim=1))
-        detector.calibrate([torch.rand(2, 3, size, size)])
+        for bank in detector.banks.values():
+            bank.patches.copy_(F.normalize(torch.randn(bank.patches.shape), dim=1))
+        raw = detector.raw_maps(torch.rand(2, 3, *shape))
+        detector.fit_standard(raw)
+        detector.calibrate(detector.standardise(raw))
     metadata = ModelMetadata(
         category="random-weights",
         threshold=1.0,

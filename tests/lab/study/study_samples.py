@@ -16,7 +16,7 @@ from flawsmith_lab.study.results import MEASURED, Row
 
 STEPS: Sections = {
     "ddpm-train": {"steps": 8},
-    "distill": {"student_steps": 2, "head_steps": 2, "localisation_steps": 2},
+    "distill": {"student_steps": 2, "head_steps": 2},
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from flawsmith.data.images import Mask, Shape
+from flawsmith.data.images import Mask
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.masks import feathered, sample_mask
 from flawsmith.synthesis.noise import noise_mask
@@ -22,7 +22,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 def soft_defect(
     generator: np.random.Generator,
-    shape: Shape,
+    shape: tuple[int, int],
     settings: SynthesizeSettings,
     part: Mask | None,
     values: Mapping[str, float],
@@ -84,11 +84,6 @@ def turned(
             centre[0] + np.cos(angle) * y - np.sin(angle) * x, centre[1] + np.sin(angle) * y + np.cos(angle) * x
         )
     )  # (2, side, side)
-    return resample(image, where)
-
-
-def resample(image: Pixels, where: NDArray[np.float64]) -> Texture:
-    """`image` (3, S, S) read at places (2, h, w) in pixels: (3, h, w); beyond the image it is mirrored."""
     gray = bool((image == image[:1]).all())
     channels = [  # cubic: linear interpolation would rub out the grain
         ndimage.map_coordinates(channel.astype(np.float32), where, order=3, mode="mirror")

@@ -1,0 +1,37 @@
+"""Fill a detector's memories from a few images at hand."""
+
+import torch
+from torch import Tensor
+
+from flawsmith.detector.config import DistillSettings, TeacherSettings
+from flawsmith.detector.memory import MEMORIES
+from flawsmith.detector.model import Detector, DetectorConfig
+from flawsmith.detector.normals import memory_sizes
+from flawsmith.detector.teacher import Teacher
+
+
+@torch.no_grad()
+def detector_of(
+    teacher: Teacher, named: TeacherSettings, settings: DistillSettings, normals: Tensor
+) -> tuple[Detector, dict[str, Tensor]]:
+    """An untrained detector with patches of normals (B, 3, H, W) in its memories, and the image behind each patch."""
+    shape = (normals.shape[-2], normals.shape[-1])
+    sizes = memory_sizes(settings, teacher, len(normals), shape)
+    torch.manual_seed(0)
+    detector = Detector(DetectorConfig.of(named, settings, shape, sizes), teacher).eval()
+    features, source_ids = teacher(normals), {}
+    for name, bank in detector.banks.items():
+        patches = MEMORIES[name](features)
+        rows = patches.permute(0, 2, 3, 1).flatten(0, 2)
+        kept = bank.fill(rows, torch.Generator().manual_seed(1))
+        source_ids[name] = kept // (len(rows) // len(normals))
+        bank.allow((patches[i : i + 1], source_ids[name] == i) for i in range(len(normals)))
+    return detector, source_ids
+
+
+@torch.no_grad()
+def calibrate(detector: Detector, normals: Tensor) -> None:
+    """Set all units from normals (B, 3, H, W)."""
+    raw = detector.raw_maps(normals)
+    detector.fit_standard(raw)
+    detector.calibrate(detector.standardise(raw))
