@@ -172,7 +172,7 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
             torch.testing.assert_close(cells.mean(dim=0), torch.zeros(4), atol=1e-3, rtol=0)
             torch.testing.assert_close(cells.std(dim=0), torch.ones(4), atol=1e-2, rtol=0)
         fused = detector.fuse(maps)
-        pooled = detector.pooled(smooth(fused, detector.kernel))
+        pooled = detector.pooled(fused)
         scores = detector(normals)[1]
     assert float(fused.mean()) == pytest.approx(0, abs=1e-3)
     assert float(fused.std()) == pytest.approx(1, abs=1e-2)
@@ -218,6 +218,11 @@ def test_a_memory_that_finds_the_synthetic_defects_counts_more(detector: Detecto
     defect[:, 1, 3:5, 3:5] += 9
     detector.fit_weights(normal, defect)
     torch.testing.assert_close(detector.weights, torch.tensor([0.5, 0.5]), atol=0.05, rtol=0)
+    assert detector.trust.max() < 1e-3  # the student finds nothing of them
+    detector.trust.fill_(1)
+    defect[:, 2, 3:5, 3:5] += 9
+    detector.fit_weights(normal, defect)
+    assert detector.trust[0] > 0.9
     assert detector.told()["memory_fine"] == pytest.approx(float(detector.weights[0]), abs=1e-4)
 
 

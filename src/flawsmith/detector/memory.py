@@ -140,8 +140,8 @@ def softly_normalised(level: Tensor) -> Tensor:
 
 
 def _pooled(level: Tensor) -> Tensor:
-    """A level averaged over POOLED x POOLED cells, fewer at the border."""
-    return F.avg_pool2d(level, POOLED, 1, POOLED // 2, count_include_pad=False)
+    """A level averaged over POOLED x POOLED cells, with the zeros beyond the border, where features are noisy."""
+    return F.avg_pool2d(level, POOLED, 1, POOLED // 2)
 
 
 def _rows(patches: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith.sections import settings_digest
 
 RINGS = 4  # distances from the border, in cells, with units of their own
-SHARPNESS = 60.0  # of the memories' weights: .01 of AUROC less, and a memory counts half
-TOLD = 0.005  # share of the highest pixels by which memories are weighed
+SHARPNESS = 100.0  # of the memories' weights: with .01 of AUROC less a memory counts a third
+STRICTNESS = 20.0  # with .05 of AUROC less than a memory the student is trusted a third
+TOLD = 0.005  # share of the highest cells by which maps are weighed
 # mean 1 - cosine similarity of teacher and student on normal parts: up to the first the student is trusted whole, from
 # the second on not at all
 TRUSTED, DISTRUSTED = 0.08, 0.16
@@ -76,11 +77,12 @@ class Detector(nn.Module):
        distance from the border, since the zeros beyond it make features noisy.
     3. `found`: the memories' maps averaged by `weights` (how well each finds the synthetic defects), raised or lowered
        by the student's maps as far as these deserve `trust`: a student that cannot answer the features of normal parts
-       tells nothing by a wrong answer.
+       tells nothing by a wrong answer, nor does one that finds fewer of the synthetic defects.
     4. The segmentation head reads the standardised maps. It counts half (`head_share`) if it marks the validation
        triplets better than `found` does, else nothing.
-    5. The sum, smoothed and enlarged, is the anomaly map. The score averages the means of its highest `top_shares` of
-       pixels, each in units of its deviation over the calibration normals, since defects come at all sizes.
+    5. The sum, smoothed and enlarged, is the anomaly map. The score reads the sum before, in which small defects stand
+       out: it averages the means of the highest `top_shares` of cells, each in units of its deviation over the
+       calibration normals, since defects come at all sizes.
     """
 
     map_mean: Tensor
@@ -131,9 +133,9 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [0, 1] → anomaly map (B, 1, H, W) and score (B,); 0 is the mean of normal parts in both."""
-        smoothed = smooth(self.fuse(self.standardise(self.raw_maps(image))), self.kernel)
-        score = ((self.pooled(smoothed) - self.score_mean) / self.score_deviation).mean(dim=1)
-        return enlarge(smoothed, image.shape[-2:]), score
+        fused = self.fuse(self.standardise(self.raw_maps(image)))
+        score = ((self.pooled(fused) - self.score_mean) / self.score_deviation).mean(dim=1)
+        return enlarge(smooth(fused, self.kernel), image.shape[-2:]), score
 
     def raw_maps(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → name → (B, 1, h, w) at `stride`, higher where less normal."""
@@ -206,24 +208,26 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def fit_weights(self, normal: Tensor, defect: Tensor) -> None:
-        """Weigh the memories by how well each alone tells defect images from normal ones.
+        """Weigh the maps by how well each alone tells defect images from normal ones (AUROC, its highest TOLD of cells
+        averaged).
 
-        The weights are a softmax of SHARPNESS times the AUROC of each memory's map, averaged over its highest TOLD of
-        pixels.
+        The memories' weights are a softmax of SHARPNESS times their AUROC. The trust in a map of the student falls
+        exponentially with what it has less than the best memory.
 
         Args:
             normal, defect: standardised maps (N, K, h, w) of normal images and of images with synthetic defects.
         """
-        areas = []
-        for place in range(len(self.weights)):
-            good, bad = (
-                top_mean(smooth(maps[:, place : place + 1], self.kernel), TOLD).double() for maps in (normal, defect)
-            )
-            areas.append(
-                (bad[:, None] > good[None]).double().mean() + 0.5 * (bad[:, None] == good[None]).double().mean()
-            )
-        if areas:
-            self.weights.copy_(torch.softmax(SHARPNESS * torch.stack(areas), dim=0))
+        if not len(self.weights):
+            return
+        good, bad = (
+            torch.stack([top_mean(maps[:, place : place + 1], TOLD) for place in range(maps.shape[1])]).double()
+            for maps in (normal, defect)
+        )
+        above, equal = ((bad[:, :, None] > good[:, None]), (bad[:, :, None] == good[:, None]))
+        areas = (above.double() + 0.5 * equal.double()).mean(dim=(1, 2))
+        memories, students = areas[: len(self.weights)], areas[len(self.weights) :]
+        self.weights.copy_(torch.softmax(SHARPNESS * memories, dim=0))
+        self.trust.mul_(torch.exp(STRICTNESS * (students - memories.max()).clamp_max(0)))
 
     @torch.no_grad()
     def calibrate(self, maps: Tensor) -> None:
@@ -236,7 +240,7 @@ class Detector(nn.Module):
         both = torch.cat([self.found(maps), self.head(maps)], dim=1).double().movedim(1, -1).flatten(0, 2)
         self.fused_mean.copy_(both.mean(dim=0))
         self.fused_deviation.copy_(both.std(dim=0).clamp_min(LEAST_DEVIATION))
-        pooled = self.pooled(smooth(self.fuse(maps), self.kernel)).double()
+        pooled = self.pooled(self.fuse(maps)).double()
         deviation = pooled.std(dim=0, unbiased=False)
         _check_deviation(deviation)
         self.score_mean.copy_(pooled.mean(dim=0))
