@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from flawsmith.config import Settings, load_settings
-from flawsmith.data.config import MAX_ASPECT, DataSettings
+from flawsmith.data.config import DataSettings
 from flawsmith.data.dataset import Dataset, Split
 from flawsmith.data.images import find_aspect, find_white_level
 from flawsmith.data.statistics import copies_sentence, find_copies, flat_sentence, read_statistics
@@ -69,8 +69,7 @@ class Layout:
         """
         data, normals = self.settings.data, self.surface().normals()
         white = data.white_level or find_white_level(normals, data.reading, self.category)
-        aspect = data.aspect or min(max(find_aspect(normals), 1 / MAX_ASPECT), MAX_ASPECT)
-        return replace(data, white_level=white, aspect=aspect)
+        return replace(data, white_level=white, aspect=data.aspect or find_aspect(normals))
 
     @property
     def reads_demo_data(self) -> bool:

@@ -26,13 +26,13 @@ SETTINGS = dataclasses.replace(
     PARAMS.synthesize, triplets=12, steps=3, windows=(32, 48), batch=3, area=(0.004, 0.08), visibility=0.02,
     perlin_periods=(8, 16), mixture={"diffusion": 1.0},
 )  # fmt: skip
-SIZE = 64
+HEIGHT, WIDTH = 64, 96
 
 
 @pytest.fixture(scope="module")
 def maker() -> TripletGenerator:
     torch.manual_seed(0)
-    normals = np.random.default_rng(0).integers(90, 150, (10, 3, SIZE, SIZE)).astype(np.uint8)
+    normals = np.random.default_rng(0).integers(90, 150, (10, 3, HEIGHT, WIDTH)).astype(np.uint8)
     return TripletGenerator(
         denoiser=Denoiser(DDPM).eval(),
         scheduler=build_scheduler(DDPM),
@@ -204,7 +204,7 @@ def test_triplets_come_back_from_disk_as_they_went(maker: TripletGenerator, tmp_
 def test_sheets_hold_every_triplet(maker: TripletGenerator) -> None:
     strips = [triplet_row(t.normal, t.defect, t.mask) for t in generate(maker, FIT, 3)]
     sheet = contact_sheet(strips, columns=2)
-    assert sheet.shape == (2 * SIZE + 4, 2 * 5 * SIZE + 4, 3)
-    empty = np.zeros((SIZE, SIZE), bool)
-    image = np.zeros((SIZE, SIZE, 3), np.uint8)
-    assert zoom(image, empty, SIZE).shape == (SIZE, SIZE, 3)
+    assert sheet.shape == (2 * HEIGHT + 4, 2 * (3 * WIDTH + 2 * HEIGHT) + 4, 3)
+    empty = np.zeros((HEIGHT, WIDTH), bool)
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    assert zoom(image, empty, HEIGHT).shape == (HEIGHT, HEIGHT, 3)

@@ -27,9 +27,7 @@ class DataSettings:
     aspect: float = Field(
         0.0,
         ge=0,
-        le=MAX_ASPECT,
-        description="width over height of the image every model sees: 1 is square; 0 asks the normals; tiles are "
-        "square",
+        description="width over height of the image every model sees, at most 4 to 1 either way; 0 asks the normals",
     )
     calibration_fraction: float = Field(0.2, ge=0.01, le=0.5, description="share of train/good that only calibrates")
     split_seed: Seed = Field(0, description="seed of the fit/calibration split")
@@ -60,11 +58,6 @@ class DataSettings:
             raise ValueError(
                 f"`data.scale` is {self.scale:g}; it must be 0 (the whole image is seen) or from {MIN_SCALE:g} to 2."
             )
-        if 0 < self.aspect < 1 / MAX_ASPECT:
-            raise ValueError(
-                f"`data.aspect` is {self.aspect:g}; it must be 0 (the normals are asked) or from {1 / MAX_ASPECT:g} to "
-                f"{MAX_ASPECT:g}."
-            )
         if self.scale and self.tile_overlap > self.image_size // 2:
             raise ValueError(
                 f"`data.tile_overlap` is {self.tile_overlap}; it must be at most half of data.image_size "
@@ -79,12 +72,12 @@ class DataSettings:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width in pixels of the image every model sees; with `aspect` 0 it is square.
+        """Height and width in pixels of the image every model sees: square for tiles, and with `aspect` 0.
 
         The longer side is the multiple of MULTIPLE that is nearest to the aspect.
         """
         aspect = 1.0 if self.scale else self.aspect or 1.0
-        longer = round(self.image_size * max(aspect, 1 / aspect) / MULTIPLE) * MULTIPLE
+        longer = round(self.image_size * min(max(aspect, 1 / aspect), MAX_ASPECT) / MULTIPLE) * MULTIPLE
         return (self.image_size, longer) if aspect > 1 else (longer, self.image_size)
 
     @property

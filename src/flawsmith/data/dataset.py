@@ -30,6 +30,7 @@ from flawsmith.data.images import (
     FloatImage,
     Mask,
     Reading,
+    Shape,
     read_image,
     read_size,
     resize_image,
@@ -375,7 +376,7 @@ def load_prepared(path: Path, data: DataSettings) -> FloatImage:
     return Tiling.of(data).prepare(read_image(path, data.reading))
 
 
-def load_images(paths: Sequence[Path], shape: tuple[int, int], reading: Reading = READING) -> NDArray[np.float32]:
+def load_images(paths: Sequence[Path], shape: Shape, reading: Reading = READING) -> NDArray[np.float32]:
     """Read images into one array `(N, 3, H, W)`, each resized to `shape`."""
     return np.stack([resize_image(read_image(path, reading), shape) for path in paths])
 

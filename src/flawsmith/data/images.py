@@ -26,6 +26,7 @@ from flawsmith.files import atomic_file
 
 FloatImage = NDArray[np.float32]  # (3, H, W) in [0, 1]
 Mask = NDArray[np.bool_]  # (H, W)
+Shape = tuple[int, int]  # height and width in pixels
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # by content: Pillow would hand a posted EPS to Ghostscript
 PNG_LEVEL = 1  # of zlib's 9: far faster than the usual 6, for files that are a little larger
@@ -162,7 +163,7 @@ def count_pixels(path: Path) -> int:
         return 0
 
 
-def stored_size(path: Path) -> tuple[int, int]:
+def stored_size(path: Path) -> Shape:
     """Height and width of what `read_image` returns, as far as a file's header tells.
 
     Raises:
@@ -187,7 +188,7 @@ def find_aspect(paths: Sequence[Path]) -> float:
     return float(np.median([width / height for height, width in sizes])) if sizes else 1.0
 
 
-def read_size(path: Path, reading: Reading = READING) -> tuple[int, int]:
+def read_size(path: Path, reading: Reading = READING) -> Shape:
     """Height and width of what `read_image` returns.
 
     Raises:
@@ -209,7 +210,7 @@ def open_upright(path: Path, reading: Reading) -> Image.Image:
         return _open(stream, str(path), reading)[1]
 
 
-def resize_image(image: FloatImage, shape: tuple[int, int]) -> FloatImage:
+def resize_image(image: FloatImage, shape: Shape) -> FloatImage:
     """Stretch `(3, H, W)` to the height and width of `shape` with an antialiased bilinear filter; the one resize of the
     product."""
     height, width = shape
@@ -222,7 +223,7 @@ def resize_image(image: FloatImage, shape: tuple[int, int]) -> FloatImage:
     return resized
 
 
-def resize_mask(mask: Mask, shape: tuple[int, int]) -> Mask:
+def resize_mask(mask: Mask, shape: Shape) -> Mask:
     """Stretch a mask `(H, W)` to the height and width of `shape`: a pixel is set if at least half of its area was.
 
     If that would lose a non-empty mask altogether, any coverage counts: a faint scratch stays a labelled defect.
@@ -237,7 +238,7 @@ def resize_mask(mask: Mask, shape: tuple[int, int]) -> Mask:
     return half if half.any() or not mask.any() else coverage > 0
 
 
-def fitted(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+def fitted(shape: tuple[int, ...], side: int) -> Shape:
     """Height and width of an image `(H, W)` whose longer side is brought to `side`."""
     height, width = (max(1, round(side * length / max(shape))) for length in shape)
     return height, width

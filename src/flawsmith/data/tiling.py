@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.data.images import FloatImage, Mask, on_levels, resize_image, resize_mask
+from flawsmith.data.images import FloatImage, Mask, Shape, on_levels, resize_image, resize_mask
 from flawsmith.sequences import batched
 
 if TYPE_CHECKING:  # inference, which is served without it, needs no YAML
@@ -41,7 +41,7 @@ class Tiling:
             finite.
     """
 
-    shape: tuple[int, int]
+    shape: Shape
     scale: float = 0.0
     overlap: int = 0
 
@@ -68,7 +68,7 @@ class Tiling:
         """The side of a tile."""
         return self.shape[0]
 
-    def working_shape(self, height: int, width: int) -> tuple[int, int]:
+    def working_shape(self, height: int, width: int) -> Shape:
         """The working resolution of an image, which is that of its anomaly map too."""
         if not self.is_tiled:
             return self.shape

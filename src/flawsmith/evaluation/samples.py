@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flawsmith.data.dataset import GOOD, LabelledImage, Split, labelled_part, load_labelled, normal_name
-from flawsmith.data.images import FloatImage, Mask, Reading, resize_image, resize_mask
+from flawsmith.data.images import FloatImage, Mask, Reading, Shape, resize_image, resize_mask
 from flawsmith.data.tiling import Tiling
 from flawsmith.data.triplets import VALIDATION, TripletFolder, is_illumination_defect, read_manifest
 from flawsmith.errors import UserError
@@ -153,7 +153,7 @@ def normal_samples(
     )
 
 
-def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], shape: tuple[int, int]) -> tuple[Sample, ...]:
+def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], shape: Shape) -> tuple[Sample, ...]:
     """Held-out triplets as a test set: each distinct normal once, as good, and each defect image with its mask.
 
     Args:
@@ -182,7 +182,7 @@ def triplet_samples(triplets: TripletFolder, sources: Mapping[str, str], shape: 
     return (*goods, *defect_samples(triplets, sources, shape))
 
 
-def defect_samples(triplets: TripletFolder, ids: Iterable[str], shape: tuple[int, int]) -> tuple[Sample, ...]:
+def defect_samples(triplets: TripletFolder, ids: Iterable[str], shape: Shape) -> tuple[Sample, ...]:
     """The defect images of triplets, with their masks."""
 
     def defect(identity: str) -> tuple[FloatImage, Mask]:

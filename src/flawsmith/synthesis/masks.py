@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from flawsmith.data.images import Mask
+from flawsmith.data.images import Mask, Shape
 from flawsmith.errors import UserError
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
@@ -71,10 +71,7 @@ def margin(feather: float) -> int:
 
 
 def sample_mask(
-    generator: np.random.Generator,
-    shape: tuple[int, int],
-    settings: SynthesizeSettings,
-    foreground: Mask | None = None,
+    generator: np.random.Generator, shape: Shape, settings: SynthesizeSettings, foreground: Mask | None = None
 ) -> MaskDraw:
     """Draw one defect mask for an image.
 
@@ -118,11 +115,11 @@ def sample_mask(
 class Places:
     """Where the centre of a defect may lie: anywhere, or on the foreground."""
 
-    shape: tuple[int, int]  # height and width of the image in pixels
+    shape: Shape  # height and width of the image in pixels
     listed: NDArray[np.intp] | None  # flat indices of the foreground; None is everywhere
 
     @classmethod
-    def of(cls, shape: tuple[int, int], foreground: Mask | None) -> "Places":
+    def of(cls, shape: Shape, foreground: Mask | None) -> "Places":
         """All pixels of `foreground` `(H, W)`.
 
         Raises:
@@ -155,7 +152,7 @@ class WindowLimits:
     largest: int  # side of the square that the largest window leaves to a mask
 
     @classmethod
-    def of(cls, shape: tuple[int, int], settings: SynthesizeSettings, foreground: Mask | None) -> "WindowLimits":
+    def of(cls, shape: Shape, settings: SynthesizeSettings, foreground: Mask | None) -> "WindowLimits":
         """The limits for masks in an image of height and width `shape`.
 
         Raises:
@@ -307,13 +304,13 @@ def distance_to(shape: tuple[int, ...], centre: tuple[int, int], angle: float = 
     return np.maximum(result, np.float32(0.1))
 
 
-def window_around(centre: tuple[int, int], side: int, shape: tuple[int, int]) -> tuple[int, int]:
+def window_around(centre: tuple[int, int], side: int, shape: Shape) -> tuple[int, int]:
     """Top and left of the window of this side around `centre`, moved so that it lies inside the image."""
     top, left = (int(np.clip(at - side // 2, 0, length - side)) for at, length in zip(centre, shape, strict=True))
     return top, left
 
 
-def on_margin(window: Window, shape: tuple[int, int], rim: int) -> Mask:
+def on_margin(window: Window, shape: Shape, rim: int) -> Mask:
     """The window's pixels too near to those of its borders that are not the image's."""
     top, left, side = window
     result = np.zeros((side, side), bool)

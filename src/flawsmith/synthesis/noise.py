@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flawsmith.data.images import Mask
+from flawsmith.data.images import Mask, Shape
 from flawsmith.errors import UserError
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.masks import TRIES, MaskDraw, WindowLimits, log_uniform, on_margin, window_around
@@ -12,10 +12,7 @@ DENSITY = (0.4, 0.8)  # share of its square that is marked; Perlin masks fill 0.
 
 
 def noise_mask(
-    generator: np.random.Generator,
-    shape: tuple[int, int],
-    settings: SynthesizeSettings,
-    foreground: Mask | None = None,
+    generator: np.random.Generator, shape: Shape, settings: SynthesizeSettings, foreground: Mask | None = None
 ) -> MaskDraw:
     """Random pixels, or blocks of 2, 4 or 8 pixels a side, that cover 40 to 80 % of a square.
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flawsmith.data.foreground import Foreground
-from flawsmith.data.images import Mask
+from flawsmith.data.images import Mask, Shape
 from flawsmith.synthesis.masks import MaskDraw
 from flawsmith.synthesis.perlin import FloatField
 
@@ -24,7 +24,7 @@ class Normals:
     foreground: Foreground
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> Shape:
         """Height and width of the images in pixels."""
         return self.images.shape[2], self.images.shape[3]
 

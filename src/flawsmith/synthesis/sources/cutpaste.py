@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flawsmith.data.images import Mask
+from flawsmith.data.images import Mask, Shape
 from flawsmith.errors import UserError
 from flawsmith.randomness import numpy_generator
 from flawsmith.synthesis.config import SynthesizeSettings
@@ -50,7 +50,7 @@ class CutPaste:
         return blend(normal, cutpaste_texture(generator, normal, item.defect.outline), item.defect, self.settings)
 
 
-def rectangle_mask(generator: np.random.Generator, shape: tuple[int, int], foreground: Mask | None = None) -> MaskDraw:
+def rectangle_mask(generator: np.random.Generator, shape: Shape, foreground: Mask | None = None) -> MaskDraw:
     """A patch or a scar inside the image, as large as in the paper for an image of the shorter side.
 
     On an object, its centre lies on the part and the background is left out (the paper pastes anywhere).

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from flawsmith.data.images import Mask
+from flawsmith.data.images import Mask, Shape
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.masks import feathered, sample_mask
 from flawsmith.synthesis.noise import noise_mask
@@ -22,7 +22,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 def soft_defect(
     generator: np.random.Generator,
-    shape: tuple[int, int],
+    shape: Shape,
     settings: SynthesizeSettings,
     part: Mask | None,
     values: Mapping[str, float],
