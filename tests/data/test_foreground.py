@@ -114,6 +114,17 @@ def test_texture_is_left_whole(kind: str, seed: int) -> None:
     assert foreground.mask(images[0]).shape == (SIDE, SIDE)
 
 
+def test_a_soft_shadow_beside_the_part_is_ground() -> None:
+    images, truths = objects(disc, 0.8, 0.3)
+    for image, truth in zip(images, truths, strict=True):
+        shadow = 0.2 * ndimage.gaussian_filter(np.roll(truth, 12, axis=1).astype(np.float32), 8) * ~truth
+        image -= shadow
+    foreground = Foreground.estimate(images)
+    assert foreground.is_object
+    for image, truth in zip(images, truths, strict=True):
+        assert overlap(foreground.mask(image), truth) > 0.9
+
+
 def test_hole_belongs_to_the_part_and_dirt_does_not() -> None:
     images, _ = objects(ring, 0.85, 0.3)
     foreground = Foreground.estimate(images)

@@ -94,7 +94,7 @@ def test_invisible_defects_end_in_one_clear_error(maker: TripletGenerator) -> No
         list(generate(strict, FIT, 3))
 
 
-@pytest.mark.parametrize("source", ["illumination", "cutpaste", "own"])
+@pytest.mark.parametrize("source", ["illumination", "pieces", "cutpaste", "own"])
 def test_a_share_taken_from_diffusion_leaves_the_other_candidates_as_they_were(
     maker: TripletGenerator, source: str
 ) -> None:

@@ -20,7 +20,8 @@ from flawsmith.errors import UserError
 BLUR = 1.0  # px; sigma of the Gaussian that takes the pixel noise out before any comparison
 BORDER_SHARE = 0.03  # width of the border as a share of the shorter side
 MIN_CONTRAST = 0.03  # of 1; a part this close to its background cannot be told from it
-NOISE_FACTOR = 5.0  # foreground is what deviates by this many standard deviations of the border
+NOISE_FACTOR = 5.0  # foreground deviates by this many standard deviations of the border, or more
+STEEPEST = 0.8  # of the deviation where it is steepest: there a part begins
 MAX_BORDER_NOISE = 0.03  # of 1; a border that varies more is a texture
 MIN_AREA = 0.02  # share of the image; less is a speck on a plain surface, not a part
 MAX_BORDER_TO_AREA = 0.6  # share of foreground in the border over that in the image; 1 for a stationary texture
@@ -52,7 +53,13 @@ class Foreground:
         if len(images) == 0:
             raise UserError("The foreground needs at least one normal image; add images to train/good.")
         backgrounds = [_fit_background(image) for image in images]
-        threshold = max(MIN_CONTRAST, NOISE_FACTOR * float(np.median([item.noise for item in backgrounds])))
+        noise = float(np.median([item.noise for item in backgrounds]))
+        threshold = max(MIN_CONTRAST, NOISE_FACTOR * noise)
+        # The outline runs where the deviation is steepest; soft shadows beside the part deviate, too, but slowly.
+        deviation = np.stack([item.deviation for item in backgrounds])  # (N, H, W)
+        steep = sum(slope**2 for slope in np.gradient(deviation, axis=(1, 2))) * (deviation > threshold)
+        if steep.any():
+            threshold = max(threshold, STEEPEST * float(np.average(deviation, weights=steep)))
         colour = np.median([item.surface.mean(axis=(1, 2)) for item in backgrounds], axis=0)
         found = [_parts(item.deviation > threshold) for item in backgrounds]
         border = _border(images.shape[2:])
@@ -60,7 +67,7 @@ class Foreground:
         at_border = float(np.mean([mask[border].mean() for mask in found]))
         edges = [_edge(item.deviation, mask) for item, mask in zip(backgrounds, found, strict=True)]
         is_object = (
-            float(np.median([item.noise for item in backgrounds])) <= MAX_BORDER_NOISE
+            noise <= MAX_BORDER_NOISE
             and area >= MIN_AREA
             and at_border <= MAX_BORDER_TO_AREA * area
             and float(np.median(edges)) >= MIN_EDGE

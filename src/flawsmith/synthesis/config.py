@@ -14,7 +14,7 @@ Start = Annotated[float, Field(ge=0.01, le=1)]
 Opacity = Annotated[float, Field(ge=0.05, le=1)]
 Threshold = Annotated[float, Field(ge=-1, le=0.9)]
 # Diffusion comes last: what takes a share from it alone moves no candidate of the sources before
-SourceName = Literal["illumination", "cutpaste", "own", "diffusion"]
+SourceName = Literal["illumination", "pieces", "cutpaste", "own", "diffusion"]
 
 
 def default_windows(image_size: int, multiple: int) -> tuple[int, ...]:
@@ -39,7 +39,8 @@ class SynthesizeSettings:
         {"diffusion": 0.8, "illumination": 0.2},
         description="shares of triplets by what makes their defects (divided by their sum): `diffusion` (the DDPM), "
         "`illumination` (shades: large soft changes of light), `own` (another normal's region, strongly jittered), "
-        "`cutpaste` (patches and scars of the same image, of the paper's sizes)",
+        "`pieces` (of the part: missing, bent or moved), `cutpaste` (patches and scars of the same image, of the "
+        "paper's sizes)",
     )
     mask: Literal["perlin", "noise"] = Field(
         "perlin",

@@ -29,6 +29,7 @@ from flawsmith.synthesis.sources.cutpaste import CutPaste
 from flawsmith.synthesis.sources.diffusion import Diffusion
 from flawsmith.synthesis.sources.illumination import Illumination
 from flawsmith.synthesis.sources.own import OwnTexture
+from flawsmith.synthesis.sources.pieces import Pieces
 from flawsmith.synthesis.sources.texture import MIN_PIXELS, largest_change
 
 CHUNK_BATCHES = 4  # candidates are drawn in chunks of so many batches, then grouped by source and window size
@@ -75,6 +76,7 @@ class TripletGenerator:
         settings, normals = self.settings, Normals(self.normals, self.foreground)
         return {
             "illumination": Illumination(settings, normals),
+            "pieces": Pieces(settings, normals),
             "cutpaste": CutPaste(settings, normals),
             "own": OwnTexture(settings, normals),
             "diffusion": Diffusion(settings, normals, self.denoiser, self.scheduler, self.compute),

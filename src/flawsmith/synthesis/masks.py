@@ -22,7 +22,8 @@ from flawsmith.errors import UserError
 from flawsmith.synthesis.config import SynthesizeSettings
 from flawsmith.synthesis.perlin import FloatField, perlin_noise
 
-MaskKind = Literal["perlin", "ridge", "noise", "rectangle", "scar", "shade"]  # the last four are drawn elsewhere
+PieceKind = Literal["missing", "bent", "moved"]
+MaskKind = Literal["perlin", "ridge", "noise", "rectangle", "scar", "shade", PieceKind]  # all but two drawn elsewhere
 Window = tuple[int, int, int]  # top, left, side in pixels
 
 TRIES = 64  # outlines drawn for one mask before giving up

@@ -66,6 +66,9 @@ METHODS: Mapping[str, Method] = {
     "cutpaste": Method(
         "CutPaste patches (Li et al. 2021)", {"synthesize.mixture": {"cutpaste": 0.8, "illumination": 0.2}}
     ),
+    "pieces": Method(
+        "pieces of the part, missing, bent or moved", {"synthesize.mixture": {"pieces": 0.8, "illumination": 0.2}}
+    ),
     PATCHCORE: Method("PatchCore on the same teacher, without training", {}, (PATCHCORE,)),
 }
 

@@ -29,9 +29,9 @@ def digests(plan):
 
 def test_a_diffusion_model_is_trained_once_a_seed_and_only_for_methods_that_diffuse(project):
     plan = build_plan(project.request(methods=tuple(METHODS), seeds=(0, 1), parts=("all", "research", "report")))
-    assert len(plan.cells) == 5 * 2 * 3
+    assert len(plan.cells) == 6 * 2 * 3
     assert stages(plan) == {
-        "ddpm-train": 2, "synthesize": 8, "validate": 8, "distill": 8, "evaluate": 24, PATCHCORE: 6,
+        "ddpm-train": 2, "synthesize": 10, "validate": 10, "distill": 10, "evaluate": 30, PATCHCORE: 6,
     }  # fmt: skip
     without = {run.stage for cell in plan.cells if cell.method == "no-diffusion" for run in cell.runs}
     assert without == set(PIPELINE) - {"ddpm-train"}

@@ -84,6 +84,11 @@ def turned(
             centre[0] + np.cos(angle) * y - np.sin(angle) * x, centre[1] + np.sin(angle) * y + np.cos(angle) * x
         )
     )  # (2, side, side)
+    return resample(image, where)
+
+
+def resample(image: Pixels, where: NDArray[np.float64]) -> Texture:
+    """`image` (3, S, S) read at places (2, h, w) in pixels: (3, h, w); beyond the image it is mirrored."""
     gray = bool((image == image[:1]).all())
     channels = [  # cubic: linear interpolation would rub out the grain
         ndimage.map_coordinates(channel.astype(np.float32), where, order=3, mode="mirror")
