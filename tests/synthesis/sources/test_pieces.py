@@ -52,6 +52,7 @@ def test_pieces_of_every_kind_lie_across_the_parts_outline(on_ground: list[Tripl
     assert {kind(triplet) for triplet in on_ground} == {"missing", "bent", "moved"}
     from_outline = np.maximum(ndimage.distance_transform_edt(PART), ndimage.distance_transform_edt(~PART))
     for triplet in on_ground:
+        assert from_outline[triplet.mask].min() <= HALO + 1
         assert from_outline[triplet.mask].max() <= min(SHAPE) * REACH + SETTINGS.feather + 3
         change = largest_change(triplet.normal, triplet.defect)
         assert (change[triplet.mask] > SETTINGS.visibility * 255).mean() > 0.6

@@ -40,10 +40,11 @@ class Pieces:
     remedy: ClassVar[str] = "lower pieces in synthesize.mixture, or "
 
     def draw(self, generator: np.random.Generator, index: int, _others: NDArray[np.int64]) -> Defect:
-        """Draw kind, outline, shift and turn of a piece, again where it is as good as invisible."""
+        """Draw kind, outline, shift and turn of a piece, again where it is as good as invisible or off the part."""
         normal, part, shape = self.normals.images[index], self.normals.part(index), self.normals.shape
         settings, kinds = replace(self.settings, ridge_share=0.0), list(get_args(PieceKind))
         across = None if part is None else _across(part, min(shape) * REACH)
+        near = np.ones(shape, np.bool_) if part is None else ndimage.binary_dilation(part, iterations=HALO)
         for _ in range(TRIES):
             kind: PieceKind = kinds[int(generator.integers(part is None, len(kinds)))]
             outline = replace(sample_mask(generator, shape, settings, across), kind=kind)
@@ -60,7 +61,7 @@ class Pieces:
             defect = Defect(outline, feathered(outline.mask, settings.feather), values)
             _, changed = self._make(normal, part, defect)
             defect = replace(defect, outline=replace(outline, mask=changed))
-            if changed.sum() >= settings.area[0] * changed.size:
+            if changed.sum() >= settings.area[0] * changed.size and changed[near].any():
                 break
         return defect
 
