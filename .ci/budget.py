@@ -9,9 +9,9 @@ import yaml
 ROOT = Path(__file__).parents[1]
 LINES = {  # of Python, a folder
     "src/flawsmith": 21_700,
-    "src/flawsmith_lab": 3_200,
+    "src/flawsmith_lab": 3_300,
     "flows": 1_850,
-    "tests": 22_150,
+    "tests": 22_200,
 }
 KEYS = 50  # in params.yaml
 DOCS = 80_000  # bytes of Markdown in docs/
