@@ -25,7 +25,7 @@ def study(
         list[str] | None,
         typer.Option(
             metavar="A,B",
-            help="Of flawsmith, no-diffusion, random-mask, cutpaste, patchcore. Default: flawsmith,patchcore.",
+            help="Of flawsmith, no-diffusion, random-mask, cutpaste, pieces, patchcore. Default: flawsmith,patchcore.",
         ),
     ] = None,
     overrides: SetOption = None,
