@@ -67,7 +67,7 @@ def test_a_true_export_is_certified(exported: Exported) -> None:
 
 def test_a_difference_over_the_tolerance_fails_at_both_batches(exported: Exported) -> None:
     with pytest.raises(
-        FlawsmithError, match=r"batch 1: maps differ by 0\.01.*batch 8: scores differ by 0\.01"
+        FlawsmithError, match=r"batch 1: maps differ by 0\.01.*batch 8: scores differ by 0\.00\d+ \(tolerance 0\.005"
     ) as error:
         certify(exported, detector=shifted(exported, 0.01), tolerance=0.005)
     assert error.value.exit_code == 1
@@ -100,6 +100,14 @@ def test_only_the_difference_of_the_worst_pixel_counts(exported: Exported) -> No
     ]
     assert compare(2, maps, scores, 0.5, answers) == Difference(2, 0.25, 0.5, 0)
     assert compare(2, maps, scores, 1.2, answers).decision_flips == 1
+
+
+def test_large_values_are_compared_by_their_share() -> None:
+    maps, scores = np.full((1, 1, 2, 2), 400.0, np.float32), np.full(1, -200.0, np.float32)
+    answer = Prediction(-200.1, False, np.full((2, 2), 400.1, np.float32))
+    difference = compare(1, maps, scores, 0.5, [answer])
+    assert difference.map == pytest.approx(0.1 / 400, rel=1e-3)
+    assert difference.score == pytest.approx(0.1 / 200, rel=1e-3)
 
 
 @pytest.mark.parametrize("side", ["torch", "onnx"])
