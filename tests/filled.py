@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flawsmith.detector.config import DistillSettings, TeacherSettings
-from flawsmith.detector.memory import MEMORIES
+from flawsmith.detector.memory import MEMORIES, rows_of
 from flawsmith.detector.model import Detector, DetectorConfig
 from flawsmith.detector.normals import memory_sizes
 from flawsmith.detector.teacher import Teacher
@@ -21,8 +21,8 @@ def detector_of(
     detector = Detector(DetectorConfig.of(named, settings, shape, sizes), teacher).eval()
     features, source_ids = teacher(normals), {}
     for name, bank in detector.banks.items():
-        patches = MEMORIES[name](features)
-        rows = patches.permute(0, 2, 3, 1).flatten(0, 2)
+        patches = MEMORIES[name].patches(features)
+        rows = rows_of(patches)
         kept = bank.fill(rows, torch.Generator().manual_seed(1))
         source_ids[name] = kept // (len(rows) // len(normals))
         bank.allow((patches[i : i + 1], source_ids[name] == i) for i in range(len(normals)))

@@ -1,6 +1,8 @@
 """The memories: what was kept is near, nearest means nearest, what is excluded does not count, and what normal parts
 differ in is allowed."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,24 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flawsmith.detector import memory as module
-from flawsmith.detector.memory import (
-    MEMORIES,
-    MemoryBank,
-    channels_of,
-    coarse_patches,
-    fine_patches,
-    softly_normalised,
-)
+from flawsmith.detector.memory import MEMORIES, MemoryBank, rows_of, softly_normalised
+from flawsmith.detector.teacher import Teacher
 
 CHANNELS = 6
 
 
 def patches(images: int, side: int, seed: int = 0) -> Tensor:
     return torch.randn(images, CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def rows_of(normals: Tensor) -> Tensor:
-    return normals.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def filled(normals: Tensor, size: int) -> tuple[MemoryBank, Tensor]:
@@ -119,12 +111,15 @@ def test_what_is_weak_counts_little_and_nothing_counts_more_than_one() -> None:
 
 
 def test_a_memory_reads_the_levels_that_its_name_says() -> None:
-    features = tuple(torch.rand(2, c, s, s) for c, s in ((3, 16), (4, 8), (5, 4)))
-    for name, patches_of in MEMORIES.items():
-        assert patches_of(features).shape[1] == channels_of(name, (3, 4, 5), (4, 8, 16))
-    assert fine_patches(features).shape == (2, 3 * 4 + 4 + 5, 8, 8)
-    assert coarse_patches(features).shape == (2, 5, 4, 4)
+    teacher = Mock(Teacher, channels=(3, 4, 5), strides=(4, 8, 16))
+    features = tuple(torch.rand(2, c, 64 // s, 96 // s) for c, s in zip(teacher.channels, teacher.strides, strict=True))
+    for kind in MEMORIES.values():
+        _, channels, height, width = kind.patches(features).shape
+        assert (channels, height * width) == (kind.channels(teacher), kind.count(teacher, (64, 96)))
+    fine, coarse = MEMORIES["memory_fine"].patches, MEMORIES["memory_coarse"].patches
+    assert fine(features).shape == (2, 4 * 3 + 4 + 5, 8, 12)
+    assert coarse(features).shape == (2, 5, 4, 6)
     for level, (seen_by_fine, seen_by_coarse) in enumerate(((True, False), (True, False), (True, True))):
         changed = tuple(part + torch.rand_like(part) * (index == level) for index, part in enumerate(features))
-        assert torch.equal(fine_patches(changed), fine_patches(features)) is not seen_by_fine
-        assert torch.equal(coarse_patches(changed), coarse_patches(features)) is not seen_by_coarse
+        assert torch.equal(fine(changed), fine(features)) is not seen_by_fine
+        assert torch.equal(coarse(changed), coarse(features)) is not seen_by_coarse

@@ -11,7 +11,8 @@ The least power distance is continuous.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from flawsmith.detector.coreset import k_center
 from flawsmith.detector.student import enlarge
-from flawsmith.detector.teacher import Features
+from flawsmith.detector.teacher import Features, Teacher
 
 CHUNK = 2048  # patches compared at once: (h * w, CHUNK) floats of an image of 256 pixels, 8 MB, stay in a cache
 POOLED = 3  # cells a side that are averaged into a patch, PatchCore's neighbourhood
@@ -47,7 +48,7 @@ class MemoryBank(nn.Module):
             excluded: (M,) bool, patches of the bank that do not count.
         """
         batch, _, height, width = patches.shape
-        rows = _rows(patches)
+        rows = rows_of(patches)
         nearest, _ = self._nearest(rows, self.allowance, excluded)
         return (nearest + rows.square().sum(dim=1)).view(batch, 1, height, width)
 
@@ -74,7 +75,7 @@ class MemoryBank(nn.Module):
         size, place = len(self.patches), self.patches.device
         seen, total = torch.zeros(size, device=place), torch.zeros(size, device=place)
         for patches, own in images:
-            rows = _rows(patches)
+            rows = rows_of(patches)
             found, index = self._nearest(rows, torch.zeros_like(self.allowance), own)
             squared = (found + rows.square().sum(dim=1)).clamp_min(0)
             seen.index_add_(0, index, torch.ones_like(squared))
@@ -106,31 +107,51 @@ class MemoryBank(nn.Module):
         return least.values, torch.stack(index).gather(0, least.indices[None])[0]
 
 
-def fine_patches(features: Features) -> Tensor:
-    """All three levels joined on the grid of the middle one, (B, C, h, w).
+@dataclass(frozen=True)
+class MemoryKind:
+    """What a memory compares: some of the teacher's levels, joined on the grid of one of them.
 
-    The finest level is folded, four of its cells to one, so that nothing small is lost and no cell is added.
+    Attributes:
+        levels: indices of the levels, finest first.
+        grid: index of the level whose cells are the patches.
     """
-    fine, middle, coarse = (_pooled(level) for level in features)
-    folded = F.pixel_unshuffle(fine, fine.shape[-1] // middle.shape[-1])
-    levels = (folded, middle, enlarge(coarse, middle.shape[-2:]))
-    return torch.cat([softly_normalised(level) for level in levels], dim=1) / math.sqrt(len(levels))
+
+    levels: tuple[int, ...]
+    grid: int
+
+    def patches(self, features: Features) -> Tensor:
+        """The patches (B, C, h, w) of a teacher's features.
+
+        A finer level is folded, so that nothing small is lost and no cell is added. A coarser one is enlarged.
+        """
+        size = features[self.grid].shape[-2:]
+        on_grid = []
+        for level in (_pooled(features[index]) for index in self.levels):
+            finer = level.shape[-1] // size[-1]
+            on_grid.append(F.pixel_unshuffle(level, finer) if finer > 1 else enlarge(level, size))
+        return torch.cat([softly_normalised(level) for level in on_grid], dim=1) / math.sqrt(len(on_grid))
+
+    def channels(self, teacher: Teacher) -> int:
+        """C of the patches."""
+        sides = [max(1, self.stride(teacher) // teacher.strides[index]) for index in self.levels]
+        return sum(side**2 * teacher.channels[index] for side, index in zip(sides, self.levels, strict=True))
+
+    def stride(self, teacher: Teacher) -> int:
+        """Pixels a patch."""
+        return teacher.strides[self.grid]
+
+    def count(self, teacher: Teacher, shape: tuple[int, int]) -> int:
+        """How many patches an image of a shape has."""
+        return (shape[0] // self.stride(teacher)) * (shape[1] // self.stride(teacher))
 
 
-def coarse_patches(features: Features) -> Tensor:
-    """The coarsest level, (B, C, h, w)."""
-    return softly_normalised(_pooled(features[-1]))
+MEMORIES = {"memory_fine": MemoryKind((0, 1, 2), grid=1), "memory_coarse": MemoryKind((2,), grid=2)}
+"""Name of a memory → its kind. What is large shows in the coarse one, what is small in the fine one alone."""
 
 
-MEMORIES = {"memory_fine": fine_patches, "memory_coarse": coarse_patches}
-"""Name of a memory → what it compares. What is large shows in the coarse one, what is small in the fine one alone."""
-
-
-def channels_of(name: str, channels: Sequence[int], strides: Sequence[int]) -> int:
-    """How many channels the patches of a memory have, of a teacher's levels."""
-    fine, middle, coarse = channels
-    folded = fine * (strides[1] // strides[0]) ** 2
-    return coarse if name == "memory_coarse" else folded + middle + coarse
+def rows_of(patches: Tensor) -> Tensor:
+    """(B, C, h, w) → (B * h * w, C)."""
+    return patches.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def softly_normalised(level: Tensor) -> Tensor:
@@ -142,8 +163,3 @@ def softly_normalised(level: Tensor) -> Tensor:
 def _pooled(level: Tensor) -> Tensor:
     """A level averaged over POOLED x POOLED cells, with the zeros beyond the border, where features are noisy."""
     return F.avg_pool2d(level, POOLED, 1, POOLED // 2)
-
-
-def _rows(patches: Tensor) -> Tensor:
-    """(B, C, h, w) → (B * h * w, C)."""
-    return patches.permute(0, 2, 3, 1).flatten(0, 2)

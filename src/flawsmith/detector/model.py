@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flawsmith.detector.config import DistillSettings, TeacherSettings
-from flawsmith.detector.memory import MEMORIES, TINY, MemoryBank, channels_of
+from flawsmith.detector.memory import MEMORIES, TINY, MemoryBank
 from flawsmith.detector.student import SegmentationHead, Student, enlarge
 from flawsmith.detector.teacher import Features, Teacher
 from flawsmith.errors import UserError
@@ -102,9 +102,9 @@ class Detector(nn.Module):
         self.teacher = teacher or Teacher(config.backbone, config.out_indices)
         channels, strides = self.teacher.channels, self.teacher.strides
         self.student = Student(channels, config.bottleneck, config.decoder_channels)
-        sizes = dict(zip(MEMORIES, config.memories, strict=False))
+        kinds = zip(MEMORIES.items(), config.memories, strict=False)
         self.memories = nn.ModuleDict(
-            {name: MemoryBank(size, channels_of(name, channels, strides)) for name, size in sizes.items()}
+            {name: MemoryBank(size, kind.channels(self.teacher)) for (name, kind), size in kinds}
         )
         answered = [f"student_{stride}" for stride in strides[-len(config.decoder_channels) :]]
         self.names = (*self.memories, *answered)
@@ -147,7 +147,9 @@ class Detector(nn.Module):
         Args:
             excluded: memory → (M,) bool, its patches that do not count.
         """
-        found = {name: memory(MEMORIES[name](features), excluded.get(name)) for name, memory in self.memories.items()}
+        found = {
+            name: memory(MEMORIES[name].patches(features), excluded.get(name)) for name, memory in self.memories.items()
+        }
         products = feature_products(features, self.student(features))
         answered = self.names[len(found) :]
         found |= {name: 1 - product.sum(dim=1, keepdim=True) for name, product in zip(answered, products, strict=True)}

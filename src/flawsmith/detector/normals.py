@@ -23,7 +23,7 @@ from flawsmith.data.images import to_uint8
 from flawsmith.data.triplets import VALIDATION, TripletFolder, is_illumination_defect, read_manifest
 from flawsmith.detector.batches import TripletSources
 from flawsmith.detector.config import DistillSettings
-from flawsmith.detector.memory import MEMORIES
+from flawsmith.detector.memory import MEMORIES, rows_of
 from flawsmith.detector.model import Detector
 from flawsmith.detector.teacher import Teacher, as_batch
 from flawsmith.errors import UserError
@@ -76,9 +76,8 @@ def memory_sizes(settings: DistillSettings, teacher: Teacher, images: int, shape
     """How many patches each of MEMORIES keeps of `images` of a shape: `settings.memory`, or all that there are."""
     if not settings.memory:
         return ()
-    strides = {"memory_fine": teacher.strides[1], "memory_coarse": teacher.strides[-1]}
-    cells = (images * (shape[0] // strides[name]) * (shape[1] // strides[name]) for name in MEMORIES)
-    return tuple(min(settings.memory, settings.memory_candidates, count) for count in cells)
+    counts = (images * kind.count(teacher, shape) for kind in MEMORIES.values())
+    return tuple(min(settings.memory, settings.memory_candidates, count) for count in counts)
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ def fill_memories(detector: Detector, normals: Normals, settings: DistillSetting
     for name, memory in detector.banks.items():
         shown = bar(normals.sample_pixels, f"distill what {name} allows", unit="image")
         memory.allow(
-            (MEMORIES[name](detector.teacher(batch)), source_ids[name] == own)
+            (MEMORIES[name].patches(detector.teacher(batch)), source_ids[name] == own)
             for batch, own in zip(_one_by_one(shown, device), sample, strict=True)
         )
     return source_ids
@@ -110,26 +109,21 @@ def fill_memories(detector: Detector, normals: Normals, settings: DistillSetting
 
 def _candidates(detector: Detector, normals: Normals, settings: DistillSettings) -> dict[str, tuple[Tensor, Tensor]]:
     """Memory → patches (N, C) drawn at random over all tiles, and the tile of each (N,)."""
-    drawn: dict[str, Tensor] = {}
-    tiles_of: dict[str, Tensor] = {}
-    found: dict[str, list[Tensor]] = {name: [] for name in detector.memories}
-    first = 0
-    shown = bar(pixels(normals.tiles, normals.data), "distill memory", len(normals.tiles), "image")
-    for batch in tensor_batches(shown, detector.teacher.mean.device):
-        features = detector.teacher(batch)
+    teacher, tiles = detector.teacher, normals.tiles
+    counts = {name: MEMORIES[name].count(teacher, normals.data.shape) for name in detector.memories}
+    drawn = {}
+    for name, count in counts.items():
+        order = torch.randperm(count * len(tiles), generator=torch_generator(settings.seed, "cells", name))
+        drawn[name] = order[: settings.memory_candidates].sort().values
+    found: dict[str, list[Tensor]] = {name: [] for name in counts}
+    shown = bar(pixels(tiles, normals.data), "distill memory", len(tiles), "image")
+    for index, batch in enumerate(tensor_batches(shown, teacher.mean.device)):
+        features = teacher(batch)
         for name, parts in found.items():
-            patches = MEMORIES[name](features)
-            cells = patches.shape[-2] * patches.shape[-1]
-            if name not in drawn:
-                order = torch.randperm(
-                    cells * len(normals.tiles), generator=torch_generator(settings.seed, "cells", name)
-                )
-                drawn[name] = order[: settings.memory_candidates].sort().values
-            here = drawn[name][(drawn[name] >= first * cells) & (drawn[name] < (first + len(batch)) * cells)]
-            parts.append(patches.permute(0, 2, 3, 1).flatten(0, 2)[(here - first * cells).to(patches.device)])
-            tiles_of[name] = drawn[name] // cells
-        first += len(batch)
-    return {name: (torch.cat(parts), tiles_of[name]) for name, parts in found.items()}
+            rows, first = rows_of(MEMORIES[name].patches(features)), index * BATCH * counts[name]
+            here = drawn[name][(drawn[name] >= first) & (drawn[name] < first + len(rows))]
+            parts.append(rows[(here - first).to(rows.device)])
+    return {name: (torch.cat(parts), drawn[name] // counts[name]) for name, parts in found.items()}
 
 
 def _one_by_one(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Iterator[Tensor]:
