@@ -25,7 +25,7 @@ def detector_of(
         rows = rows_of(patches)
         kept = bank.fill(rows, torch.Generator().manual_seed(1))
         source_ids[name] = kept // (len(rows) // len(normals))
-        bank.allow((patches[i : i + 1], source_ids[name] == i) for i in range(len(normals)))
+        bank.allow(bank.tally(patches, source_ids[name] == torch.arange(len(normals))[:, None]))
     return detector, source_ids
 
 

@@ -45,8 +45,8 @@ def test_the_distance_is_the_least_power_distance(monkeypatch: pytest.MonkeyPatc
     asked = patches(3, 4, seed=1)
     power = squared_distances(asked, bank) - bank.allowance
     torch.testing.assert_close(bank(asked).flatten().double(), power.amin(dim=1), atol=1e-4, rtol=1e-4)
-    own = source_ids == 2
-    expected = power.masked_fill(own, torch.inf).amin(dim=1)
+    own = source_ids == torch.tensor([2, 0, -1])[:, None]  # each image leaves out others
+    expected = power.masked_fill(own.repeat_interleave(16, dim=0), torch.inf).amin(dim=1)
     torch.testing.assert_close(bank(asked, own).flatten().double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_what_normal_parts_differ_in_is_allowed() -> None:
     normals[:, :, :, :2] += torch.randn(60, CHANNELS, 4, 2, generator=generator)
     bank, source_ids = filled(normals, 300)
     plain = bank(normals[:20])
-    bank.allow((normals[i : i + 1], source_ids == i) for i in range(60))
+    bank.allow(bank.tally(normals, source_ids == torch.arange(60)[:, None]))
     unseen = 0.05 * torch.randn(20, CHANNELS, 4, 4, generator=generator)
     unseen[:, 0, :, :2] += 20
     unseen[:, :, :, :2] += torch.randn(20, CHANNELS, 4, 2, generator=generator)
@@ -77,7 +77,7 @@ def test_what_normal_parts_differ_in_is_allowed() -> None:
     assert float(edge.mean()) < 0.3 * float(before[..., :2].mean())
     off = unseen.clone()
     off[:, 1, :, 2:] += 0.7  # a smooth patch that is somewhat off
-    bank.allow((normals[i : i + 1], source_ids == i) for i in range(60))
+    bank.allow(bank.tally(normals, source_ids == torch.arange(60)[:, None]))
     assert float(bank(off)[..., 2:].mean()) > float(edge.mean())
     assert float(smooth.mean()) < 0.1
     assert plain.shape == (20, 1, 4, 4)
@@ -86,9 +86,9 @@ def test_what_normal_parts_differ_in_is_allowed() -> None:
 def test_nobody_allows_its_own_patch() -> None:
     normals = patches(4, 4)
     bank, source_ids = filled(normals, 64)
-    bank.allow((normals[i : i + 1], torch.zeros(64, dtype=torch.bool)) for i in range(4))
+    bank.allow(bank.tally(normals, torch.zeros(4, 64, dtype=torch.bool)))
     itself = bank.allowance.clone()
-    bank.allow((normals[i : i + 1], source_ids == i) for i in range(4))
+    bank.allow(bank.tally(normals, source_ids == torch.arange(4)[:, None]))
     assert float(itself.max()) < 1e-3
     assert float(bank.allowance.min()) > 0.1
 

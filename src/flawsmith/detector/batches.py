@@ -174,16 +174,14 @@ class TripletBatches:
         A triplet's own normal image lies in the memories. Its patches do not count here, for at inspection no part was
         seen before.
         """
-        bank, found = self._banks[role][0 if clean else 1], []
+        bank, indices, found = self._banks[role][0 if clean else 1], self.textured(role), []
         what = f"distill maps of {'normal' if clean else 'defect'} images, {role}"
-        for index in bar(self.textured(role).tolist(), what, unit="image"):
-            source = int(self._sources[role].sources[index])
-            excluded = {name: ids == source for name, ids in self._source_ids.items()}
+        for some in bar(np.array_split(indices, range(BLOCK, len(indices), BLOCK)), what, unit="batch"):
+            own = torch.from_numpy(self._sources[role].sources[some]).to(self._device)
+            excluded = {name: ids == own[:, None] for name, ids in self._source_ids.items()}
             # the same whether a training step (under autocast) or a resumed run asks first
             with bank.compute.exactly():
-                found.append(
-                    self._detector.standardise(self._detector.maps_of(bank.stack([bank.one(index)]), excluded))
-                )
+                found.append(self._detector.standardise(self._detector.maps_of(bank[some], excluded)))
         return torch.cat(found)
 
     def masks(self, role: str) -> Tensor:

@@ -11,7 +11,7 @@ The least power distance is continuous.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +45,17 @@ class MemoryBank(nn.Module):
         """Least power distance (B, 1, h, w) of patches (B, C, h, w); below 0 where normal parts differ more.
 
         Args:
-            excluded: (M,) bool, patches of the bank that do not count.
+            excluded: (B, M) bool, patches of the bank that do not count for an image.
         """
         batch, _, height, width = patches.shape
         rows = rows_of(patches)
-        nearest, _ = self._nearest(rows, self.allowance, excluded)
-        return (nearest + rows.square().sum(dim=1)).view(batch, 1, height, width)
+        if excluded is None:
+            least = nearest(rows, self.patches, self.allowance)
+        else:
+            allowances = self.allowance.masked_fill(excluded, -torch.inf)
+            images = zip(rows.chunk(batch), allowances, strict=True)
+            least = torch.cat([nearest(image, self.patches, allowance) for image, allowance in images])
+        return least.view(batch, 1, height, width)
 
     @torch.no_grad()
     def fill(
@@ -63,48 +68,36 @@ class MemoryBank(nn.Module):
         return kept
 
     @torch.no_grad()
-    def allow(self, images: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Set the allowances from normals.
+    def tally(self, patches: Tensor, own: Tensor) -> Tensor:
+        """(2, M): how many of patches (B, C, h, w) are nearest to each of the bank, and the sum of their squared
+        distances to it.
+
+        Args:
+            own: (B, M) bool, patches of the bank that come from the image itself and do not count.
+        """
+        found, kept = torch.zeros(2, len(self.patches), device=own.device), self.patches.float()
+        for image, allowance in zip(patches, torch.where(own, -torch.inf, 0.0), strict=True):
+            for rows in rows_of(image[None]).split(CHUNK):
+                least, index = _compared(rows, kept, allowance).min(dim=1)
+                squared = (least + rows.square().sum(dim=1)).clamp_min(0)
+                found.index_add_(1, index, torch.stack([torch.ones_like(squared), squared]))
+        return found
+
+    @torch.no_grad()
+    def allow(self, found: Tensor) -> None:
+        """Set the allowances from the sum of `tally` (2, M) over normals.
 
         Each is the mean squared distance of the normal patches whose nearest patch of the bank is it or one of the
         NEIGHBOURS nearest to it. PRIOR patches of the mean over all are added, since some places saw none.
-
-        Args:
-            images: patches (B, C, h, w), each with the patches of the bank that are its own, (M,) bool.
         """
-        size, place = len(self.patches), self.patches.device
-        seen, total = torch.zeros(size, device=place), torch.zeros(size, device=place)
-        for patches, own in images:
-            rows = rows_of(patches)
-            found, index = self._nearest(rows, torch.zeros_like(self.allowance), own)
-            squared = (found + rows.square().sum(dim=1)).clamp_min(0)
-            seen.index_add_(0, index, torch.ones_like(squared))
-            total.index_add_(0, index, squared)
+        (seen, total), kept = found, self.patches.float()
         if not seen.any():
             return
-        kept = self.patches.float()
-        near = [
-            torch.addmm(kept.square().sum(dim=1), part, kept.T, alpha=-2).topk(min(NEIGHBOURS, size), 1, False).indices
-            for part in kept.split(CHUNK)
-        ]
-        neighbours = torch.cat(near)
+        count, none = min(NEIGHBOURS, len(kept)), torch.zeros_like(seen)
+        compared = (_compared(part, kept, none) for part in kept.split(CHUNK))
+        neighbours = torch.cat([part.topk(count, largest=False).indices for part in compared])
         mean = total.sum() / seen.sum()
         self.allowance.copy_((total[neighbours].sum(1) + PRIOR * mean) / (seen[neighbours].sum(1) + PRIOR))
-
-    def _nearest(self, rows: Tensor, allowance: Tensor, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Least |m|^2 - allowance - 2 x m of each row x over the patches m, and which patch has it."""
-        nearest, index = [], []
-        for first in range(0, len(self.patches), CHUNK):
-            part = slice(first, first + CHUNK)
-            kept = self.patches[part].to(rows.dtype)
-            offset = kept.square().sum(dim=1) - allowance[part]
-            if excluded is not None:
-                offset = offset.masked_fill(excluded[part], torch.inf)
-            found = torch.addmm(offset, rows, kept.T, alpha=-2).min(dim=1)
-            nearest.append(found.values)
-            index.append(found.indices + first)
-        least = torch.stack(nearest).min(dim=0)
-        return least.values, torch.stack(index).gather(0, least.indices[None])[0]
 
 
 @dataclass(frozen=True)
@@ -163,3 +156,15 @@ def softly_normalised(level: Tensor) -> Tensor:
 def _pooled(level: Tensor) -> Tensor:
     """A level averaged over POOLED x POOLED cells, with the zeros beyond the border, where features are noisy."""
     return F.avg_pool2d(level, POOLED, 1, POOLED // 2)
+
+
+def nearest(rows: Tensor, kept: Tensor, allowance: Tensor) -> Tensor:
+    """Least power distance |x - m|^2 - a of each row x of (N, C), over m of (M, C) and its a of (M,): (N,)."""
+    chunks = zip(kept.split(CHUNK), allowance.split(CHUNK), strict=True)
+    least = [_compared(rows, part.to(rows.dtype), allowed).amin(dim=1) for part, allowed in chunks]
+    return torch.stack(least).amin(dim=0) + rows.square().sum(dim=1)
+
+
+def _compared(rows: Tensor, kept: Tensor, allowance: Tensor) -> Tensor:
+    """The power distances (N, M), but each less |x|^2 of its row x, which changes no order."""
+    return torch.addmm(kept.square().sum(dim=1) - allowance, rows, kept.T, alpha=-2)

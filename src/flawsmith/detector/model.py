@@ -145,7 +145,7 @@ class Detector(nn.Module):
         """As `raw_maps`, of the teacher's features (B, C_k, h_k, w_k) a level.
 
         Args:
-            excluded: memory → (M,) bool, its patches that do not count.
+            excluded: memory → (B, M) bool, its patches that do not count for an image.
         """
         found = {
             name: memory(MEMORIES[name].patches(features), excluded.get(name)) for name, memory in self.memories.items()

@@ -97,13 +97,15 @@ def fill_memories(detector: Detector, normals: Normals, settings: DistillSetting
         with bar(what=f"distill {name}", total=len(memory.patches), unit="patch") as progress:
             kept = memory.fill(rows, torch_generator(settings.seed, name), progress.update)
         source_ids[name] = ids[tiles[kept.cpu()]].to(device)
-    sample = image_ids(normals.sample, normals.images, normals.twins).tolist()
-    for name, memory in detector.banks.items():
-        shown = bar(normals.sample_pixels, f"distill what {name} allows", unit="image")
-        memory.allow(
-            (MEMORIES[name].patches(detector.teacher(batch)), source_ids[name] == own)
-            for batch, own in zip(_one_by_one(shown, device), sample, strict=True)
-        )
+    tallies = {name: torch.zeros(2, len(bank.patches), device=device) for name, bank in detector.banks.items()}
+    shown = bar(normals.sample_pixels, "distill what the memories allow", unit="image")
+    sample = image_ids(normals.sample, normals.images, normals.twins).to(device)
+    for batch, own in zip(tensor_batches(shown, device), sample.split(BATCH), strict=True):
+        features = detector.teacher(batch)
+        for name, bank in detector.banks.items():
+            tallies[name] += bank.tally(MEMORIES[name].patches(features), source_ids[name] == own[:, None])
+    for name, bank in detector.banks.items():
+        bank.allow(tallies[name])
     return source_ids
 
 
@@ -124,11 +126,6 @@ def _candidates(detector: Detector, normals: Normals, settings: DistillSettings)
             here = drawn[name][(drawn[name] >= first) & (drawn[name] < first + len(rows))]
             parts.append(rows[(here - first).to(rows.device)])
     return {name: (torch.cat(parts), drawn[name] // counts[name]) for name, parts in found.items()}
-
-
-def _one_by_one(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Iterator[Tensor]:
-    """Yield images (3, H, W) as batches (1, 3, H, W) in [0, 1]."""
-    return (as_batch(image[None], device) for image in images)
 
 
 def tensor_batches(images: Iterable[NDArray[np.uint8]], device: torch.device) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flawsmith.detector.coreset import k_center
+from flawsmith.detector.memory import nearest, rows_of
 from flawsmith.detector.model import gaussian_kernel, smooth
 from flawsmith.detector.student import enlarge
 from flawsmith.detector.teacher import Teacher
@@ -52,7 +53,7 @@ class PatchCore(nn.Module):
         """
         found = []
         for batch in batches:
-            for rows in _patches(teacher, batch).flatten(1, 2):  # (h * w, C)
+            for rows in _patches(teacher, batch).flatten(2).mT:  # (h * w, C)
                 drawn = torch.randperm(len(rows), generator=generator)[:candidates]
                 found.append(rows[drawn].half())  # halves the memory and hardly changes a distance
         rows = torch.cat(found)
@@ -61,18 +62,13 @@ class PatchCore(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [0, 1] → anomaly map (B, 1, H, W) and score (B,)."""
-        patches = _patches(self.teacher, image)  # (B, h, w, C)
-        distance = torch.stack([self._nearest(part.flatten(0, 1)).view(part.shape[:2]) for part in patches])
-        maps = smooth(enlarge(distance.unsqueeze(1), image.shape[-2:]), self.kernel)
-        return maps, distance.flatten(1).amax(dim=1)
-
-    def _nearest(self, rows: Tensor) -> Tensor:
-        """Distance of each of (n, C) rows to its nearest memory vector, by |a-b|^2 = |a|^2 - 2ab + |b|^2."""
-        squared = torch.addmm(self.memory.square().sum(dim=1), rows, self.memory.T, alpha=-2).amin(dim=1)
-        return (squared + rows.square().sum(dim=1)).clamp_min(0).sqrt()
+        patches = _patches(self.teacher, image)
+        squared = nearest(rows_of(patches), self.memory, self.memory.new_zeros(len(self.memory)))
+        distance = squared.clamp_min(0).sqrt().view(len(image), 1, *patches.shape[-2:])
+        return smooth(enlarge(distance, image.shape[-2:]), self.kernel), distance.flatten(1).amax(dim=1)
 
 
 def _patches(teacher: Teacher, image: Tensor) -> Tensor:
-    """(B, 3, H, W) → (B, H/8, W/8, C): the two coarser levels, averaged over 3 x 3 neighbours and stacked."""
+    """(B, 3, H, W) → (B, C, H/8, W/8): the two coarser levels, averaged over 3 x 3 neighbours and stacked."""
     middle, coarse = (F.avg_pool2d(level, 3, 1, 1) for level in teacher(image)[-2:])
-    return torch.cat([middle, enlarge(coarse, middle.shape[-2:])], dim=1).permute(0, 2, 3, 1)
+    return torch.cat([middle, enlarge(coarse, middle.shape[-2:])], dim=1)
