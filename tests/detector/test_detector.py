@@ -172,7 +172,7 @@ def test_calibration_brings_normal_pixels_and_scores_to_zero_mean_and_unit_devia
             torch.testing.assert_close(cells.mean(dim=0), torch.zeros(4), atol=1e-3, rtol=0)
             torch.testing.assert_close(cells.std(dim=0), torch.ones(4), atol=1e-2, rtol=0)
         fused = detector.fuse(maps)
-        pooled = detector.pooled(fused)
+        pooled = detector.pooled(detector.decided(maps))
         scores = detector(normals)[1]
     assert float(fused.mean()) == pytest.approx(0, abs=1e-3)
     assert float(fused.std()) == pytest.approx(1, abs=1e-2)
@@ -218,35 +218,45 @@ def test_a_memory_that_finds_the_synthetic_defects_counts_more(detector: Detecto
     defect[:, 1, 3:5, 3:5] += 9
     detector.fit_weights(normal, defect)
     torch.testing.assert_close(detector.weights, torch.tensor([0.5, 0.5]), atol=0.05, rtol=0)
-    assert detector.trust.max() < 1e-3  # the student finds nothing of them
-    detector.trust.fill_(1)
-    defect[:, 2, 3:5, 3:5] += 9
-    detector.fit_weights(normal, defect)
-    assert detector.trust[0] > 0.9
     assert detector.told()["memory_fine"] == pytest.approx(float(detector.weights[0]), abs=1e-4)
 
 
-def test_a_student_is_trusted_as_far_as_it_answers_normal_parts(detector: Detector) -> None:
-    generator = torch.Generator().manual_seed(1)
-    raw = {name: torch.rand(4, 1, 8, 8, generator=generator) * 0.02 for name in detector.names}
-    raw["student_8"] += TRUSTED - 0.01
-    raw["student_16"] += DISTRUSTED
-    detector.fit_standard(raw)
-    assert detector.trust.tolist() == [1.0, 0.0]
-    louder = torch.zeros(1, 4, 8, 8)
-    quiet = detector.found(louder)
-    louder[:, 3] = 5
-    assert torch.equal(detector.found(louder), quiet)
-    louder[:, 2] = 5
-    assert (detector.found(louder) > quiet).all()
+def test_a_student_is_trusted_as_far_as_it_marks_synthetic_defects_beside_the_memories(detector: Detector) -> None:
+    for student, memories, trust in (
+        (0.7, 0.6, 1.0),
+        (TRUSTED * 0.6, 0.6, 1.0),
+        ((TRUSTED + DISTRUSTED) / 2 * 0.6, 0.6, 0.5),
+        (DISTRUSTED * 0.6, 0.6, 0.0),
+        (0.01, 0.6, 0.0),
+        (0.0, 0.0, 0.0),
+        (float("nan"), float("nan"), 0.0),
+    ):
+        detector.fit_trust(student, memories)
+        assert float(detector.trust) == pytest.approx(trust, abs=1e-4), (student, memories)
+
+
+def test_a_trusted_student_draws_and_the_memories_decide_with_it(detector: Detector) -> None:
+    quiet, remembered, answered = (torch.zeros(1, 4, 8, 8) for _ in range(3))
+    remembered[:, 0] = 5
+    answered[:, 2] = 5
+    detector.trust.fill_(0)
+    for told in (detector.decided, detector.drawn):
+        assert (told(remembered) > told(quiet)).all()
+        assert torch.equal(told(answered), told(quiet))
+    detector.trust.fill_(1)
+    assert (detector.decided(remembered) > detector.decided(quiet)).all()
+    assert (detector.decided(answered) > detector.decided(quiet)).all()
+    assert (detector.drawn(answered) > detector.drawn(quiet)).all()
+    torch.testing.assert_close(detector.drawn(remembered), detector.drawn(quiet))
 
 
 def test_without_memories_the_student_is_all_there_is(teacher: Teacher) -> None:
     detector, source_ids = fresh_detector(teacher, batch(7, 4), memory=0)
     calibrate(detector, batch(1, 4))
     assert source_ids == {}
-    assert detector.trust.tolist() == [1.0, 1.0]
     detector.fit_weights(torch.zeros(2, 2, 8, 8), torch.ones(2, 2, 8, 8))
+    detector.fit_trust(0.0, 0.5)
+    assert detector.trust == 1
     with torch.inference_mode():
         assert torch.isfinite(detector(batch())[0]).all()
 

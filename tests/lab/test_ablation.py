@@ -25,7 +25,7 @@ def test_each_variant_changes_what_it_names() -> None:
         expected = detector(asked)[0]
     same, (_, shipped) = {"segmentation head without", "student not trusted"}, found["as trained"]
     torch.testing.assert_close(shipped, expected)
-    assert detector.trust.tolist() == [0.0, 0.0]  # an untrained student answers nothing
+    assert detector.trust == 0  # an untrained student answers nothing
     for name, (_, maps) in found.items():
         assert torch.isfinite(maps).all()
         assert torch.equal(maps, shipped) is (name == "as trained" or name in same), name

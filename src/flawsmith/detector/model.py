@@ -22,11 +22,10 @@ from flawsmith.sections import settings_digest
 
 RINGS = 4  # distances from the border, in cells, with units of their own
 SHARPNESS = 100.0  # of the memories' weights: with .01 of AUROC less a memory counts a third
-STRICTNESS = 20.0  # with .05 of AUROC less than a memory the student is trusted a third
-TOLD = 0.005  # share of the highest cells by which maps are weighed
-# mean 1 - cosine similarity of teacher and student on normal parts: up to the first the student is trusted whole, from
-# the second on not at all
-TRUSTED, DISTRUSTED = 0.08, 0.16
+TOLD = 0.005  # share of the highest cells by which memories are weighed
+# average precision of the student over that of the memories: from the first on the student is trusted whole, up to the
+# second not at all
+TRUSTED, DISTRUSTED = 0.8, 0.5
 NOTHING_EXCLUDED: Mapping[str, Tensor] = MappingProxyType({})
 LEAST_DEVIATION = 1e-6  # less is that of nothing: a score in units of it would be a random large number
 
@@ -75,14 +74,17 @@ class Detector(nn.Module):
        student answers, 1 - cosine similarity of teacher and student.
     2. `standardise`: each map in units of its deviation over the calibration normals, apart for the cells at each
        distance from the border, since the zeros beyond it make features noisy.
-    3. `found`: the memories' maps averaged by `weights` (how well each finds the synthetic defects), raised or lowered
-       by the student's maps as far as these deserve `trust`: a student that cannot answer the features of normal parts
-       tells nothing by a wrong answer, nor does one that finds fewer of the synthetic defects.
-    4. The segmentation head reads the standardised maps. It counts half (`head_share`) if it marks the validation
-       triplets better than `found` does, else nothing.
-    5. The sum, smoothed and enlarged, is the anomaly map. The score reads the sum before, in which small defects stand
-       out: it averages the means of the highest `top_shares` of cells, each in units of its deviation over the
-       calibration normals, since defects come at all sizes.
+    3. `remembered` and `answered` sum up the memories' maps, weighed by how well each finds the synthetic defects, and
+       the student's. The student counts as far as it deserves `trust`: by how well it marks the synthetic defects
+       beside the memories.
+    4. The score reads `decided`, the product of both: it is high where both find something. It averages the means of
+       the highest `top_shares` of cells, each in units of its deviation over the calibration normals, since defects
+       come at all sizes.
+    5. The anomaly map is `drawn` by the student where it is trusted, else by the memories: an image of another weave or
+       cast is far from all that is remembered, as a whole, and the defect does not stand out. The segmentation head,
+       which reads the standardised maps, counts half in it (`head_share`) if it marks the validation triplets better,
+       else nothing. The map is then smoothed and enlarged. Small defects stand out in what is not smoothed: so the
+       score reads that.
     """
 
     map_mean: Tensor
@@ -113,7 +115,7 @@ class Detector(nn.Module):
         self.register_buffer("map_mean", torch.zeros(len(self.names), RINGS))
         self.register_buffer("map_deviation", torch.ones(len(self.names), RINGS))
         self.register_buffer("weights", torch.full((len(self.memories),), 1 / max(1, len(self.memories))))
-        self.register_buffer("trust", torch.ones(len(answered)))
+        self.register_buffer("trust", torch.tensor(0.0 if self.memories else 1.0))
         self.register_buffer("head_share", torch.zeros(()))
         self.register_buffer("fused_mean", torch.zeros(2))
         self.register_buffer("fused_deviation", torch.ones(2))
@@ -133,9 +135,9 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [0, 1] → anomaly map (B, 1, H, W) and score (B,); 0 is the mean of normal parts in both."""
-        fused = self.fuse(self.standardise(self.raw_maps(image)))
-        score = ((self.pooled(fused) - self.score_mean) / self.score_deviation).mean(dim=1)
-        return enlarge(smooth(fused, self.kernel), image.shape[-2:]), score
+        maps = self.standardise(self.raw_maps(image))
+        score = ((self.pooled(self.decided(maps)) - self.score_mean) / self.score_deviation).mean(dim=1)
+        return enlarge(smooth(self.fuse(maps), self.kernel), image.shape[-2:]), score
 
     def raw_maps(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → name → (B, 1, h, w) at `stride`, higher where less normal."""
@@ -163,30 +165,36 @@ class Detector(nn.Module):
         rings = ring_of_cells(*maps.shape[-2:]).to(maps.device)
         return (maps - self.map_mean[:, rings]) / self.map_deviation[:, rings]
 
-    def found(self, maps: Tensor) -> Tensor:
-        """Standardised maps (B, K, h, w) → (B, 1, h, w), above 0: where memories and, as far as trusted, student find
-        something."""
-        memories, students = maps[:, : len(self.weights)], maps[:, len(self.weights) :]
-        power = (self.trust / len(self.trust)).view(1, -1, 1, 1)
-        logs = (F.softplus(students).clamp_min(TINY).log() * power).sum(dim=1, keepdim=True)
-        if len(self.weights):
-            remembered = (memories * self.weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
-            logs = logs + F.softplus(remembered).clamp_min(TINY).log()
-        return logs.exp()
+    def remembered(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → (B, 1, h, w): logarithm of what the memories find."""
+        memories = maps[:, : len(self.weights)] * self.weights.view(1, -1, 1, 1)
+        return F.softplus(memories.sum(dim=1, keepdim=True)).clamp_min(TINY).log()
+
+    def answered(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → (B, 1, h, w): logarithm of what the student finds, averaged over levels."""
+        return F.softplus(maps[:, len(self.weights) :]).clamp_min(TINY).log().mean(dim=1, keepdim=True)
+
+    def decided(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → (B, 1, h, w), above 0: the map that the score reads."""
+        return (self.remembered(maps) + self.trust * self.answered(maps)).exp()
+
+    def drawn(self, maps: Tensor) -> Tensor:
+        """Standardised maps (B, K, h, w) → (B, 1, h, w), above 0: the anomaly map but for the segmentation head."""
+        return ((1 - self.trust) * self.remembered(maps) + self.trust * self.answered(maps)).exp()
 
     def fuse(self, maps: Tensor) -> Tensor:
-        """Standardised maps (B, K, h, w) → (B, 1, h, w)."""
-        both = torch.cat([self.found(maps), self.head(maps)], dim=1)
+        """Standardised maps (B, K, h, w) → anomaly map (B, 1, h, w), not smoothed."""
+        both = torch.cat([self.drawn(maps), self.head(maps)], dim=1)
         both = (both - self.fused_mean.view(1, -1, 1, 1)) / self.fused_deviation.view(1, -1, 1, 1)
         return both[:, :1] * (1 - self.head_share) + both[:, 1:] * self.head_share
 
-    def pooled(self, fused: Tensor) -> Tensor:
+    def pooled(self, maps: Tensor) -> Tensor:
         """(B, 1, h, w) → (B, len(top_shares)): mean of the highest share of pixels, for each share."""
-        return torch.stack([top_mean(fused, share) for share in self.config.top_shares], dim=1)
+        return torch.stack([top_mean(maps, share) for share in self.config.top_shares], dim=1)
 
     @torch.no_grad()
     def fit_standard(self, raw: Mapping[str, Tensor]) -> None:
-        """Set the units of the maps, and how far the student is trusted, from calibration normals.
+        """Set the units of the maps from calibration normals.
 
         Args:
             raw: their raw maps, each (N, 1, h, w).
@@ -203,56 +211,53 @@ class Detector(nn.Module):
             cells = maps[:, :, rings == ring].movedim(1, -1).flatten(0, 1) if (rings == ring).any() else inside
             self.map_mean[:, ring] = cells.mean(dim=0)
             self.map_deviation[:, ring] = cells.std(dim=0).clamp_min(LEAST_DEVIATION)
-        wrong = inside.mean(dim=0)[len(self.weights) :]
-        # without a memory there is nothing but the student
-        trust = ((DISTRUSTED - wrong) / (DISTRUSTED - TRUSTED)).clamp(0, 1)
-        self.trust.copy_(trust if len(self.weights) else torch.ones_like(trust))
 
     @torch.no_grad()
     def fit_weights(self, normal: Tensor, defect: Tensor) -> None:
-        """Weigh the maps by how well each alone tells defect images from normal ones (AUROC, its highest TOLD of cells
-        averaged).
-
-        The memories' weights are a softmax of SHARPNESS times their AUROC. The trust in a map of the student falls
-        exponentially with what it has less than the best memory.
+        """Weigh the memories by how well each alone tells defect images from normal ones: a softmax of SHARPNESS times
+        the AUROC of its highest TOLD of cells averaged.
 
         Args:
             normal, defect: standardised maps (N, K, h, w) of normal images and of images with synthetic defects.
         """
-        if not len(self.weights):
-            return
         good, bad = (
             torch.stack([top_mean(maps[:, place : place + 1], TOLD) for place in range(maps.shape[1])]).double()
             for maps in (normal, defect)
         )
         above, equal = ((bad[:, :, None] > good[:, None]), (bad[:, :, None] == good[:, None]))
         areas = (above.double() + 0.5 * equal.double()).mean(dim=(1, 2))
-        memories, students = areas[: len(self.weights)], areas[len(self.weights) :]
-        self.weights.copy_(torch.softmax(SHARPNESS * memories, dim=0))
-        self.trust.mul_(torch.exp(STRICTNESS * (students - memories.max()).clamp_max(0)))
+        self.weights.copy_(torch.softmax(SHARPNESS * areas[: len(self.weights)], dim=0))
+
+    @torch.no_grad()
+    def fit_trust(self, student: float, memories: float) -> None:
+        """Trust the student by the average precision with which it and the memories mark synthetic defects, in [0, 1];
+        nan if there are none, and then not at all. Without a memory there is nothing but the student."""
+        if len(self.weights):
+            trust = (student - DISTRUSTED * memories) / ((TRUSTED - DISTRUSTED) * memories + TINY)
+            self.trust.fill_(min(1.0, max(0.0, trust)))  # nan is 0
 
     @torch.no_grad()
     def calibrate(self, maps: Tensor) -> None:
-        """Set the units of the fused map's parts, then of the score, from standardised maps (N, K, h, w) of calibration
+        """Set the units of the anomaly map's parts and of the score from standardised maps (N, K, h, w) of calibration
         normals.
 
         Raises:
             UserError: the normals do not differ.
         """
-        both = torch.cat([self.found(maps), self.head(maps)], dim=1).double().movedim(1, -1).flatten(0, 2)
+        both = torch.cat([self.drawn(maps), self.head(maps)], dim=1).double().movedim(1, -1).flatten(0, 2)
         self.fused_mean.copy_(both.mean(dim=0))
         self.fused_deviation.copy_(both.std(dim=0).clamp_min(LEAST_DEVIATION))
-        pooled = self.pooled(self.fuse(maps)).double()
+        pooled = self.pooled(self.decided(maps)).double()
         deviation = pooled.std(dim=0, unbiased=False)
         _check_deviation(deviation)
         self.score_mean.copy_(pooled.mean(dim=0))
         self.score_deviation.copy_(deviation)
 
     def told(self) -> dict[str, Any]:
-        """What training found: how each map counts."""
+        """What training found: how much each part counts."""
         parts = {
             **dict(zip(self.memories, self.weights.tolist(), strict=True)),
-            **dict(zip(self.names[len(self.weights) :], self.trust.tolist(), strict=True)),
+            "student": float(self.trust),
             "head": float(self.head_share),
         }
         return {name: round(value, 4) for name, value in parts.items()}

@@ -161,11 +161,12 @@ def distill(
 
     head = HeadTraining(batches, detector.head, marking_loss)
     detector.fit_weights(head.both_roles(True), head.both_roles(False))
+    detector.fit_trust(head.marks(detector.answered), head.marks(detector.remembered))
     steps, peak = settings.head_steps, settings.head_learning_rate
     train(Phase(HEAD, detector.head, steps, peak, head.training_loss, head.validation_loss))
     with torch.no_grad():
         # what training made must beat what needs none, or it is left out
-        better = head.marks(detector.head) > head.marks(detector.found) + HEAD_MARGIN
+        better = head.marks(detector.head) > head.marks(detector.drawn) + HEAD_MARGIN
         detector.head_share.fill_(0.5 if better else 0.0)
         detector.calibrate(detector.standardise(normal))
     return rows
