@@ -21,7 +21,7 @@ from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith.sections import settings_digest
 
 RINGS = 4  # distances from the border, in cells, with units of their own
-SHARPNESS = 100.0  # of the memories' weights: with .01 of AUROC less a memory counts a third
+SHARPNESS = 40.0  # of the memories' weights: with .03 of AUROC less a memory counts a third
 TOLD = 0.005  # share of the highest cells by which memories are weighed
 # average precision of the student over that of the memories: from the first on the student is trusted whole, up to the
 # second not at all
