@@ -23,9 +23,9 @@ from flawsmith.detector.batches import (
 from flawsmith.detector.config import TeacherSettings
 from flawsmith.detector.losses import cosine_loss, segmentation_loss
 from flawsmith.detector.model import (
-    DISTRUSTED,
+    MARKED,
     RINGS,
-    TRUSTED,
+    WRONG,
     Detector,
     feature_products,
     gaussian_kernel,
@@ -221,18 +221,23 @@ def test_a_memory_that_finds_the_synthetic_defects_counts_more(detector: Detecto
     assert detector.told()["memory_fine"] == pytest.approx(float(detector.weights[0]), abs=1e-4)
 
 
-def test_a_student_is_trusted_as_far_as_it_marks_synthetic_defects_beside_the_memories(detector: Detector) -> None:
-    for student, memories, trust in (
-        (0.7, 0.6, 1.0),
-        (TRUSTED * 0.6, 0.6, 1.0),
-        ((TRUSTED + DISTRUSTED) / 2 * 0.6, 0.6, 0.5),
-        (DISTRUSTED * 0.6, 0.6, 0.0),
-        (0.01, 0.6, 0.0),
-        (0.0, 0.0, 0.0),
-        (float("nan"), float("nan"), 0.0),
+def test_a_student_is_trusted_if_it_answers_normal_parts_and_marks_synthetic_defects(detector: Detector) -> None:
+    def trust(wrong: float, student: float, memories: float) -> float:
+        detector.fit_trust({name: torch.full((4, 1, 8, 8), wrong) for name in detector.names}, student, memories)
+        return float(detector.trust)
+
+    right, marked = WRONG[0], MARKED[0] * 0.6
+    for found, expected in (
+        (trust(0.0, 0.9, 0.6), 1.0),
+        (trust(right, marked, 0.6), 1.0),
+        (trust(right, sum(MARKED) / 2 * 0.6, 0.6), 0.5),
+        (trust(sum(WRONG) / 2, marked, 0.6), 0.5),
+        (trust(WRONG[1], marked, 0.6), 0.0),
+        (trust(right, MARKED[1] * 0.6, 0.6), 0.0),
+        (trust(right, 0.0, 0.0), 0.0),
+        (trust(right, float("nan"), float("nan")), 0.0),
     ):
-        detector.fit_trust(student, memories)
-        assert float(detector.trust) == pytest.approx(trust, abs=1e-4), (student, memories)
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_trusted_student_draws_and_the_memories_decide_with_it(detector: Detector) -> None:
@@ -255,7 +260,7 @@ def test_without_memories_the_student_is_all_there_is(teacher: Teacher) -> None:
     calibrate(detector, batch(1, 4))
     assert source_ids == {}
     detector.fit_weights(torch.zeros(2, 2, 8, 8), torch.ones(2, 2, 8, 8))
-    detector.fit_trust(0.0, 0.5)
+    detector.fit_trust({name: torch.ones(2, 1, 8, 8) for name in detector.names}, 0.0, 0.5)
     assert detector.trust == 1
     with torch.inference_mode():
         assert torch.isfinite(detector(batch())[0]).all()

@@ -23,9 +23,9 @@ from flawsmith.sections import settings_digest
 RINGS = 4  # distances from the border, in cells, with units of their own
 SHARPNESS = 40.0  # of the memories' weights: with .03 of AUROC less a memory counts a third
 TOLD = 0.005  # share of the highest cells by which memories are weighed
-# average precision of the student over that of the memories: from the first on the student is trusted whole, up to the
-# second not at all
-TRUSTED, DISTRUSTED = 0.8, 0.5
+# The student is trusted whole at the first value and beyond, not at all at the second, in between by proportion.
+WRONG = (0.14, 0.22)  # mean 1 - cosine similarity of teacher and student on normal parts
+MARKED = (0.65, 0.45)  # its average precision on synthetic defects over that of the memories
 NOTHING_EXCLUDED: Mapping[str, Tensor] = MappingProxyType({})
 LEAST_DEVIATION = 1e-6  # less is that of nothing: a score in units of it would be a random large number
 
@@ -75,8 +75,8 @@ class Detector(nn.Module):
     2. `standardise`: each map in units of its deviation over the calibration normals, apart for the cells at each
        distance from the border, since the zeros beyond it make features noisy.
     3. `remembered` and `answered` sum up the memories' maps, weighed by how well each finds the synthetic defects, and
-       the student's. The student counts as far as it deserves `trust`: by how well it marks the synthetic defects
-       beside the memories.
+       the student's. The student counts as far as it deserves `trust`: if it cannot answer the features of normal
+       parts, a wrong answer tells nothing; nor may it mark the synthetic defects much worse than the memories.
     4. The score reads `decided`, the product of both: it is high where both find something. It averages the means of
        the highest `top_shares` of cells, each in units of its deviation over the calibration normals, since defects
        come at all sizes.
@@ -229,12 +229,18 @@ class Detector(nn.Module):
         self.weights.copy_(torch.softmax(SHARPNESS * areas[: len(self.weights)], dim=0))
 
     @torch.no_grad()
-    def fit_trust(self, student: float, memories: float) -> None:
-        """Trust the student by the average precision with which it and the memories mark synthetic defects, in [0, 1];
-        nan if there are none, and then not at all. Without a memory there is nothing but the student."""
-        if len(self.weights):
-            trust = (student - DISTRUSTED * memories) / ((TRUSTED - DISTRUSTED) * memories + TINY)
-            self.trust.fill_(min(1.0, max(0.0, trust)))  # nan is 0
+    def fit_trust(self, raw: Mapping[str, Tensor], student: float, memories: float) -> None:
+        """Set how far the student is trusted. Without a memory there is nothing but the student.
+
+        Args:
+            raw: raw maps of calibration normals, each (N, 1, h, w).
+            student, memories: average precision, in [0, 1], with which each marks synthetic defects; nan if there are
+                none, and then the student is not trusted.
+        """
+        if not len(self.weights):
+            return
+        wrong = float(torch.stack([raw[name].mean() for name in self.names[len(self.weights) :]]).mean())
+        self.trust.fill_(_share(wrong, *WRONG) * _share(student / max(memories, TINY), *MARKED))
 
     @torch.no_grad()
     def calibrate(self, maps: Tensor) -> None:
@@ -267,6 +273,11 @@ def ring_of_cells(height: int, width: int) -> Tensor:
     """(height, width): each cell's distance from the border in cells, RINGS - 1 for all that are farther."""
     rows, columns = (torch.minimum(torch.arange(n), n - 1 - torch.arange(n)) for n in (height, width))
     return torch.minimum(rows[:, None], columns[None]).clamp_max(RINGS - 1)
+
+
+def _share(value: float, whole: float, none: float) -> float:
+    """1 at `whole` and beyond, 0 at `none` and beyond, in between by proportion; 0 of nan."""
+    return min(1.0, max(0.0, (value - none) / (whole - none)))
 
 
 def _check_deviation(deviation: Tensor) -> None:

@@ -161,7 +161,7 @@ def distill(
 
     head = HeadTraining(batches, detector.head, marking_loss)
     detector.fit_weights(head.both_roles(True), head.both_roles(False))
-    detector.fit_trust(head.marks(detector.answered), head.marks(detector.remembered))
+    detector.fit_trust(normal, head.marks(detector.answered), head.marks(detector.remembered))
     steps, peak = settings.head_steps, settings.head_learning_rate
     train(Phase(HEAD, detector.head, steps, peak, head.training_loss, head.validation_loss))
     with torch.no_grad():
