@@ -22,7 +22,7 @@ from flawsmith.detector.coreset import k_center
 from flawsmith.detector.student import enlarge
 from flawsmith.detector.teacher import Features, Teacher
 
-CHUNK = 2048  # patches compared at once: (h * w, CHUNK) floats of an image of 256 pixels, 8 MB, stay in a cache
+CHUNK = 512  # patches compared at once: (h * w, CHUNK) floats of an image of 256 pixels, 2 MB, stay in a cache
 POOLED = 3  # cells a side that are averaged into a patch, PatchCore's neighbourhood
 NEIGHBOURS = 8  # patches whose allowances are averaged
 PRIOR = 5.0  # normal patches that an allowance is worth before any was seen
