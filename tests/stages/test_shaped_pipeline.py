@@ -2,16 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from all_stages import run_all
 from numpy.typing import NDArray
 from scipy import ndimage
-from small_settings import SHIPPED, SMALL, dotted
 
-from flawsmith.config import load_settings
-from flawsmith.data.images import read_image, write_png
+from flawsmith.data.images import read_image
 from flawsmith.data.masks import read_mask
 from flawsmith.data.triplets import TripletFolder
 from flawsmith.detector.model import load_detector
@@ -20,20 +18,12 @@ from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.stages import ddpm_train, distill, evaluate, export, synthesize, validate
 from flawsmith.stages.explain import explain
 
 pytestmark = pytest.mark.timeout(1200)
 
 SIZES = ((96, 160), (100, 160), (96, 152), (90, 150))
 SHAPE = (64, 96)  # of what models see: the sizes' median aspect, to a multiple of 32
-SHAPED: dict[str, Any] = dotted(SMALL) | {
-    "categories": ["strip"],
-    "tracking.mode": "off",
-    "ddpm-train.steps": 6,
-    "synthesize.validation_fraction": 0.3,
-    "distill.memory": 300,
-}
 
 
 def strip(seed: int) -> NDArray[np.uint8]:
@@ -44,22 +34,8 @@ def strip(seed: int) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    root = tmp_path_factory.mktemp("shaped")
-    folder = root / "data" / "strip"
-    for seed in range(12):
-        write_png(folder / f"train/good/{seed:03d}.png", strip(seed))
-    for seed in range(4):
-        write_png(folder / f"test/good/{seed:03d}.png", strip(100 + seed))
-        pixels = strip(200 + seed)
-        mask = np.zeros(pixels.shape[:2], np.bool_)
-        mask[10:26, -40:-20] = True  # upper right: off the diagonal
-        pixels[mask] = 250
-        write_png(folder / f"test/hole/{seed:03d}.png", pixels)
-        write_png(folder / f"ground_truth/hole/{seed:03d}_mask.png", mask)
-    layout = Layout(load_settings(SHIPPED, SHAPED), "strip", root)
-    for stage in (ddpm_train, synthesize, validate, distill, evaluate, export):
-        stage.run(layout)
-    return layout
+    upper_right = slice(10, 26), slice(-40, -20)  # off the diagonal
+    return run_all(tmp_path_factory.mktemp("shaped"), "strip", strip, upper_right, {})
 
 
 def test_triplets_have_the_shape_of_the_normals(made: Layout, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every stage on images of several shapes cut into tiles: fabric with knots, from normals to a proven model."""
+"""Every stage on images of several shapes cut into tiles: fabric with holes, from normals to a proven model."""
 
 import csv
 import json
@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from all_stages import run_all
 from numpy.typing import NDArray
 from scipy import ndimage
-from small_settings import SHIPPED, SMALL, dotted
 
-from flawsmith.config import load_settings
 from flawsmith.data.dataset import plan_tiles
-from flawsmith.data.images import read_image, write_png
+from flawsmith.data.images import read_image
 from flawsmith.data.tiling import Tiling
 from flawsmith.data.triplets import TripletFolder, read_manifest
 from flawsmith.files import digest_path, read_json
@@ -21,22 +20,17 @@ from flawsmith.inference.folder import predict_folder
 from flawsmith.inference.options import PredictOptions
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
-from flawsmith.stages import ddpm_train, distill, evaluate, export, promote, synthesize, validate
+from flawsmith.stages import promote, synthesize
 from flawsmith.stages.explain import explain
 
 pytestmark = pytest.mark.timeout(1200)
 
 SHAPES = ((192, 320), (320, 192), (100, 256), (48, 200))
-TILED: dict[str, Any] = dotted(SMALL) | {
-    "categories": ["weave"],
-    "tracking.mode": "off",
+TILED = {
     "data.scale": 0.8,
     "data.tile_overlap": 16,
     "data.max_tiles": 30,
-    "ddpm-train.steps": 6,
     "synthesize.triplets": 10,
-    "synthesize.validation_fraction": 0.3,
-    "distill.memory": 300,
     "promote.bootstrap": 100,
 }
 
@@ -49,27 +43,9 @@ def weave(seed: int) -> NDArray[np.uint8]:
     return np.repeat(np.clip(ndimage.gaussian_filter(gray, 0.6), 0, 255)[..., None], 3, axis=2).astype(np.uint8)
 
 
-def write_surface(folder: Path) -> None:
-    for seed in range(12):
-        write_png(folder / f"train/good/{seed:03d}.png", weave(seed))
-    for seed in range(4):
-        write_png(folder / f"test/good/{seed:03d}.png", weave(100 + seed))
-        pixels = weave(200 + seed)
-        mask = np.zeros(pixels.shape[:2], np.bool_)
-        mask[-30:-16, -44:-24] = True
-        pixels[mask] = 230
-        write_png(folder / f"test/knot/{seed:03d}.png", pixels)
-        write_png(folder / f"ground_truth/knot/{seed:03d}_mask.png", mask)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    root = tmp_path_factory.mktemp("tiled")
-    write_surface(root / "data" / "weave")
-    layout = Layout(load_settings(SHIPPED, TILED), "weave", root)
-    for stage in (ddpm_train, synthesize, validate, distill, evaluate, export):
-        stage.run(layout)
-    return layout
+    return run_all(tmp_path_factory.mktemp("tiled"), "weave", weave, (slice(-30, -16), slice(-44, -24)), TILED)
 
 
 def test_triplets_are_tiles_and_the_roles_share_no_image(made: Layout) -> None:
@@ -120,7 +96,7 @@ def test_the_stage_scores_what_the_exported_model_answers(made: Layout) -> None:
 def test_parity_is_proven_on_tiles(made: Layout) -> None:
     images = sorted((made.stage("evaluate") / "parity").glob("*.png"))
     assert {read_image(path).shape for path in images} == {(3, 64, 64)}
-    assert any((read_image(path) > 0.85).mean() > 0.02 for path in images if "knot" in path.name)
+    assert any((read_image(path) > 0.85).mean() > 0.02 for path in images if "hole" in path.name)
     proof = json.loads((made.stage("export") / "parity.json").read_text())
     assert all(batch["decision_flips"] == 0 for batch in proof["batches"].values())
 
