@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from filled import calibrate, detector_of
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
@@ -96,6 +97,42 @@ def test_the_packaged_weights_see(teacher: Teacher) -> None:
     with torch.inference_mode():
         cut = teacher(torch.from_numpy(resize_image(photo, (256, 256)))[None])
     assert [tuple(level.shape[1:]) for level in cut] == [(24, 64, 64), (48, 32, 32), (120, 16, 16)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "levels", "strides"),
+    [
+        ("vit_tiny_patch16_224", (5, 8, 11), (16, 16, 16)),
+        ("convnext_atto", (1, 2, 3), (8, 16, 32)),
+        ("resnet10t", (1, 2, 4), (4, 8, 32)),
+    ],
+)
+def test_any_backbone_teaches(
+    backbone: str, levels: tuple[int, int, int], strides: tuple[int, ...], tmp_path: Path
+) -> None:
+    import timm
+
+    save_file(timm.create_model(backbone).state_dict(), tmp_path / "whole.safetensors")
+    settings = TeacherSettings(backbone=backbone, weights="whole.safetensors", out_indices=levels)
+    teacher = build_teacher(settings, tmp_path)
+    assert teacher.strides == strides
+    images = torch.rand(6, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    detector, _ = detector_of(teacher, settings, dataclasses.replace(SETTINGS, memory=20), images[:4])
+    calibrate(detector, images[2:])
+    maps, scores = detector(images)
+    assert maps.shape == (6, 1, 96, 128)
+    assert torch.isfinite(scores).all()
+    features = teacher(images)
+    for told, answered in zip(features[1:], detector.student(features), strict=True):
+        assert told.shape == answered.shape
+
+
+@pytest.mark.parametrize(
+    ("backbone", "levels"), [("swin_tiny_patch4_window7_224", (0, 1, 2)), ("vit_tiny_patch16_224", (5, 8, 40))]
+)
+def test_a_backbone_without_such_levels_is_refused(backbone: str, levels: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError, match=r"cannot give the feature levels"):
+        build_teacher(dataclasses.replace(PARAMS.teacher, backbone=backbone, out_indices=levels))
 
 
 def test_the_teacher_never_trains(teacher: Teacher) -> None:
@@ -205,7 +242,7 @@ def test_maps_meet_on_one_grid(teacher: Teacher, channels: tuple[int, ...], stri
         raw = detector.raw_maps(batch())
         assert {part.shape for part in raw.values()} == {(2, 1, SIZE // stride, SIZE // stride)}
         assert detector(batch())[0].shape == (2, 1, SIZE, SIZE)
-    answered = [f"student_{side}" for side in (4, 8, 16)[-len(channels) :]]
+    answered = [f"student_{level}" for level in ("fine", "middle", "coarse")[-len(channels) :]]
     assert list(raw) == [*(["memory_fine", "memory_coarse"] if memory else []), *answered]
 
 

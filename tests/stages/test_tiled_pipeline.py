@@ -68,7 +68,7 @@ def test_a_triplet_of_a_tile_is_explained_bit_for_bit(made: Layout, tmp_path: Pa
 
 def test_how_much_each_map_counts_is_told(made: Layout) -> None:
     counts = read_json(made.stage("distill") / "config.json")["counts"]
-    assert set(counts) == {"memory_fine", "memory_coarse", "student_8", "student_16", "head"}
+    assert set(counts) == {"memory_fine", "memory_coarse", "student", "head"}
     assert counts["memory_fine"] + counts["memory_coarse"] == pytest.approx(1, abs=1e-3)
     assert all(0 <= count <= 1 for count in counts.values())
 

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from flawsmith.sections import STRICT, Rate, Seed, Share, Weight
 
-Level = Annotated[int, Field(ge=0, le=8)]
+Level = Annotated[int, Field(ge=0, le=63)]  # a transformer has a level a block
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 
 

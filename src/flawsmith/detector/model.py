@@ -21,6 +21,7 @@ from flawsmith.files import atomic_file, read_json, write_json
 from flawsmith.sections import settings_digest
 
 RINGS = 4  # distances from the border, in cells, with units of their own
+LEVELS = ("fine", "middle", "coarse")  # of the teacher
 SHARPNESS = 40.0  # of the memories' weights: with .03 of AUROC less a memory counts a third
 TOLD = 0.005  # share of the highest cells by which memories are weighed
 # The student is trusted whole at the first value and beyond, not at all at the second, in between by proportion.
@@ -103,12 +104,12 @@ class Detector(nn.Module):
         self.config = config
         self.teacher = teacher or Teacher(config.backbone, config.out_indices)
         channels, strides = self.teacher.channels, self.teacher.strides
-        self.student = Student(channels, config.bottleneck, config.decoder_channels)
+        self.student = Student(channels, strides, config.bottleneck, config.decoder_channels)
         kinds = zip(MEMORIES.items(), config.memories, strict=False)
         self.memories = nn.ModuleDict(
             {name: MemoryBank(size, kind.channels(self.teacher)) for (name, kind), size in kinds}
         )
-        answered = [f"student_{stride}" for stride in strides[-len(config.decoder_channels) :]]
+        answered = [f"student_{level}" for level in LEVELS[-len(config.decoder_channels) :]]
         self.names = (*self.memories, *answered)
         self.head = SegmentationHead(len(self.names), config.head_channels)
         shares = len(config.top_shares)

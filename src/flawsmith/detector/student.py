@@ -5,6 +5,9 @@ features through a bottleneck at half the coarsest resolution, with no skip path
 pass. It shares the frozen teacher's features (Deng & Li, CVPR 2022), so that inference runs the encoder once.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +26,14 @@ def conv_block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> n
     )
 
 
+def halved(inputs: int, outputs: int, factor: int) -> nn.Sequential:
+    """Blocks that make a level coarser by a `factor` of 1, 2, 4, ..."""
+    if factor == 1:
+        return conv_block(inputs, outputs, kernel=1)
+    widths = [inputs] + [outputs] * (factor.bit_length() - 1)
+    return nn.Sequential(*(conv_block(before, after, 2) for before, after in itertools.pairwise(widths)))
+
+
 def enlarge(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     """(B, C, h, w) → (B, C, *size), bilinear; left alone if it has that size."""
     if maps.shape[-2:] == torch.Size(size):
@@ -36,16 +47,13 @@ class Student(nn.Module):
     It reads all levels of the teacher and answers the coarsest `len(decoder_channels)` of them, finest first.
     """
 
-    def __init__(self, channels: tuple[int, ...], bottleneck: int, decoder_channels: tuple[int, ...]) -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], bottleneck: int, decoder_channels: Sequence[int]
+    ) -> None:
         super().__init__()
-        fine, middle, coarse = channels
         width = bottleneck // 2
         self.reduce = nn.ModuleList(
-            [
-                nn.Sequential(conv_block(fine, width, 2), conv_block(width, width, 2)),
-                conv_block(middle, width, 2),
-                conv_block(coarse, width, 1, kernel=1),
-            ]
+            [halved(inputs, width, strides[-1] // stride) for inputs, stride in zip(channels, strides, strict=True)]
         )
         self.bottleneck = nn.Sequential(
             conv_block(3 * width, bottleneck, 2), conv_block(bottleneck, bottleneck), conv_block(bottleneck, bottleneck)
@@ -62,8 +70,8 @@ class Student(nn.Module):
         code = torch.cat([reduce(level) for reduce, level in zip(self.reduce, features, strict=True)], dim=1)
         hidden = self.bottleneck(code)
         answers: list[Tensor] = []
-        for decode, answer in zip(self.decode, self.answer, strict=True):
-            hidden = decode(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        for decode, answer, level in zip(self.decode, self.answer, reversed(features), strict=False):
+            hidden = decode(F.interpolate(hidden, size=level.shape[-2:], mode="nearest"))
             answers.append(answer(hidden))
         return tuple(reversed(answers))
 

@@ -1,6 +1,7 @@
 """The frozen ImageNet teacher: a timm backbone cut after its third feature level."""
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Teacher(nn.Module):
 
     def __init__(self, backbone: str, out_indices: tuple[int, ...]) -> None:
         super().__init__()
-        self.body = timm.create_model(backbone, pretrained=False, features_only=True, out_indices=out_indices)
+        self.body = _features_of(backbone, out_indices)
         _cut_unused_blocks(self.body)
         self.channels: tuple[int, ...] = tuple(self.body.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(self.body.feature_info.reduction())
@@ -66,6 +67,28 @@ def pooled_features(teacher: Teacher, images: NDArray[np.float32], batch: int = 
     return np.concatenate(parts)
 
 
+def _features_of(backbone: str, out_indices: tuple[int, ...]) -> Any:
+    """timm's model with random weights; a vision transformer takes images of any size in whole patches."""
+    wanted: dict[str, Any] = {"pretrained": False, "features_only": True, "out_indices": out_indices}
+    try:
+        return timm.create_model(backbone, dynamic_img_size=True, **wanted)
+    except TypeError:  # a convolutional one takes any size
+        return timm.create_model(backbone, **wanted)
+
+
+def _check_levels(teacher: Teacher) -> None:
+    """Raise ValueError unless each level is as fine as it says and 1, 2, 4 or 8 times as coarse as the one before."""
+    rows, columns = 64, 96
+    told = zip(teacher(torch.zeros(1, 3, rows, columns)), teacher.channels, teacher.strides, strict=True)
+    for features, channels, stride in told:
+        expected = (1, channels, rows // stride, columns // stride)
+        if features.shape != expected:
+            raise ValueError(f"a level is {tuple(features.shape)} and not {expected}")
+    for finer, coarser in itertools.pairwise(teacher.strides):
+        if coarser / finer not in (1, 2, 4, 8):
+            raise ValueError(f"a level of stride {coarser} follows one of {finer}")
+
+
 def _cut_unused_blocks(body: nn.Module) -> None:
     """Drop the stages of an EfficientNet-like body after its deepest feature: timm would compute and discard them."""
     blocks = getattr(body, "blocks", None)
@@ -89,7 +112,8 @@ def build_teacher(settings: TeacherSettings, root: Path = Path()) -> Teacher:
         raise UserError(f"teacher.backbone `{settings.backbone}` is no timm model; see `timm.list_models()`.")
     try:
         teacher = Teacher(settings.backbone, settings.out_indices)
-    except (RuntimeError, AssertionError, IndexError, AttributeError) as error:
+        _check_levels(teacher)
+    except (RuntimeError, ValueError, AssertionError, IndexError, AttributeError) as error:
         raise UserError(
             f"teacher.backbone `{settings.backbone}` cannot give the feature levels {list(settings.out_indices)} "
             f"({error}); choose another backbone or teacher.out_indices."
@@ -148,9 +172,10 @@ def _load_state(path: Path) -> dict[str, Tensor]:
 def _load_known_keys(body: nn.Module, state: dict[str, Tensor], settings: TeacherSettings) -> None:
     """Load strictly after dropping what the cut backbone does not have (deeper levels, the classifier)."""
     wanted = body.state_dict()
-    # features_only flattens some models' top-level dots (`layer1.0` stays, `blocks.0` may become `blocks_0`)
-    renamed = {key.replace(".", "_", 1) if key not in wanted else key: value for key, value in state.items()}
-    kept = {key: value for key, value in renamed.items() if key in wanted}
+    # features_only flattens some models' top-level dots (`layer1.0` stays, `blocks.0` may become `blocks_0`) and wraps
+    # others (`blocks.0` becomes `model.blocks.0`)
+    names = ((name, value) for key, value in state.items() for name in (key, key.replace(".", "_", 1), f"model.{key}"))
+    kept = {name: value for name, value in names if name in wanted}
     missing = [key for key in wanted if key not in kept and not key.endswith("num_batches_tracked")]
     if missing or any(kept[key].shape != wanted[key].shape for key in kept):
         raise UserError(
