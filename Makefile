@@ -105,5 +105,5 @@ install: ## set up .venv with the pinned versions (the other targets do it by th
 	fi; \
 	rm -f $(STAMP); \
 	echo "Installing the pinned versions into $(VENV): some 6 GB, a few minutes the first time."; \
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,pipeline,serve,video,dev]'; \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,pipeline,serve,video,mqtt,dev]'; \
 	wanted > $(STAMP).tmp; mv $(STAMP).tmp $(STAMP)

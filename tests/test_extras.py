@@ -39,6 +39,7 @@ def told(module: str) -> str:
         ("fastapi", "serve"),  # the pipeline brings it too, and is larger
         ("starlette.formparsers", "serve"),
         ("av", "video"),
+        ("paho.mqtt.client", "mqtt"),
     ],
 )
 def test_a_missing_module_names_its_extra(module: str, extra: str) -> None:

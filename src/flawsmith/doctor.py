@@ -38,6 +38,7 @@ EXTRAS = {
     "train": "the pipeline's stages",
     "pipeline": "DVC, MLflow and Prefect",
     "serve": "`flawsmith serve`",
+    "mqtt": "results to MQTT (`--mqtt`)",
     "video": "videos in `flawsmith predict`",
 }
 TOOLS = {
@@ -138,7 +139,7 @@ def check_versions(versions: Mapping[str, str], constraints: str | None) -> list
     ]
     if not off:
         return [*checks, Check("versions", "ok", f"{len(tested)} packages as in constraints.txt")]
-    remedy = "pip install -c constraints.txt -e '.[train,pipeline,serve,video,dev]'"
+    remedy = "pip install -c constraints.txt -e '.[train,pipeline,serve,video,mqtt,dev]'"
     return [*checks, Check("versions", "warn", f"not as tested: {_listed(off)}", remedy)]
 
 

@@ -13,6 +13,7 @@ from flawsmith.errors import UserError
 _PACKAGES = {
     "PIL": "pillow",
     "httpx": "prefect",
+    "paho": "paho-mqtt",
     "multipart": "python-multipart",
     "psycopg2": "psycopg2-binary",
     "ruamel": "ruamel.yaml",

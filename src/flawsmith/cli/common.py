@@ -62,6 +62,13 @@ ProviderOption = Annotated[
         "first of cuda, openvino and cpu that loads.",
     ),
 ]
+MqttOption = Annotated[
+    str | None, typer.Option("--mqtt", metavar="URL", help="Send results to this broker: mqtt://HOST or mqtts://HOST.")
+]
+MqttTopicOption = Annotated[str, typer.Option("--mqtt-topic", metavar="NAME", help="Topic of the results.")]
+MqttCredentialsOption = Annotated[
+    Path | None, typer.Option("--mqtt-credentials", metavar="FILE", help="YAML with login and certificates.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DEFAULT_PARAMS = Path("params.yaml")

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,6 +13,9 @@ from flawsmith.cli.common import (
     DEFAULT_PARAMS,
     USE_PANEL,
     CategoryOption,
+    MqttCredentialsOption,
+    MqttOption,
+    MqttTopicOption,
     OneCategoryOption,
     ParamsOption,
     ProviderOption,
@@ -85,6 +88,9 @@ def predict(
     watch_idle: Annotated[
         float | None, typer.Option("--watch-idle", metavar="S", help="End --watch when nothing came for S.", min=0)
     ] = None,
+    mqtt: MqttOption = None,
+    mqtt_topic: MqttTopicOption = "flawsmith/results",
+    mqtt_credentials: MqttCredentialsOption = None,
     fail_on_defect: Annotated[bool, typer.Option("--fail-on-defect", help="Exit 3 if any image is defective.")] = False,
 ) -> None:
     """Score images: tables, JSON, heat-map overlays and masks. Needs onnxruntime, not torch.
@@ -111,9 +117,11 @@ def predict(
         raise UserError("--masks and --format write into a folder; name one: --out DIR --jsonl -.")
     if watch is not None and formats and comma_list(formats) != ("jsonl",):
         raise UserError("--watch writes results.jsonl; leave --format out.")
+    if watch is None and mqtt is not None:
+        raise UserError("--mqtt sends the results of a hot folder; give one with --watch, or use `flawsmith serve`.")
 
     from flawsmith.data.walk import count_sentence
-    from flawsmith.inference.options import PredictOptions
+    from flawsmith.inference.options import MqttOptions, PredictOptions
     from flawsmith.inference.predictor import Predictor
 
     options = PredictOptions(
@@ -128,6 +136,7 @@ def predict(
         poll=poll,
         seconds=watch_for,
         idle=watch_idle,
+        mqtt=None if mqtt is None else MqttOptions(mqtt, mqtt_topic, mqtt_credentials),
     )
     predictor = Predictor(model, threads=threads, threshold=threshold, provider=provider)
     if watch is not None and out is not None:
@@ -186,6 +195,12 @@ def serve(
     drain: Annotated[
         float, typer.Option(metavar="S", help="Seconds of 503 on /readyz between SIGTERM and the end.", min=0)
     ] = 0.0,
+    mqtt: MqttOption = None,
+    mqtt_topic: MqttTopicOption = "flawsmith/results",
+    mqtt_credentials: MqttCredentialsOption = None,
+    mqtt_spool: Annotated[
+        Path | None, typer.Option("--mqtt-spool", metavar="DIR", help="Results wait there for the broker.")
+    ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
 ) -> None:
@@ -193,6 +208,11 @@ def serve(
 
     Example: flawsmith serve artifacts/brushed_metal/export/model.onnx --port 8080
     """
+    if (mqtt is None) != (mqtt_spool is None):
+        raise UserError("--mqtt needs a folder where results wait for the broker: --mqtt-spool DIR; give both.")
+
+    from flawsmith.inference.mqtt import open_mqtt
+    from flawsmith.inference.options import MqttOptions
     from flawsmith.serve.app import Limits
     from flawsmith.serve.models import FileSource, RegistrySource, Source
     from flawsmith.serve.server import Address
@@ -205,7 +225,11 @@ def serve(
         layout = read_layout(params, category, overrides)
         source = RegistrySource(layout.root, layout.category, threads, provider)
     limits = Limits(workers, queue, int(max_megabytes * 1e6), int(max_megapixels * 1e6), timeout)
-    act(source, limits, Address(host, port), poll, drain)
+    with ExitStack() as stack:
+        sink = None
+        if mqtt is not None and mqtt_spool is not None:
+            sink = stack.enter_context(open_mqtt(MqttOptions(mqtt, mqtt_topic, mqtt_credentials), mqtt_spool))
+        act(source, limits, Address(host, port), poll, drain, sink)
 
 
 @app.command(rich_help_panel=USE_PANEL)

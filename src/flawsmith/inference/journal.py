@@ -10,15 +10,15 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from flawsmith.errors import UserError
 from flawsmith.files import is_ours, read_json, write_json
+from flawsmith.inference.mqtt import SPOOL
 from flawsmith.inference.options import LINES
 from flawsmith.inference.predictor import Predictor
-from flawsmith.inference.writers import MASKS, OVERLAYS, check_out, describe_model, json_line
+from flawsmith.inference.writers import MASKS, OVERLAYS, Row, check_out, describe_model, json_line
 
 FORGET = 3600.0  # seconds a file must be gone to be forgotten: a share may be away for some time and come back
 MODEL, LOCK = "model.json", ".lock"
@@ -62,14 +62,12 @@ class Journal:
         self._stream.truncate(end)
         os.fsync(self._stream.fileno())
 
-    def add(self, row: dict[str, Any], known: Known) -> dict[str, Any]:
-        """Append a row, and what tells its file again. It is on the disk when this returns. Returns the whole row."""
-        whole = {**row, "sha256": known.digest, "stat": list(known.signature)}
-        self._stream.write(f"{json_line(whole)}\n".encode())
+    def add(self, row: Row) -> None:
+        """Append a row with the `sha256` and `stat` that tell its file again. It is on the disk when this returns."""
+        self._stream.write(f"{json_line(row)}\n".encode())
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self.known[row["file"]] = known
-        return whole
+        self.known[row["file"]] = Known(tuple(row["stat"]), row["sha256"])
 
     def is_known(self, name: str, signature: Signature) -> bool:
         """Whether the file has its line, and has not been touched since."""
@@ -105,7 +103,7 @@ def open_journal(folder: Path, out: Path, predictor: Predictor) -> Iterator[Jour
     if folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} holds the watched folder; name another folder for --out.")
     is_watch = (out / MODEL).exists()  # `predict` without --watch may leave lines too, but no model.json
-    ours = {OVERLAYS, MASKS, MODEL, LOCK, *([LINES] if is_watch else [])}
+    ours = {OVERLAYS, MASKS, MODEL, LOCK, SPOOL, *([LINES] if is_watch else [])}
     check_out(out.resolve(), out, (), ours, "results of a watch")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK, timeout=0)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flawsmith.data.images import MAX_PIXELS
 from flawsmith.errors import UserError
@@ -10,6 +11,45 @@ from flawsmith.inference.sources import Unreadable
 
 CSV, JSON, LINES = "results.csv", "results.json", "results.jsonl"
 FORMATS = {"csv": CSV, "json": JSON, "jsonl": LINES}
+
+
+@dataclass(frozen=True)
+class MqttOptions:
+    """Where results are sent.
+
+    Attributes:
+        url: `mqtt://HOST[:PORT]`, or `mqtts://` for TLS.
+        topic: that all results are published on.
+        credentials: a YAML file as `mqtt.read_credentials` reads it.
+
+    Raises:
+        UserError: the URL is none of these or holds a login, or the topic cannot be published on.
+    """
+
+    url: str
+    topic: str = "flawsmith/results"
+    credentials: Path | None = None
+
+    def __post_init__(self) -> None:
+        if "@" in self.url:  # not shown: it holds a password
+            raise UserError(
+                "--mqtt holds a login, which others here could read; put it into the file of --mqtt-credentials."
+            )
+        self.broker  # noqa: B018 checks the URL
+        if not self.topic or set(self.topic) & set("+#\0"):
+            raise UserError(f"`{self.topic}` is no topic of MQTT to publish on; leave + and # out.")
+
+    @property
+    def broker(self) -> tuple[str, int, bool]:
+        """The broker's host and port, and whether it is met over TLS."""
+        try:
+            parts = urlsplit(self.url)
+            ports = {"mqtt": 1883, "mqtts": 8883}
+            if parts.hostname and not (parts.path.strip("/") or parts.query or parts.fragment):
+                return parts.hostname, parts.port or ports[parts.scheme], parts.scheme == "mqtts"
+        except (KeyError, ValueError):
+            pass
+        raise UserError(f"`{self.url}` is no URL of a broker; write mqtt://HOST:PORT, or mqtts:// for TLS.")
 
 
 @dataclass(frozen=True)
@@ -28,6 +68,7 @@ class PredictOptions:
         poll: seconds between two looks of a watch.
         seconds: a watch ends after so long; None: never.
         idle: a watch ends when nothing has come for so many seconds; None: never.
+        mqtt: where a watch sends its results; None: nowhere.
 
     Raises:
         UserError: a number is below 1, or a format is unknown.
@@ -44,6 +85,7 @@ class PredictOptions:
     poll: float = 0.5
     seconds: float | None = None
     idle: float | None = None
+    mqtt: MqttOptions | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "workers", "every"):

@@ -45,6 +45,16 @@ def describe(prediction: Prediction, predictor: Predictor, height: int, width: i
     }
 
 
+def identify(predictor: Predictor, version: str = "") -> dict[str, str]:
+    """Say which model answered; `version` is its version in the registry, "" for a file."""
+    return {
+        "category": predictor.metadata.category,
+        "version": version,
+        "digest": predictor.digest,
+        "provider": predictor.provider,
+    }
+
+
 def encode_map(anomaly_map: NDArray[np.float32]) -> dict[str, Any]:
     """Encode a map `(h, w)` as a 16-bit gray PNG in base64: a value is `low + pixel / 65535 * (high - low)`."""
     low, high = float(anomaly_map.min()), float(anomaly_map.max())

@@ -2,6 +2,7 @@
 
 out/results.jsonl    see `journal`: a line an image, synced to the disk after its pictures are written
 out/overlays, masks  as `writers` says; a/part.jpg → a/part.jpg.png
+out/spool/           with --mqtt: results that the broker has not acknowledged
 out/model.json       the model and thresholds; a watch with another model is refused
 """
 
@@ -22,10 +23,12 @@ from flawsmith.data.images import FloatImage, count_pixels, read_image
 from flawsmith.data.walk import UNREADABLE, entries, image_kind
 from flawsmith.errors import UserError, name_file
 from flawsmith.files import digest_file
-from flawsmith.inference.journal import Journal, Known, Signature, open_journal
+from flawsmith.inference.journal import Journal, Signature, open_journal
+from flawsmith.inference.mqtt import SPOOL, Sink, open_mqtt
 from flawsmith.inference.options import LINES, PredictOptions, PredictReport
 from flawsmith.inference.predictor import Predictor
 from flawsmith.inference.prefetch import Answer, predict_stream
+from flawsmith.inference.serialise import identify
 from flawsmith.inference.sources import Task
 from flawsmith.inference.writers import Pictures, Write, make_row, open_lines, picture_name
 
@@ -80,7 +83,8 @@ def watch_folder(
     place is known by its inode. What counts as an image says `walk`; `out` is passed over.
 
     Raises:
-        UserError: `folder` is none, `out` holds something else or results of another model, or another watch uses it.
+        UserError: `folder` is none, `out` holds something else or results of another model, or another watch uses it;
+            or as `open_mqtt`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder, so it cannot be watched; create it first.")
@@ -88,7 +92,8 @@ def watch_folder(
         stack.enter_context(name_file(out / LINES, out / LINES))
         follow = None if options.jsonl is None else stack.enter_context(open_lines(options.jsonl))
         journal = stack.enter_context(open_journal(folder, out, predictor))
-        watch = _Watch(predictor, folder, out, options, journal, follow)
+        sink = None if options.mqtt is None else stack.enter_context(open_mqtt(options.mqtt, out / SPOOL))
+        watch = _Watch(predictor, folder, out, options, journal, follow, sink)
         log.info("Watching %s; results go to %s.", folder, out / LINES)
         watch.run(stop or Event())
     counts = watch.counts
@@ -107,10 +112,10 @@ class _Watch:
 
     def __init__(
         self, predictor: Predictor, folder: Path, out: Path, options: PredictOptions, journal: Journal,
-        follow: Write | None,
+        follow: Write | None, sink: Sink | None,
     ) -> None:  # fmt: skip
         self._predictor, self._folder, self._out, self._options = predictor, folder, out.resolve(), options
-        self._journal, self._follow = journal, follow
+        self._journal, self._follow, self._sink = journal, follow, sink
         self._pictures = Pictures(out, predictor, options)
         self._reading = predictor.reading(options.max_pixels, "--max-megapixels")
         self._seen: dict[tuple[int, int], tuple[int, int]] = {}  # device and inode: size and mtime at the last look
@@ -252,7 +257,10 @@ class _Watch:
             return
         self._doubtful.pop(arrival.name, None)
         row = make_row(answer, self._predictor) | self._pictures.add(picture_name(answer.name), answer)
-        row = self._journal.add(row, Known(arrival.signature, arrival.digest))
+        row |= {"sha256": arrival.digest, "stat": list(arrival.signature)}
+        if self._sink is not None:  # before its line: a kill in between sends a result twice, never not at all
+            self._sink.add({**row, "model": identify(self._predictor)})
+        self._journal.add(row)
         self.counts[row["verdict"]] += 1
         if self._follow is not None:
             self._follow(row)

@@ -9,6 +9,7 @@ then gets 429 at once. Decoding and drawing go on in the workers' threads beside
 """
 
 import asyncio
+import hashlib
 import io
 import threading
 import time
@@ -32,7 +33,8 @@ from starlette.requests import ClientDisconnect
 from flawsmith.data.images import decode_image
 from flawsmith.errors import FlawsmithError, UserError
 from flawsmith.inference.draw import draw_prediction
-from flawsmith.inference.serialise import describe, encode_map, encode_png
+from flawsmith.inference.mqtt import Sink
+from flawsmith.inference.serialise import describe, encode_map, encode_png, identify
 from flawsmith.serve.body import Refusal, discard, read_image_bytes
 from flawsmith.serve.models import Loaded, ModelSlot
 from flawsmith.serve.schema import REQUEST_BODY, RESPONSES, Answer
@@ -73,6 +75,7 @@ class Service:
     slot: ModelSlot
     limits: Limits
     telemetry: Telemetry
+    sink: Sink | None = None
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -123,10 +126,9 @@ class Service:
             (prediction,) = predictor.predict([image])
         with self.telemetry.phases.labels("draw").time():
             answer = describe(prediction, predictor, image.shape[1], image.shape[2])
-            answer["model"] = {
-                "category": predictor.metadata.category, "version": loaded.version, "digest": predictor.digest,
-                "provider": predictor.provider,
-            }  # fmt: skip
+            answer["model"] = identify(predictor, loaded.version)
+            if self.sink is not None:
+                self.sink.add({"file": "", **answer, "sha256": hashlib.sha256(content).hexdigest()})
             if with_map:
                 answer["anomaly_map"] = encode_map(prediction.anomaly_map)
             if with_overlay:
@@ -136,9 +138,12 @@ class Service:
         return answer
 
 
-def create_app(slot: ModelSlot, limits: Limits, telemetry: Telemetry) -> FastAPI:
-    """The service over a slot that has a model or will have one; `app.state.service` holds what it shares."""
-    service = Service(slot, limits, telemetry)
+def create_app(slot: ModelSlot, limits: Limits, telemetry: Telemetry, sink: Sink | None = None) -> FastAPI:
+    """The service over a slot that has a model or will have one; `app.state.service` holds what it shares.
+
+    A result has gone to the `sink` before it is answered.
+    """
+    service = Service(slot, limits, telemetry, sink)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

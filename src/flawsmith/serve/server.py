@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.inference.mqtt import Sink
 from flawsmith.serve.app import Limits, create_app
 from flawsmith.serve.models import ModelSlot, Source
 from flawsmith.serve.telemetry import Telemetry
@@ -68,7 +69,9 @@ def _ended_quietly() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def serve(source: Source, limits: Limits, address: Address, poll: float, drain: float) -> None:
+def serve(
+    source: Source, limits: Limits, address: Address, poll: float, drain: float, sink: Sink | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -77,6 +80,7 @@ def serve(source: Source, limits: Limits, address: Address, poll: float, drain: 
         address: where to listen.
         poll: seconds between two looks for another model.
         drain: seconds between SIGTERM and the end of listening.
+        sink: where results go beside their answers.
 
     Raises:
         FlawsmithError: there is no model to begin with.
@@ -87,7 +91,7 @@ def serve(source: Source, limits: Limits, address: Address, poll: float, drain: 
     slot.start()
     try:
         config = uvicorn.Config(
-            create_app(slot, limits, telemetry),
+            create_app(slot, limits, telemetry, sink),
             host=address.host,
             port=address.port,
             log_level="warning",
