@@ -136,9 +136,13 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [0, 1] → anomaly map (B, 1, H, W) and score (B,); 0 is the mean of normal parts in both."""
-        maps = self.standardise(self.raw_maps(image))
+        return self.judge(self.raw_maps(image), image.shape[-2:])
+
+    def judge(self, raw: Mapping[str, Tensor], size: torch.Size | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """As `forward`, from the raw maps of images of a size."""
+        maps = self.standardise(raw)
         score = ((self.pooled(self.decided(maps)) - self.score_mean) / self.score_deviation).mean(dim=1)
-        return enlarge(smooth(self.fuse(maps), self.kernel), image.shape[-2:]), score
+        return enlarge(smooth(self.fuse(maps), self.kernel), size), score
 
     def raw_maps(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → name → (B, 1, h, w) at `stride`, higher where less normal."""
