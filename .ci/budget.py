@@ -8,10 +8,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LINES = {  # of Python, a folder
-    "src/flawsmith": 22_200,
+    "src/flawsmith": 22_250,
     "src/flawsmith_lab": 3_300,
     "flows": 1_850,
-    "tests": 22_800,
+    "tests": 22_900,
 }
 KEYS = 50  # in params.yaml
 DOCS = 82_000  # bytes of Markdown in docs/

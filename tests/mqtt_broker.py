@@ -28,9 +28,7 @@ class Broker:
 
     def __init__(self, folder: Path, **settings: object) -> None:
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = unused_port()
         lines: Mapping[str, object] = {
             "persistence": "true", "persistence_location": f"{folder}/", "autosave_interval": 1,
             "autosave_on_changes": "true", "listener": f"{self.port} 127.0.0.1", "allow_anonymous": "true", **settings,

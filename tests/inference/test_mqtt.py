@@ -167,7 +167,7 @@ def test_a_broker_that_is_not_there_does_not_stop_the_watch(
     assert done.returncode == 0
     warning, waiting = (told for told in done.stderr.splitlines() if str(out / SPOOL) in told)
     assert warning.startswith(f"The MQTT broker at {nowhere[7:]} cannot be reached (Connection refused); results wait")
-    assert waiting == f"1 results wait in {out / SPOOL / 'mqtt.sqlite'}; the next start sends them."
+    assert waiting == f"Results that wait in {out / SPOOL / 'mqtt.sqlite'}: 1; the next start sends them."
     assert [row["verdict"] for row in json_lines(out / "results.jsonl")] == ["good"]
     assert len(spooled(out)) == 1
 
@@ -175,15 +175,20 @@ def test_a_broker_that_is_not_there_does_not_stop_the_watch(
 def test_a_full_spool_leaves_results_out_and_says_so(
     tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mqtt_module, "Spool", lambda path: Spool(path, limit=30_000))
-    with open_mqtt(MqttOptions(nowhere), tmp_path / "spool") as sink:
+    spool = Spool(tmp_path / "mqtt.sqlite", limit=30_000)
+    monkeypatch.setattr(mqtt_module, "Spool", lambda path: spool)
+    with open_mqtt(MqttOptions(nowhere), tmp_path) as sink:
         for _ in range(200):
             sink.add(ROW)
+        kept = len(spool)
+        assert 20 < kept < 200
+        spool.remove(spool.first(10)[-1][0])  # as if the broker had taken them
+        sink.add(ROW)
         told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
         assert told == [
-            f"{tmp_path / 'spool' / 'mqtt.sqlite'} is full: results are not sent until the broker has taken some."
+            f"{spool.path} is full: results are not sent until the broker has taken some.",
+            f"{spool.path} has place again; left out: {200 - kept} results.",
         ]
-    assert 20 < len(Spool(tmp_path / "spool" / "mqtt.sqlite")) < 200
 
 
 @pytest.fixture(scope="module")

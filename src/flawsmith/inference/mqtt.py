@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from flawsmith.errors import FlawsmithError, UserError
+from flawsmith.errors import FlawsmithError, UserError, tell_once
 from flawsmith.files import digest_json
 from flawsmith.inference.options import MqttOptions
 from flawsmith.inference.spool import Spool
@@ -112,8 +112,7 @@ class _Sender:
     ) -> None:
         from paho.mqtt.client import CallbackAPIVersion, Client, MQTTv5
 
-        self._options, self._spool = options, spool
-        self._place = _place(options)
+        self._options, self._spool, self._place = options, spool, _place(options)
         self._changed = threading.Condition()  # never held while the client is called: its callbacks wait for it
         self._is_connected = self._is_ending = False
         self._refusal: Any = None  # why the broker does not let us in; None: it does, or has not answered
@@ -153,30 +152,30 @@ class _Sender:
 
     def add(self, row: Row) -> None:
         """Put a result into the spool; one that has no place there is left out, and the log tells of it."""
-        if not self._spool.put(make_message(row)):
+        if self._spool.put(make_message(row)):
+            if self._left_out:
+                log.error("%s has place again; left out: %d results.", self._spool.path, self._left_out)
+            self._left_out = 0
+            with self._changed:
+                self._changed.notify_all()
+        else:
             if not self._left_out:
                 log.error("%s is full: results are not sent until the broker has taken some.", self._spool.path)
             self._left_out += 1
-            return
-        if self._left_out:
-            log.error("%s has place again; %d results were left out.", self._spool.path, self._left_out)
-            self._left_out = 0
-        with self._changed:
-            self._changed.notify_all()
 
     def close(self) -> None:
         """Send what can still be sent within DRAIN seconds, and leave the rest in the spool."""
+        is_sending = self._thread.is_alive()
         with self._changed:
-            if self._thread.is_alive():
-                self._changed.wait_for(lambda: not (self._is_connected and self._spool.first(1)), DRAIN)
+            self._changed.wait_for(lambda: not (self._is_connected and self._spool.first(1)), DRAIN * is_sending)
             self._is_ending = True
             self._changed.notify_all()
-        if self._thread.is_alive():
+        if is_sending:
             self._thread.join()
         self._client.disconnect()
         self._client.loop_stop()
         if left := len(self._spool):
-            log.warning("%d results wait in %s; the next start sends them.", left, self._spool.path)
+            log.warning("Results that wait in %s: %d; the next start sends them.", self._spool.path, left)
 
     def _forward(self) -> None:
         """Send batch after batch until the end."""
@@ -190,8 +189,7 @@ class _Sender:
                     with self._changed:
                         self._changed.notify_all()
             except FlawsmithError as error:  # `add` fails too, where it can be told
-                log.error("%s", error)
-                self._rest()
+                self._stumble(str(error))
 
     def _deliver(self, messages: Sequence[str]) -> bool:
         """Send messages; return whether the broker has taken all of them. The client sends again after a lost line."""
@@ -203,13 +201,11 @@ class _Sender:
             self._changed.wait_for(lambda: self._is_ending or numbers <= self._answers.keys())
         refusals = [answer for answer in self._answers.values() if answer.is_failure]
         if refusals:
-            log.error(
-                "The MQTT broker at %s takes no results on %s (%s).", self._place, self._options.topic, refusals[0]
-            )
-            self._rest()
+            self._stumble(f"The broker at {self._place} takes no results on {self._options.topic} ({refusals[0]}).")
         return not refusals and numbers <= self._answers.keys()
 
-    def _rest(self) -> None:
+    def _stumble(self, reason: str) -> None:
+        tell_once(reason, reason)
         with self._changed:
             self._changed.wait_for(lambda: self._is_ending, RETRY)
 
