@@ -52,8 +52,7 @@ class MemoryBank(nn.Module):
         if excluded is None:
             least = nearest(rows, self.patches, self.allowance)
         else:
-            allowances = self.allowance.masked_fill(excluded, -torch.inf)
-            images = zip(rows.chunk(batch), allowances, strict=True)
+            images = zip(rows.chunk(batch), self.allowance.masked_fill(excluded, -torch.inf), strict=True)
             least = torch.cat([nearest(image, self.patches, allowance) for image, allowance in images])
         return least.view(batch, 1, height, width)
 
@@ -119,23 +118,22 @@ class MemoryKind:
         """
         size = features[self.grid].shape[-2:]
         on_grid = []
-        for level in (_pooled(features[index]) for index in self.levels):
+        for index in self.levels:
+            # averaged with the zeros beyond the border, where features are noisy
+            level = F.avg_pool2d(features[index], POOLED, 1, POOLED // 2)
             finer = level.shape[-1] // size[-1]
             on_grid.append(F.pixel_unshuffle(level, finer) if finer > 1 else enlarge(level, size))
         return torch.cat([softly_normalised(level) for level in on_grid], dim=1) / math.sqrt(len(on_grid))
 
     def channels(self, teacher: Teacher) -> int:
         """C of the patches."""
-        sides = [max(1, self.stride(teacher) // teacher.strides[index]) for index in self.levels]
-        return sum(side**2 * teacher.channels[index] for side, index in zip(sides, self.levels, strict=True))
-
-    def stride(self, teacher: Teacher) -> int:
-        """Pixels a patch."""
-        return teacher.strides[self.grid]
+        stride = teacher.strides[self.grid]
+        return sum(max(1, stride // teacher.strides[index]) ** 2 * teacher.channels[index] for index in self.levels)
 
     def count(self, teacher: Teacher, shape: tuple[int, int]) -> int:
         """How many patches an image of a shape has."""
-        return (shape[0] // self.stride(teacher)) * (shape[1] // self.stride(teacher))
+        stride = teacher.strides[self.grid]
+        return (shape[0] // stride) * (shape[1] // stride)
 
 
 MEMORIES = {"memory_fine": MemoryKind((0, 1, 2), grid=1), "memory_coarse": MemoryKind((2,), grid=2)}
@@ -151,11 +149,6 @@ def softly_normalised(level: Tensor) -> Tensor:
     """A level (B, C, h, w), each cell divided by its length plus the image's mean length: lengths lie in [0, 1)."""
     length = level.norm(dim=1, keepdim=True)
     return level / (length + length.mean(dim=(2, 3), keepdim=True)).clamp_min(TINY)
-
-
-def _pooled(level: Tensor) -> Tensor:
-    """A level averaged over POOLED x POOLED cells, with the zeros beyond the border, where features are noisy."""
-    return F.avg_pool2d(level, POOLED, 1, POOLED // 2)
 
 
 def nearest(rows: Tensor, kept: Tensor, allowance: Tensor) -> Tensor:
