@@ -174,6 +174,7 @@ class _Sender:
             self._thread.join()
         self._client.disconnect()
         self._client.loop_stop()
+        del self._client  # it closes its last sockets when nobody holds it any more
         if left := len(self._spool):
             log.warning("Results that wait in %s: %d; the next start sends them.", self._spool.path, left)
 
