@@ -14,7 +14,7 @@ CHECKED = $(sort $(foreach target,$(ARGS),$(if $(findstring @,$(target)),$(lastw
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install repro up down nightly test test-all stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve bench-latency clean
+.PHONY: help install repro quick up down nightly test test-all stack-test lint types fmt ui bench-synthesis bench-anomalib bench-gpu bench-serve bench-latency clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -25,6 +25,10 @@ repro: install ## run the pipeline (what is up to date is skipped); ARGS='distil
 	flawsmith check $(CHECKED)
 	dvc repro $(ARGS)
 	@flawsmith result
+
+quick: install ## a first look at the demo's images in minutes: no training; ARGS='FOLDER --out DIR' for your own
+	@[ -n "$(ARGS)" ] || [ -d data/brushed_metal/train ] || flawsmith demo-data --surface brushed_metal
+	flawsmith quick $(if $(ARGS),$(ARGS),data/brushed_metal)
 
 up: install ## Prefect, MLflow and a worker on this machine; ARGS='--workers 2 --checkout . --checkout ../second' for two
 	python -m flows.stack up $(ARGS)

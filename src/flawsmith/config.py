@@ -128,9 +128,19 @@ def load_content(path: Path, replaced: Mapping[str, Any] | None = None) -> dict[
         raise UserError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `data:` and `distill:`; it holds {type(content).__name__}.")
+    return _replace(content, replaced or {})
+
+
+def default_settings(replaced: Mapping[str, Any]) -> Settings:
+    """The settings of a params.yaml that says nothing, with `replaced` as `load_settings` takes it; errors as there."""
+    return parse_settings(_replace({"categories": ["parts"]}, replaced), "--set")
+
+
+def _replace(content: dict[str, Any], replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Put values of dotted keys into `content`."""
     overrides = content["overrides"] if isinstance(content.get("overrides"), dict) else {}
     # whole sections first, so that none takes back a key that is named beside it
-    for dotted, value in sorted((replaced or {}).items(), key=lambda item: "." in item[0]):
+    for dotted, value in sorted(replaced.items(), key=lambda item: "." in item[0]):
         section, point, key = dotted.partition(".")
         if point and (not key or section in ("categories", "seed", "overrides")):
             known = "holds no keys" if key else "is to be followed by the name of a key"

@@ -1,6 +1,7 @@
 """Commands of the pipeline: demo data, and one a stage."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,10 +9,12 @@ import typer
 from flawsmith.cli.common import (
     DEFAULT_PARAMS,
     STAGE_PANEL,
+    STUDY_PANEL,
     CategoryOption,
     ParamsOption,
     SetOption,
     app,
+    parse_overrides,
     read_layouts,
     read_settings,
 )
@@ -64,6 +67,37 @@ def write_settings(
 
     for layout in read_layouts(params, category, overrides):
         run(layout)
+
+
+@app.command(rich_help_panel=STUDY_PANEL)
+def quick(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Good images, or a category with train/good and perhaps test.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Replaced as a whole. Default: artifacts/NAME/quick."),
+    ] = None,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """A first look, in minutes: good images to model.onnx and report.html, with memories alone and no training.
+
+    Without params.yaml here all settings have their defaults. On a slow machine choose from fewer patches: --set
+    distill.memory_candidates=60000.
+
+    Example: flawsmith quick photos/of/good/parts --out first
+    """
+    from flawsmith.config import default_settings
+    from flawsmith.data.bare import name_folder
+    from flawsmith.progress import stage as shown
+
+    is_default = params == DEFAULT_PARAMS and not params.exists()
+    settings = default_settings(parse_overrides(overrides or [])) if is_default else read_settings(params, overrides)
+    run = import_module("flawsmith.stages.quick").run
+    with shown("quick", name_folder(folder), (1, 1)):
+        place = run(settings, params.parent, folder, out)
+    print(f"Quick look, nothing was trained. Report: {place / 'report.html'}; model: {place / 'model.onnx'}")
 
 
 def _add_stage(name: str, meaning: str) -> None:

@@ -154,6 +154,7 @@ def predict(
     print(
         f"{count_sentence(report.good + report.defective, report.passed_over, report.unreadable)}: {report.good} good, "
         f"{report.defective} defective. Computed on {predictor.provider}."
+        + (" The model is a quick look: nothing was trained." if predictor.metadata.quick_look else "")
         + ("" if report.out is None else f" Results: {report.out}"),
         file=sys.stderr if jsonl == Path("-") else sys.stdout,
     )

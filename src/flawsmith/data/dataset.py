@@ -174,7 +174,8 @@ class Dataset:
         Raises:
             UserError: too few images for both parts.
         """
-        normals = self.normals()
+        found = self.find_normals()
+        normals = found.images
         ranked = sorted(normals, key=lambda path: _split_rank(path, seed))
         rank = {path: place for place, path in enumerate(ranked)}
         groups = tuple(tuple(sorted(group, key=rank.__getitem__)) for group in copies)
@@ -187,7 +188,7 @@ class Dataset:
             remedy = f"add {lacking} or more" if lacking > 0 else "lower data.calibration_fraction, or add some"
             shown = f" of {len(pictures)} different pictures" if repeated else ""
             raise UserError(
-                f"{self.folder}/train/{GOOD} holds {len(ranked)} image(s){shown}, too few to learn from "
+                f"{found.folder} holds {len(ranked)} image(s){shown}, too few to learn from "
                 f"({MIN_FIT_IMAGES} at least) and to calibrate on ({MIN_CALIBRATION_IMAGES}); {remedy} "
                 "(30 or more normal images are recommended)."
             )

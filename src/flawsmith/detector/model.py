@@ -37,6 +37,8 @@ class DetectorConfig:
 
     Attributes:
         shape: height and width of the images.
+        decoder_channels: as `Student`; () for no student.
+        head_channels: 0 for no segmentation head.
         memories: patches that each of MEMORIES keeps; () for no memories.
     """
 
@@ -109,7 +111,7 @@ class Detector(nn.Module):
         self.memories = nn.ModuleDict(
             {name: MemoryBank(size, kind.channels(self.teacher)) for (name, kind), size in kinds}
         )
-        answered = [f"student_{level}" for level in LEVELS[-len(config.decoder_channels) :]]
+        answered = [f"student_{level}" for level in LEVELS[len(LEVELS) - len(config.decoder_channels) :]]
         self.names = (*self.memories, *answered)
         self.head = SegmentationHead(len(self.names), config.head_channels)
         shares = len(config.top_shares)
@@ -176,7 +178,10 @@ class Detector(nn.Module):
         return F.softplus(memories.sum(dim=1, keepdim=True)).clamp_min(TINY).log()
 
     def answered(self, maps: Tensor) -> Tensor:
-        """Standardised maps (B, K, h, w) → (B, 1, h, w): logarithm of what the student finds, averaged over levels."""
+        """Standardised maps (B, K, h, w) → (B, 1, h, w): logarithm of what the student finds, averaged over levels;
+        0 without a student."""
+        if len(self.names) == len(self.weights):
+            return torch.zeros_like(maps[:, :1])
         return F.softplus(maps[:, len(self.weights) :]).clamp_min(TINY).log().mean(dim=1, keepdim=True)
 
     def decided(self, maps: Tensor) -> Tensor:
@@ -298,7 +303,7 @@ def feature_products(teacher: Features, student: Features) -> Features:
 
     One for each level that the student answers, the coarsest ones of the teacher's.
     """
-    levels = zip(teacher[-len(student) :], student, strict=True)
+    levels = zip(teacher[len(teacher) - len(student) :], student, strict=True)
     return tuple(F.normalize(t, dim=1) * F.normalize(s, dim=1) for t, s in levels)
 
 

@@ -44,13 +44,17 @@ def enlarge(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 class Student(nn.Module):
     """Teacher features of an image → an estimate of the teacher features of that image without its defect.
 
-    It reads all levels of the teacher and answers the coarsest `len(decoder_channels)` of them, finest first.
+    It reads all levels of the teacher and answers the coarsest `len(decoder_channels)` of them, finest first. Without
+    any it holds and answers nothing.
     """
 
     def __init__(
         self, channels: Sequence[int], strides: Sequence[int], bottleneck: int, decoder_channels: Sequence[int]
     ) -> None:
         super().__init__()
+        self.decode, self.answer = nn.ModuleList(), nn.ModuleList()
+        if not decoder_channels:
+            return
         width = bottleneck // 2
         self.reduce = nn.ModuleList(
             [halved(inputs, width, strides[-1] // stride) for inputs, stride in zip(channels, strides, strict=True)]
@@ -58,8 +62,6 @@ class Student(nn.Module):
         self.bottleneck = nn.Sequential(
             conv_block(3 * width, bottleneck, 2), conv_block(bottleneck, bottleneck), conv_block(bottleneck, bottleneck)
         )
-        self.decode = nn.ModuleList()
-        self.answer = nn.ModuleList()
         inputs = bottleneck
         for outputs, target in zip(reversed(decoder_channels), reversed(channels), strict=False):
             self.decode.append(nn.Sequential(conv_block(inputs, outputs), conv_block(outputs, outputs)))
@@ -67,6 +69,8 @@ class Student(nn.Module):
             inputs = outputs
 
     def forward(self, features: Features) -> Features:  # finest answered level first
+        if not self.answer:
+            return ()
         code = torch.cat([reduce(level) for reduce, level in zip(self.reduce, features, strict=True)], dim=1)
         hidden = self.bottleneck(code)
         answers: list[Tensor] = []
@@ -81,11 +85,14 @@ class SegmentationHead(nn.Module):
 
     Bare distances hold no texture, so the head cannot learn the texture of synthetic defects by heart. It reads signed
     logarithms, so that a strong defect does not drown a faint one, and little context, since the outlines of synthetic
-    defects are no law either.
+    defects are no law either. A head of width 0 holds nothing and answers 0.
     """
 
     def __init__(self, maps: int, width: int) -> None:
         super().__init__()
+        self.width = width
+        if not width:
+            return
         self.read = nn.Conv2d(maps, width, 3, padding=1, padding_mode="replicate")
         self.context = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
         self.answer = nn.Conv2d(width, 1, 1)
@@ -93,5 +100,7 @@ class SegmentationHead(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Standardised maps (B, K, h, w) → logits (B, 1, h, w)."""
+        if not self.width:
+            return torch.zeros_like(maps[:, :1])
         hidden = F.relu(self.read(maps.sign() * maps.abs().log1p()))
         return self.answer(F.relu(self.context(hidden)))

@@ -73,7 +73,8 @@ def draw_histogram(result: Assessment, title: str, theme: Theme) -> Figure:
     everything = np.concatenate([scores, calibration])
     bins = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-6), 41).tolist()
     axes.hist(scores[~defective], bins=bins, color=theme.good, alpha=0.75, label="good")
-    axes.hist(scores[defective], bins=bins, color=theme.bad, alpha=0.65, label="defective")
+    if defective.any():
+        axes.hist(scores[defective], bins=bins, color=theme.bad, alpha=0.65, label="defective")
     axes.hist(calibration, bins=bins, histtype="step", color=theme.ink, lw=1.1, label="calibration normals")
     axes.axvline(detector.threshold.value, color=theme.ink, lw=1.4, ls="--", label="threshold")
     dress(axes, theme, "Image scores", "anomaly score", "images", legend="upper right")

@@ -24,6 +24,7 @@ from flawsmith.inference.predictor import flags, is_defective
 from flawsmith.sequences import batched
 
 NO_CURVE = Curve(np.zeros(0), np.zeros(0), np.zeros(0))  # of pixels, without any mask
+UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 SAMPLED_PIXELS = 2**20  # of each class, to choose the bins from
 RESAMPLES_AT_ONCE = 50  # bounds the bootstrap's memory: 3 x 50 x 4096 counts of 8 bytes are 5 MB
 IMAGES_AT_ONCE = 32  # the same, 3 MB
@@ -37,7 +38,8 @@ class Performance:
     """One detector on one test set.
 
     Attributes:
-        values: each of KEYS with its interval; those of pixels are NaN where no defective image has a mask.
+        values: each of KEYS with its interval; those of pixels are NaN where no defective image has a mask, and all of
+            them where no image is defective.
         by_defect: defect type → each of HEADLINE, that type's images against all good ones.
         draws: each of KEYS under each resample, `(B,)`; all detectors of one `measure` have the same resamples.
         defect_draws: the same for `by_defect`.
@@ -88,7 +90,7 @@ def measure(
 
     Args:
         scorers: the detectors.
-        samples: the test set, good and defective.
+        samples: the test set, good and defective; or `calibration` itself where there is nothing else to look at.
         calibration: the normal images that set the threshold.
         generator: draws the resamples.
         options: how to evaluate.
@@ -98,7 +100,7 @@ def measure(
         UserError: `samples` lack good or defective images, or there is no calibration image.
         FlawsmithError: a detector answered NaN or wrong shapes.
     """
-    if len({sample.is_defective for sample in samples}) < 2:
+    if samples is not calibration and len({sample.is_defective for sample in samples}) < 2:
         raise UserError("An evaluation needs good and defective images; add the missing ones to the test set.")
     calibrations = score_samples(scorers, calibration, options.batch, title="calibration")
     strata = [sample.defect + ("" if sample.has_pixel_labels else " without mask") for sample in samples]
@@ -168,7 +170,7 @@ def _perform(
         draws={key: draws["", key] for key in KEYS},
         defect_draws={name: {key: draws[name, key] for key in HEADLINE} for name in types},
         curves={
-            "image": metrics.curve(Binned(images.negatives[0], images.positives[0])),
+            "image": metrics.curve(Binned(images.negatives[0], images.positives[0])) if defective.any() else NO_CURVE,
             "pixel": metrics.curve(Binned(normal, inside)) if inside.any() else NO_CURVE,
             "region": metrics.curve(Binned(normal, overlap)) if inside.any() else NO_CURVE,
         },
@@ -202,10 +204,8 @@ def _values(
         of_pixels = Binned(pixels[:, 0], pixels[:, 1], pixels[:, 2], aupro_limit)
         for key in HEADLINE if name else KEYS:
             metric = METRICS[key]
-            if metric.of_pixels and not of_pixels.positives.any():
-                found[name, key] = np.full(len(weights), np.nan)
-            else:
-                found[name, key] = metric.value(of_pixels if metric.of_pixels else of_images)
+            counted = of_pixels if metric.of_pixels else of_images
+            found[name, key] = metric.value(counted) if counted.positives.any() else np.full(len(weights), np.nan)
 
     good = _weighted_counts(counts, names == GOOD, weights)
     total = good.copy()
@@ -253,4 +253,4 @@ def _sample_pixels(
 
 
 def _share(flagged: NDArray[np.bool_]) -> Estimate:
-    return share_interval(int(flagged.sum()), len(flagged))
+    return share_interval(int(flagged.sum()), len(flagged)) if len(flagged) else UNKNOWN

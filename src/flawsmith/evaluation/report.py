@@ -35,6 +35,7 @@ class ReportHeader:
         judged: the images.
         verdict: the content of the quality gate's verdict.json; empty if there is none.
         flagged_shades: share of the shades that is flagged; None if there are none.
+        quick: whether this is a quick look, a detector of memories alone.
     """
 
     category: str
@@ -42,6 +43,7 @@ class ReportHeader:
     judged: EvaluationSet
     verdict: Mapping[str, Any] = field(default_factory=dict)
     flagged_shades: Estimate | None = None
+    quick: bool = False
 
     @property
     def warnings(self) -> list[str]:
@@ -60,6 +62,8 @@ class ReportHeader:
     def title(self) -> str:
         """Category and what was scored; a figure without a labelled test set says so itself."""
         images = len(self.judged.samples)
+        if self.quick:
+            return f"{self.category}, quick look: {images} images of the {self.judged.scored_on}"
         if not self.judged.labelled:
             return f"{self.category}: {images} SYNTHETIC images, no labelled test set"
         half = "" if self.judged.part == "all" else f" ({self.judged.part} half)"
@@ -70,10 +74,9 @@ def write_report(folder: Path, result: Assessment, header: ReportHeader) -> None
     """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,failures}.png and
     gallery/{worst,typical,limiting}.png."""
     title, scale = header.title, HeatScale.of(result.detector)
-    drawings: dict[str, Drawing] = {
-        "scores": partial(draw_histogram, result, title),
-        "curves": partial(draw_image_curves, result, title),
-    }
+    drawings: dict[str, Drawing] = {"scores": partial(draw_histogram, result, title)}
+    if header.judged.has_defects:
+        drawings["curves"] = partial(draw_image_curves, result, title)
     if len(result.detector.curves["pixel"].recall):
         drawings["pixel_curves"] = partial(draw_pixel_curves, result, title, header.settings.evaluate.aupro_limit)
     figures = {}
@@ -97,7 +100,7 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
     detector, baseline, scale = result.detector, result.baseline, HeatScale.of(result.detector)
     counts = Counter(sample.defect for sample in result.samples)
     headline = [key for key in HEADLINE if key in detector.measured]
-    axis = min(0.9, int(10 * min(one.values[key].low for one in (detector, baseline) for key in headline)) / 10)
+    lowest = min((one.values[key].low for one in (detector, baseline) for key in headline), default=1.0)
     write_page(
         path,
         Path(__file__).with_name("report.html"),
@@ -111,7 +114,7 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
         keys=list(detector.measured),
         headline=headline,
         by_defect=HEADLINE,
-        axis=axis,
+        axis=min(0.9, int(10 * lowest) / 10),
         place=lambda value, start: round(100 * (max(value, start) - start) / (1 - start), 2),
         counts=counts,
         good=counts[GOOD],
@@ -130,6 +133,8 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
 def summary(result: Assessment, judged: EvaluationSet) -> str:
     """What the detector does at its threshold, in one sentence."""
     found, false = result.flagged
+    if not judged.has_defects:
+        return f"At its threshold the detector flags {false} of {len(result.samples)} calibration normals."
     defective = sum(sample.is_defective for sample in result.samples)
     return (
         f"At its threshold the detector finds {found} of {defective} defective images "
@@ -138,7 +143,7 @@ def summary(result: Assessment, judged: EvaluationSet) -> str:
 
 
 def compare_to_baseline(result: Assessment) -> str:
-    """Whether the detector beats the baseline, as far as the paired bootstrap can tell."""
+    """Whether the detector beats the baseline, as far as the paired bootstrap can tell; "" without any defect."""
     found: dict[str, list[str]] = {"clearly better": [], "clearly worse": [], "not distinguishable on these images": []}
     better, worse, unclear = found.values()
     for key in HEADLINE:
@@ -147,7 +152,7 @@ def compare_to_baseline(result: Assessment) -> str:
             side = better if advantage.low > 0 else worse if advantage.high < 0 else unclear
             side.append(f"{METRICS[key].title} ({signed(advantage.value)})")
     parts = [f"{words} in {listed(named)}" for words, named in found.items() if named]
-    return f"Against PatchCore on the same teacher's features it is {'; '.join(parts)}."
+    return f"Against PatchCore on the same teacher's features it is {'; '.join(parts)}." if parts else ""
 
 
 def alarm_warning(performance: Performance) -> str | None:

@@ -48,7 +48,8 @@ class EvaluationSet:
     """The images that finished models are judged on.
 
     Attributes:
-        samples: images of the labelled test set, or held-out triplets where there is none.
+        samples: images of the labelled test set, or where there is none held-out triplets, or for a quick look the
+            calibration normals.
         labelled: whether they are of the labelled test set.
         part: which half of the labelled test set they are, one of `dataset.PARTS`.
         held_out: of the triplets, id → name of the source image.
@@ -62,8 +63,15 @@ class EvaluationSet:
     shades: tuple[Sample, ...] = ()
 
     @property
+    def has_defects(self) -> bool:
+        """Whether any image is defective: without one nothing is known about misses."""
+        return any(sample.is_defective for sample in self.samples)
+
+    @property
     def scored_on(self) -> str:
         """What the figures stand for, in words that every output carries."""
+        if not self.has_defects:
+            return "calibration normals, no defective image"
         if not self.labelled:
             return "held-out synthetic triplets, no labelled test set"
         return "labelled test set" if self.part == "all" else f"labelled test set, {self.part} half"

@@ -75,7 +75,7 @@ def predict_folder(
             pictures = Pictures(folder, predictor, options)
         name_picture = _naming(given.files)
         total = None if is_stream or has_video else len(given.in_order)
-        progress = stack.enter_context(bar(what=predictor.metadata.category, total=total, unit="image"))
+        progress = stack.enter_context(bar(what=predictor.metadata.title, total=total, unit="image"))
         answers = predict_stream(tasks, predictor, options.batch, options.workers, stop)
         for answer in stack.enter_context(closing(answers)):
             row = make_row(answer, predictor)

@@ -36,6 +36,12 @@ class ModelMetadata:
     white_level: int = 0  # the value that is white in images of more than 8 bits; 0: the full scale of their files
     precision: str = "fp32"  # what most of it computes in: fp32, or a variant's fp16 or int8
     typical_score: float = 0.0  # median score of the calibration normals; older files do not say, and 0 is near it
+    quick_look: int = 0  # 1: memories alone, with no training, no quality gate and no lineage behind them
+
+    @property
+    def title(self) -> str:
+        """The category as outputs name it: a quick look must not pass for a trained detector."""
+        return f"{self.category} (quick look)" if self.quick_look else self.category
 
     @property
     def score_unit(self) -> float:

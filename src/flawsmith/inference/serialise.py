@@ -48,7 +48,7 @@ def describe(prediction: Prediction, predictor: Predictor, height: int, width: i
 def identify(predictor: Predictor, version: str = "") -> dict[str, str]:
     """Say which model answered; `version` is its version in the registry, "" for a file."""
     return {
-        "category": predictor.metadata.category,
+        "category": predictor.metadata.title,
         "version": version,
         "digest": predictor.digest,
         "provider": predictor.provider,

@@ -45,7 +45,7 @@ def register(layout: Layout, *, dry_run: bool = False) -> Registered:
     A content whose origin was not proven is registered again when it is: else it could never become champion.
 
     Raises:
-        UserError: a stage has not run, tracking is off, or the store cannot be reached.
+        UserError: a stage has not run, its model is a quick look, tracking is off, or the store cannot be reached.
     """
     registry = open_registry(layout, "register")
     sources = package.Sources.of(layout)
@@ -99,6 +99,11 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Lineage, di
     """What the registry's page and `flawsmith history` tell of a version at a glance."""
     metrics, verdict = read_json(sources.metrics), read_json(sources.verdict)
     predictor = Predictor(sources.model)
+    if predictor.metadata.quick_look:
+        raise UserError(
+            f"{sources.model} is a quick look: no triplets, no quality gate and no lineage stand behind it, so it "
+            f"cannot be registered; run `flawsmith export --category {layout.category}` for the trained model."
+        )
     metadata, (height, width) = predictor.metadata, predictor.input_shape
     revision, dirty = git_state(layout.root)
     missing = [*(path for path, _ in lineage.changed), *(item.path for item in lineage.missing())]

@@ -7,6 +7,7 @@ it differs from run to run, so it is no part of the result.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,7 @@ def run(layout: Layout) -> None:
     """
     settings, out = layout.settings, layout.stage("export")
     weights = layout.input("distill", "detector.safetensors").parent
-    network, metrics, parity = (layout.input("evaluate", name) for name in ("network.onnx", "metrics.json", "parity"))
-    sources = sorted(parity.glob("*.png"))
-    if not sources:
-        raise UserError(f"{parity} holds no image; run `flawsmith evaluate --category {layout.category}` again.")
+    network, *_ = (layout.input("evaluate", name) for name in ("network.onnx", "metrics.json", "parity"))
     if settings.export.variants:
         layout.input("synthesize", "mask")
     params = {"export": section_values(settings.export), "data": section_values(layout.data)}
@@ -58,17 +56,10 @@ def run(layout: Layout) -> None:
         raise UserError(f"{network} is damaged; {again}.") from error
     with stage_run(layout, "export", params) as tracked:
         detector = load_detector(weights)
-        images = load_images(sources, detector.config.shape, layout.data.reading)
-        metadata = _metadata(layout, detector, digest_path(weights), metrics, images)
         with atomic_folder(out) as folder:
             model = folder / MODEL
-            write_model(onnx.load(network), metadata, model)
-            predictor = Predictor(model)
+            predictor, images, proof = write_proven(layout, detector, digest_path(weights), network.parent, folder)
             tracked.set_tag("provider", predictor.provider)
-            proof = certificate(
-                detector, metadata.threshold, predictor, model, images, sources, settings.export.tolerance
-            )
-            write_json(folder / PARITY, proof)
             for batch, figures in proof["batches"].items():
                 tracked.log_metrics({f"batch_{batch}_{name}": float(value) for name, value in figures.items()})
             cost = count_cost(detector, predictor.input_shape)
@@ -83,6 +74,39 @@ def run(layout: Layout) -> None:
                     _time(layout, tracked, precision, variant, images)
         tracked.log_artifact(out)
         tracked.set_output(out / MODEL)
+
+
+def write_proven(
+    layout: Layout, detector: Detector, digest: str, judged: Path, folder: Path, quick_look: bool = False
+) -> tuple[Predictor, NDArray[np.float32], dict[str, Any]]:
+    """Write MODEL, a judged network with threshold and metadata inside, and PARITY, its certificate, into `folder`.
+
+    Args:
+        detector: what the network was exported from, on the CPU.
+        digest: of its weights.
+        judged: the folder that holds network.onnx, metrics.json and the images parity/*.png.
+        quick_look: marks the model as one.
+
+    Returns:
+        the model, the images (N, 3, H, W) that it was proven on, and the certificate.
+
+    Raises:
+        UserError: there is no image, or a figure is missing.
+        FlawsmithError: the model disagrees with the detector.
+    """
+    sources = sorted((judged / "parity").glob("*.png"))
+    if not sources:
+        raise UserError(
+            f"{judged / 'parity'} holds no image; run `flawsmith evaluate --category {layout.category}` again."
+        )
+    images = load_images(sources, detector.config.shape, layout.data.reading)
+    metadata = replace(_metadata(layout, detector, digest, judged / "metrics.json", images), quick_look=int(quick_look))
+    write_model(onnx.load(judged / "network.onnx"), metadata, folder / MODEL)
+    predictor = Predictor(folder / MODEL)
+    tolerance = layout.settings.export.tolerance
+    proof = certificate(detector, metadata.threshold, predictor, folder / MODEL, images, sources, tolerance)
+    write_json(folder / PARITY, proof)
+    return predictor, images, proof
 
 
 def _metadata(
