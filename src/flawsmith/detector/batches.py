@@ -176,7 +176,7 @@ class TripletBatches:
         """
         bank, indices, found = self._banks[role][0 if clean else 1], self.textured(role), []
         what = f"distill maps of {'normal' if clean else 'defect'} images, {role}"
-        for some in bar(np.array_split(indices, range(BLOCK, len(indices), BLOCK)), what, unit="batch"):
+        for some in bar(np.array_split(indices, range(BLOCK, len(indices), BLOCK)), what, unit="block"):
             own = torch.from_numpy(self._sources[role].sources[some]).to(self._device)
             excluded = {name: ids == own[:, None] for name, ids in self._source_ids.items()}
             # the same whether a training step (under autocast) or a resumed run asks first
