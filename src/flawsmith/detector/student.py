@@ -5,7 +5,6 @@ features through a bottleneck at half the coarsest resolution, with no skip path
 pass. It shares the frozen teacher's features (Deng & Li, CVPR 2022), so that inference runs the encoder once.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,10 +27,9 @@ def conv_block(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> n
 
 def halved(inputs: int, outputs: int, factor: int) -> nn.Sequential:
     """Blocks that make a level coarser by a `factor` of 1, 2, 4, ..."""
-    if factor == 1:
-        return conv_block(inputs, outputs, kernel=1)
-    widths = [inputs] + [outputs] * (factor.bit_length() - 1)
-    return nn.Sequential(*(conv_block(before, after, 2) for before, after in itertools.pairwise(widths)))
+    if factor <= 2:
+        return conv_block(inputs, outputs, factor, kernel=2 * factor - 1)
+    return nn.Sequential(conv_block(inputs, outputs, 2), halved(outputs, outputs, factor // 2))
 
 
 def enlarge(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:

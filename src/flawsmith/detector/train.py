@@ -166,7 +166,8 @@ def distill(
     train(Phase(HEAD, detector.head, steps, peak, head.training_loss, head.validation_loss))
     with torch.no_grad():
         # what training made must beat what needs none, or it is left out
-        better = head.marks(detector.head) > head.marks(detector.drawn) + HEAD_MARGIN
+        without = max(head.marks(answer) for answer in (detector.drawn, detector.remembered))
+        better = head.marks(detector.head) > without + HEAD_MARGIN
         detector.head_share.fill_(0.5 if better else 0.0)
         detector.calibrate(detector.standardise(normal))
     return rows
