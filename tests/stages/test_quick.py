@@ -4,12 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from small_settings import SMALL, dotted
+from typer.testing import CliRunner
 
+from flawsmith.cli import app
 from flawsmith.conclusion import conclude
 from flawsmith.config import default_settings, load_settings
+from flawsmith.data.images import write_png
 from flawsmith.errors import UserError
 from flawsmith.inference.predictor import Predictor
 from flawsmith.layout import Layout
@@ -104,6 +108,16 @@ def test_nothing_but_an_earlier_quick_look_is_replaced_and_nothing_lands_among_t
     with pytest.raises(UserError, match="--out"):
         quick.run(settings, root, root / "data/brushed_metal", root / out)
     assert sorted(root.rglob("*")) == before
+
+
+def test_without_params_yaml_the_defaults_hold_and_too_few_images_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in range(4):
+        write_png(tmp_path / f"few/{seed}.png", np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8))
+    refused = CliRunner().invoke(app, ["quick", "few"]).exception
+    assert isinstance(refused, UserError)
+    assert "few holds 4 image" in str(refused)
+    assert [path.name for path in tmp_path.iterdir()] == ["few"]
 
 
 def test_a_run_that_fails_leaves_nothing(demo, tmp_path, monkeypatch):

@@ -76,6 +76,7 @@ def run(settings: Settings, root: Path, folder: Path, out: Path | None = None) -
         layout.surface().normals()  # before anything slow: a wrong folder is the commonest mistake
         place = out or layout.stage("quick")
         _check_out(place, folder)
+        layout.split()  # reads every image, and refuses what cannot be used before any folder is made
         with atomic_folder(place) as made:
             _look(layout, made)
     return place
