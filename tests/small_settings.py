@@ -28,7 +28,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "student_steps": 4, "head_steps": 4, "batch": 2, "bottleneck": 8,
         "decoder_channels": [8, 8], "head_channels": 8, "memory": 200, "validate_every": 2, "checkpoint_every": 2,
     },
-    "evaluate": {"bootstrap": 20, "batch": 4, "gallery": 4, "baseline_vectors": 200, "parity_images": 8},
+    "evaluate": {"bootstrap": 20, "batch": 4, "gallery": 4, "baseline_vectors": 200, "parity_images": 8,
+                 "detection_defects": 10},
     "export": {"latency_runs": 3},
 }  # fmt: skip
 

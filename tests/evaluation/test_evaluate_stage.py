@@ -69,6 +69,9 @@ def layout(tmp_path, params_path, monkeypatch):
         "evaluate.bootstrap": 20,
         "evaluate.parity_images": 8,
         "evaluate.gallery": 4,
+        "evaluate.detection_sources": ["own"],
+        "evaluate.detection_defects": 10,
+        "evaluate.pixels_per_mm": 8.0,
     }
     made = Layout(load_settings(params_path, overrides), "tiles", tmp_path)
     for index in range(12):
@@ -121,6 +124,10 @@ def test_labelled_surface_leaves_its_files(layout):
     assert content["labelled"] is True
     assert content["image_auroc"] == content["image_auroc_ci"][0] == 1  # the toy's defects are plain
     assert content["n_good"] == content["n_defective"] == 5
+    found = content["detection"]["own"]
+    assert (found["unit"], found["images"]) == ("mm", len(made.split().calibration))
+    assert 0 < found["found"] < found["defects"] <= 20
+    assert found["real"]["defects"] == found["real"]["found"] == 5
     assert content["typical_score"] == pd.read_csv(out / "calibration_scores.csv")["score"].median()
     assert {path.name for path in out.iterdir()} == {
         *("metrics.json", "draws.npz", "roc.csv", "pr.csv", "curves", "scores.csv", "calibration_scores.csv"),
@@ -135,6 +142,7 @@ def test_labelled_surface_leaves_its_files(layout):
     assert fitted == [list(made.split().fit)]
     page = (out / "report.html").read_text()
     assert str(made.root) not in page
+    assert "What it can find" in page
     assert "passed the quality gate with warnings (ddpm_ready). Not ready: 31 %." in page
 
 
@@ -187,7 +195,7 @@ def test_the_baseline_alone_is_what_it_is_beside_the_detector(layout):
     beside, alone = made.stage("evaluate"), made.stage("patchcore")
     assert {path.name for path in alone.iterdir()} == {"metrics.json", "draws.npz", "scores.csv"}
     content, both = metrics_of(made, "patchcore"), metrics_of(made)
-    ours_alone = ("baseline", "over_baseline", "training_precision")
+    ours_alone = ("baseline", "over_baseline", "training_precision", "detection")
     assert content == {key: value for key, value in both.items() if key not in ours_alone}
     assert content.items() >= both["baseline"].items()
     with np.load(alone / "draws.npz", allow_pickle=False) as one, np.load(beside / "draws.npz") as other:
@@ -212,6 +220,7 @@ def test_unlabelled_surface_is_scored_on_held_out_triplets_and_says_so(layout):
     assert content["test_detection_rate"] == content["image_auroc"] == 1
     assert (content["shades"]["n"], content["shades"]["flagged_rate"]) == (3, 0)
     assert "Not measured on real defects" in page
+    assert "real" not in content["detection"]["own"]
     assert "3 held-out shades are left out of every figure" in page
     # what the held-out triplets were made from, shades too, must be new to the baseline
     assert {path.name for path in fitted[0]} == set(sources) - {sources[0], sources[1], sources[3]}

@@ -50,6 +50,16 @@ def test_no_half_written_folder_or_checkpoint_is_left(project: Project) -> None:
     assert not list((project.folder / "artifacts" / CATEGORY).glob(".resume/*"))
 
 
+def test_evaluate_tells_what_the_detector_finds_of_each_source(project: Project) -> None:
+    found = json.loads((project.stage("evaluate") / "metrics.json").read_text())["detection"]
+    assert set(found) == {"diffusion", "own"}
+    for one in found.values():
+        assert set(one) == {"a90", "a90_95", "unit", "contrast", "images", "defects", "found", "real"}
+        assert (one["unit"], one["contrast"]) == ("px", 10)
+        assert 0 <= one["found"] <= one["defects"] <= 20
+    assert (project.stage("evaluate") / "figures" / "detection.png").is_file()
+
+
 def test_losses_have_a_row_a_step(project: Project) -> None:
     with (project.stage("ddpm-train") / "losses.csv").open() as stream:
         rows = list(csv.DictReader(stream))

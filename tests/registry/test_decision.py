@@ -141,6 +141,21 @@ SPOILT: dict[str, tuple[Change, str]] = {  # check → how to fail it alone, and
 }
 
 
+def test_what_can_be_found_may_be_asked_not_to_get_worse() -> None:
+    worse = replace(SECOND, a90_95={"diffusion": (12.0, 8.0), "own": (8.0, 8.0)})
+    lost = replace(SECOND, a90_95={"own": (math.inf, 8.0)})
+    assert decide(worse, RULES).promote
+    assert decide(lost, RULES).promote
+    asked = replace(RULES, max_a90_ratio=1.25)
+    assert decide(SECOND, asked).promote
+    refused = decide(worse, asked)
+    assert {check.name for check in refused.checks if not check.passed} == {"a90_ratio[diffusion]"}
+    assert "1.50 (1.25 or less)" in refused.reason.replace(", over the limit", "")
+    (check,) = [check for check in decide(lost, asked).checks if not check.passed]
+    assert check.value is None
+    assert decide(worse, replace(RULES, max_a90_ratio=1.5)).promote
+
+
 def slow(evidence: Evidence) -> ModelFacts | None:
     return replace(evidence.champion, latency_ms=400.0) if evidence.champion else None
 

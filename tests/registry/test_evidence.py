@@ -1,12 +1,14 @@
 """Which certificates are proofs, and what a model's speed is."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flawsmith.registry.evidence import gate_objections, parity_objections
+from flawsmith.files import write_json
+from flawsmith.registry.evidence import _a90_95, gate_objections, parity_objections
 
 DIGEST = "d" * 64
 PICTURE = np.full((3, 32, 32), 0.5, np.float32)
@@ -91,3 +93,17 @@ def test_a_failed_gate_names_its_critical_failures_alone() -> None:
 @pytest.mark.parametrize("unproven", [{}, {"passed": False}, {"passed": "true"}, {"passed": None}, {"passed": 1}])
 def test_a_gate_that_does_not_plainly_say_passed_has_not_passed(unproven: dict[str, Any]) -> None:
     assert gate_objections(unproven) == ("the quality gate failed: no expectation was checked",)
+
+
+def test_a90_95_is_compared_where_both_versions_tell_the_same(tmp_path: Path) -> None:
+    def version(name: str, **sources: tuple[float | None, float]) -> Path:
+        told = {key: {"a90_95": size, "contrast": contrast, "unit": "px"} for key, (size, contrast) in sources.items()}
+        write_json(tmp_path / name / "metrics.json", {"detection": told})
+        return tmp_path / name
+
+    champion = version("7", diffusion=(8.0, 10), own=(9.0, 10), pieces=(7.0, 10), cutpaste=(None, 10))
+    challenger = version("8", diffusion=(6.0, 10), own=(None, 10), pieces=(5.0, 20), cutpaste=(5.0, 10))
+    assert _a90_95(challenger, champion) == {"diffusion": (6.0, 8.0), "own": (math.inf, 9.0)}
+    assert _a90_95(version("9"), champion).keys() == {"diffusion", "own", "pieces"}
+    write_json(tmp_path / "6/metrics.json", {})  # registered before anything was tried
+    assert _a90_95(challenger, tmp_path / "6") == {}

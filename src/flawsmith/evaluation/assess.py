@@ -1,7 +1,7 @@
 """The evaluation itself: detector and baseline measured on the same images, and the examples that a report shows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import FloatImage, Mask
 from flawsmith.evaluation.config import EvaluateSettings
+from flawsmith.evaluation.detection import Findings
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.measure import Performance, measure, paired_difference
 from flawsmith.evaluation.metrics import KEYS
@@ -63,6 +64,7 @@ class Assessment:
         typical: the median-scored image of each defect type and of the good ones.
         limiting: the LIMITING calibration normals of the highest scores, highest first. The threshold lies among them
             or below, so one that is defective, or of a rare look, hides defects.
+        findings: what the detector can find; empty until somebody tried.
     """
 
     samples: tuple[Sample, ...]
@@ -75,6 +77,7 @@ class Assessment:
     alarms: tuple[Example, ...]
     typical: tuple[Example, ...]
     limiting: tuple[Example, ...]
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def flagged(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from flawsmith.sections import STRICT, Seed
+from flawsmith.synthesis.config import SourceName
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,3 +33,20 @@ class EvaluateSettings:
         200_000, ge=100, le=100_000_000, description="patches of all normals, drawn at random, that these are chosen of"
     )
     parity_images: int = Field(16, ge=8, le=1024, description="test images handed on for the parity certificate")
+    detection_sources: tuple[SourceName, ...] = Field(
+        ("diffusion", "own"),
+        description="sources of the defects whose probability of detection is measured; `diffusion` counts where "
+        "synthesize.mixture has it; [] measures none",
+    )
+    detection_defects: int = Field(
+        48, ge=10, le=100_000, description="defects of each source, on calibration normals; each is shown twice"
+    )
+    detection_contrast: float = Field(
+        10.0, ge=1, le=255, description="contrast in grey levels (of 255) that a90 and a90/95 hold for"
+    )
+    pixels_per_mm: float = Field(
+        0.0,
+        ge=0,
+        le=100_000,
+        description="pixels of a stored image that make one mm of the part; 0: sizes in pixels",
+    )

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from flawsmith.evaluation.assess import Assessment
+from flawsmith.evaluation.detection import WANTED, Detection, Findings, probability
 from flawsmith.evaluation.metrics import Curve
 from flawsmith.pages import Corner, Theme, dress, new_figure
 
@@ -79,6 +81,49 @@ def draw_histogram(result: Assessment, title: str, theme: Theme) -> Figure:
     axes.axvline(detector.threshold.value, color=theme.ink, lw=1.4, ls="--", label="threshold")
     dress(axes, theme, "Image scores", "anomaly score", "images", legend="upper right")
     return figure
+
+
+def draw_detection(findings: Findings, title: str, theme: Theme) -> Figure:
+    """A row for each source: the probability of detection over size and contrast, and over size at one contrast."""
+    figure = new_figure(9.6, 0.5 + 3.9 * len(findings.by_source), theme, title)
+    rows = figure.subplots(len(findings.by_source), 2, squeeze=False)
+    for (plane, curve), (name, found) in zip(rows, findings.by_source.items(), strict=True):
+        _draw_plane(plane, found, theme)
+        dress(plane, theme, f"{name}: size and contrast", f"diameter, {findings.unit.name}", "contrast, grey levels")
+        found_by_size = [(found, theme.detector, f"{name}, {found.contrast:g} grey levels")]
+        if findings.real is not None:
+            found_by_size.append((findings.real, theme.bad, f"{len(findings.real.trials.hits)} real defects"))
+        for one, colour, label in found_by_size:
+            value, low, high = one.curve
+            curve.fill_between(one.sizes, low, high, color=colour, alpha=0.18, lw=0)
+            curve.plot(one.sizes, value, color=colour, lw=2, label=label, ls="-" if one is found else "--")
+        curve.axhline(WANTED, color=theme.soft, lw=0.8, ls=":")
+        if found.a90_95 is not None:
+            curve.axvline(found.a90_95, color=theme.ink, lw=1, ls="--", label="a90/95")
+        curve.set_xscale("log")
+        curve.set_ylim(-0.01, 1.02)
+        dress(curve, theme, f"{name}: size", f"diameter, {findings.unit.name}", "share found", True, "lower right")
+        for axis in (plane.xaxis, plane.yaxis, curve.xaxis):
+            axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    return figure
+
+
+def _draw_plane(axes: Axes, found: Detection, theme: Theme) -> None:
+    trials = found.trials
+    contrasts = np.geomspace(trials.contrasts.min(), trials.contrasts.max(), 100)
+    first = found.coefficients[:1]
+    plane = np.concatenate([probability(first, found.sizes, float(contrast)) for contrast in contrasts])
+    shown = axes.pcolormesh(found.sizes, contrasts, plane, vmin=0, vmax=1, cmap="viridis", alpha=0.85, rasterized=True)
+    if plane.min() < WANTED < plane.max():
+        axes.contour(found.sizes, contrasts, plane, [WANTED], colors="white", linewidths=1.5)
+    for hits, marker in ((trials.hits, "o"), (~trials.hits, "x")):
+        axes.plot(trials.sizes[hits], trials.contrasts[hits], marker, color=theme.bad, ms=3.5, mew=1, ls="none")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    bar = axes.figure.colorbar(shown, ax=axes)
+    bar.ax.tick_params(colors=theme.soft, labelsize=8)
 
 
 def _draw_panel(axes: Axes, panel: Panel, result: Assessment, theme: Theme) -> None:

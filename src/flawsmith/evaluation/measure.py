@@ -52,6 +52,7 @@ class Performance:
             target share of normal parts shows any region at all.
         calibration_false_alarms, test_false_alarms, test_detections: shares flagged at the threshold.
         detections: defect type → share of its images flagged.
+        areas: pixels of each test image's mask, `(N,)`; 0 without one.
     """
 
     values: Mapping[str, Estimate]
@@ -67,6 +68,7 @@ class Performance:
     test_false_alarms: Estimate
     test_detections: Estimate
     detections: Mapping[str, Estimate]
+    areas: NDArray[np.int64]
 
     @property
     def measured(self) -> dict[str, float]:
@@ -182,6 +184,7 @@ def _perform(
         test_false_alarms=_share(flagged[~defective]),
         test_detections=_share(flagged[defective]),
         detections={name: _share(flagged[names == name]) for name in types},
+        areas=np.asarray([counts.read(index)[1].sum() for index in range(len(counts))]).astype(np.int64),
     )
 
 

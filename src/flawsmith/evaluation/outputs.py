@@ -31,6 +31,7 @@ def write_data(
     """metrics.json, draws.npz, summary/ for `dvc metrics`, curves for `dvc plots`, and the scores as CSV."""
     detector, baseline = result.detector, result.baseline
     content = metrics_content(result, judged) | {"training_precision": training_precision}
+    content["detection"] = result.findings.content()
     if flagged_shades:
         content["shades"] = {"n": len(judged.shades), **_flat({"flagged_rate": flagged_shades})}
     write_json(folder / "metrics.json", content)

@@ -12,7 +12,7 @@ from flawsmith.config import Settings
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import write_png
 from flawsmith.evaluation.assess import Assessment
-from flawsmith.evaluation.figures import draw_histogram, draw_image_curves, draw_pixel_curves
+from flawsmith.evaluation.figures import draw_detection, draw_histogram, draw_image_curves, draw_pixel_curves
 from flawsmith.evaluation.gallery import HeatScale, failures_sheet, panels, sheet
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.measure import Performance
@@ -71,7 +71,7 @@ class ReportHeader:
 
 
 def write_report(folder: Path, result: Assessment, header: ReportHeader) -> None:
-    """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,failures}.png and
+    """report.html, and for DVC and MLflow figures/{scores,curves,pixel_curves,detection,failures}.png and
     gallery/{worst,typical,limiting}.png."""
     title, scale = header.title, HeatScale.of(result.detector)
     drawings: dict[str, Drawing] = {"scores": partial(draw_histogram, result, title)}
@@ -79,6 +79,8 @@ def write_report(folder: Path, result: Assessment, header: ReportHeader) -> None
         drawings["curves"] = partial(draw_image_curves, result, title)
     if len(result.detector.curves["pixel"].recall):
         drawings["pixel_curves"] = partial(draw_pixel_curves, result, title, header.settings.evaluate.aupro_limit)
+    if result.findings.by_source:
+        drawings["detection"] = partial(draw_detection, result.findings, title)
     figures = {}
     for name, drawing in drawings.items():
         light, dark = (figure_png(drawing(theme)) for theme in (LIGHT, DARK))
@@ -117,6 +119,8 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
         axis=min(0.9, int(10 * lowest) / 10),
         place=lambda value, start: round(100 * (max(value, start) - start) / (1 - start), 2),
         counts=counts,
+        findings=result.findings,
+        alarms=max(detector.threshold.target_rate, detector.threshold.expected_rate),
         good=counts[GOOD],
         defective=len(result.samples) - counts[GOOD],
         summary=summary(result, header.judged),

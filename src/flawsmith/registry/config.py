@@ -29,6 +29,9 @@ class PromoteSettings:
     max_latency_ratio: float = Field(
         1.5, ge=1, le=100, description="largest p95 over the champion's, measured in turns"
     )
+    max_a90_ratio: float = Field(
+        0.0, ge=0, le=100, description="largest a90/95 of each source of defects over the champion's; 0 asks nothing"
+    )
     latency_runs: int = Field(30, ge=3, le=10_000, description="timed runs a model")
     max_megabytes: float = Field(100.0, ge=0.1, le=100_000, description="largest model file")
     health_images: int = Field(8, ge=2, le=256, description="images a version must score as when it was registered")

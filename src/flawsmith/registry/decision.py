@@ -9,7 +9,7 @@ floors bind at every step.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flawsmith.evaluation.compare import ModelComparison
@@ -38,6 +38,8 @@ class Evidence:
         ddpm: what the gate knew of the DDPM behind those triplets: in words, its samples' distance, the critical bound.
         missing_links: what of the challenger's lineage is not proven, in words; empty if all is.
         rolled_back: why this very content was rolled back earlier; empty if it never was.
+        a90_95: of each source of defects that the champion has one of, challenger's and champion's; infinite where it
+            cannot be told.
     """
 
     challenger: ModelFacts
@@ -49,6 +51,7 @@ class Evidence:
     ddpm: tuple[str, float | None, float | None]
     missing_links: Sequence[str]
     rolled_back: str
+    a90_95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,16 @@ def _relative(evidence: Evidence, rules: PromoteSettings) -> list[Check]:
     checks.append(
         _at_most("latency_ratio", ratio, rules.max_latency_ratio, f"p95 is {ratio:.2f} times that of the champion")
     )
+    if rules.max_a90_ratio:
+        checks += [
+            _at_most(
+                f"a90_ratio[{name}]",
+                ours / theirs,
+                rules.max_a90_ratio,
+                f"a90/95 of defects from {name} over the champion's is {ours / theirs:.2f}",
+            )
+            for name, (ours, theirs) in evidence.a90_95.items()
+        ]
     return checks
 
 

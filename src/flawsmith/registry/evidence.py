@@ -4,6 +4,7 @@ Each `..._objections` says in words what speaks against a certificate as proof; 
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from flawsmith.export.latency import measure_latency
 from flawsmith.files import digest_file, read_json
 from flawsmith.inference.predictor import Predictor
 from flawsmith.registry.decision import Evidence, ModelFacts, estimates_json
-from flawsmith.registry.package import HEALTH, LINEAGE, MODEL, PARITY, VERDICT
+from flawsmith.registry.package import HEALTH, LINEAGE, METRICS, MODEL, PARITY, VERDICT
 from flawsmith.registry.store import Version
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def gather(
         ddpm=ddpm_standing(verdict),
         missing_links=lineage_objections(chain),
         rolled_back=rolled_back,
+        a90_95=_a90_95(challenger.folder, champion.folder) if champion else {},
     )
 
 
@@ -110,6 +112,17 @@ def evidence_json(evidence: Evidence) -> dict[str, Any]:
         "differences": estimates_json(comparison.differences),
         "differences_by_defect": estimates_json(comparison.defect_differences),
     }
+
+
+def _a90_95(challenger: Path, champion: Path) -> dict[str, tuple[float, float]]:
+    """For each source of defects that the champion has an a90/95 of: both versions' own, of one unit and contrast."""
+    ours, theirs = (read_json(folder / METRICS).get("detection", {}) for folder in (challenger, champion))
+    found = {}
+    for name, one in theirs.items():
+        other = ours.get(name, {**one, "a90_95": None})
+        if one["a90_95"] is not None and (one["unit"], one["contrast"]) == (other["unit"], other["contrast"]):
+            found[name] = (math.inf if other["a90_95"] is None else other["a90_95"], one["a90_95"])
+    return found
 
 
 def _known_normal(folder: Path, scale: float) -> FloatImage:

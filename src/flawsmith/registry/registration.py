@@ -123,6 +123,10 @@ def _version_tags(layout: Layout, sources: package.Sources, lineage: Lineage, di
         "labelled": json.dumps(metrics["labelled"]),
         "image_auroc": f"{metrics['image_auroc']:.4f}",
         **{key: NOT_MEASURED if metrics[key] is None else f"{metrics[key]:.4f}" for key in ("pixel_auroc", "aupro")},
+        **{
+            f"a90_95.{name}": "not told" if one["a90_95"] is None else f"{one['a90_95']:.4g} {one['unit']}"
+            for name, one in metrics.get("detection", {}).items()
+        },
         "threshold": repr(metadata.threshold),
         "pixel_threshold": repr(metadata.pixel_threshold),
         "false_alarm_rate": f"{metadata.false_alarm_rate:g}",

@@ -1,6 +1,9 @@
 """Stage synthesize: normal images, and the denoiser where it is used → triplets (normal, defect, mask) and manifest."""
 
 import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,17 +59,23 @@ def run(layout: Layout) -> None:
         tracked.set_output(layout.stage(STAGE) / "defect")
 
 
-def build_generator(layout: Layout, compute: Compute) -> TripletGenerator:
-    """The fit normals, and the denoiser if the mixture needs it, ready to make any triplet of this category."""
-    data = layout.data
+def build_generator(
+    layout: Layout, compute: Compute, sources: Collection[str] = (), paths: Sequence[Path] = (), most: int = 0
+) -> TripletGenerator:
+    """Normals, and the denoiser if one of `sources` needs it, ready to make any triplet of this category.
+
+    By default the sources are those of the mixture, and the normals, images at `paths`, the fit part; of tiles there
+    are up to `most`, by default `data.max_tiles`.
+    """
+    data = replace(layout.data, max_tiles=most or layout.data.max_tiles)
     denoiser, scheduler = None, None
-    if "diffusion" in layout.settings.synthesize.shares:
+    if "diffusion" in (sources or layout.settings.synthesize.shares):
         layout.input("ddpm-train", "unet.safetensors")
         loaded, ddpm = load_denoiser(layout.stage("ddpm-train"))
         denoiser = loaded.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         scheduler = build_scheduler(ddpm)
     split = layout.split()
-    tiles = plan_tiles(split.fit, data)
+    tiles = plan_tiles(paths or split.fit, data)
     normals = load_tiles(tiles, data)
     generator = numpy_generator(layout.settings.synthesize.seed, "foreground")
     sample = np.sort(generator.permutation(len(normals))[:FOREGROUND_SAMPLE])
