@@ -124,6 +124,8 @@ def test_real_defects_stand_beside_and_judge_how_far_the_curve_can_be_believed()
             "expected": pytest.approx(0.9, abs=0.03),
         }
         assert (content["images"], content["defects"], content["unit"]) == (200, 800, "px")
+    assert "harder" in beside(0).trust("own")
+    assert "less often than spots of their sizes of any contrast tried" in beside(0).trust("own")
     nobody = real_defects(np.zeros(3, np.int64), np.ones(3, bool), UNIT)
     alone = findings({"own": trials(0)}, nobody, UNIT, EvaluateSettings(bootstrap=20))
     assert (alone.real, alone.trust("own")) == (None, "")

@@ -120,7 +120,7 @@ class Detection:
         return float(probability(self.coefficients[:1], tried, contrast or self.contrast).mean())
 
     def alike(self, real: Trials) -> float:
-        """The contrast, of those tried, at which spots of the sizes of `real` are found as often as these."""
+        """The contrast, of those tried, at which spots of the sizes of `real` are found about as often."""
         contrasts = np.geomspace(self.trials.contrasts.min(), self.trials.contrasts.max(), STEPS).tolist()
         return min(contrasts, key=lambda contrast: abs(self.expected(real.sizes, contrast) - real.found.value))
 
@@ -158,8 +158,12 @@ class Findings:
         if not found.low <= expected <= found.high:
             side = "easier" if expected < found.low else "harder"
             verdict = f"real defects are {side} to find than such spots of their size"
-        alike = f"as often as spots of their sizes with a contrast of {one.alike(self.real.trials):.0f} grey levels"
-        return f"{said}, {interval}: {verdict}. They are found {alike}."
+        contrast = one.alike(self.real.trials)
+        reached = one.expected(self.real.trials.sizes, contrast)
+        often = f"as often as spots of their sizes with a contrast of {contrast:.0f} grey levels"
+        if not found.low <= reached <= found.high:
+            often = f"{'more' if reached < found.low else 'less'} often than spots of their sizes of any contrast tried"
+        return f"{said}, {interval}: {verdict}. They are found {often}."
 
     def content(self) -> dict[str, Any]:
         """The part `detection` of metrics.json."""
