@@ -1,8 +1,11 @@
 """What lies on disk afterwards: formats, honesty where nothing was labelled, equal bytes for equal results."""
 
 import csv
+import html
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -24,11 +27,13 @@ from flawsmith.evaluation.report import (
     ReportHeader,
     alarm_warning,
     compare_to_baseline,
+    gallery_order,
     summary,
     write_html,
     write_report,
 )
 from flawsmith.evaluation.samples import EvaluationSet
+from flawsmith.evaluation.threshold import conformal_threshold
 from flawsmith.files import digest_path
 
 
@@ -145,16 +150,63 @@ def test_report_is_one_file_without_outside_help(folders):
     text = (folders[True] / "report.html").read_text()
     assert not re.search(r"""(src|href|srcset)=["'](?!data:)""", text)
     assert "http" not in re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", text)
-    # whole gallery, a typical image of each kind, and the normals that set the threshold
-    assert text.count("<article") == 16 + 3 + LIMITING
-    assert text.index("missed</span>") < text.index("found</span>")
+    # whole gallery, the typical image of each kind among it, and the normals that set the threshold
+    assert text.count("<article") == 16 + LIMITING
+
+
+def test_gallery_opens_with_what_is_typical_then_goes_from_worst_to_closest(result):
+    shown = gallery_order(result)
+    assert {example.name for example in shown} == {example.name for example in (*result.typical, *result.gallery)}
+    assert len({example.name for example in shown}) == len(shown)
+    typical, rest = shown[: len(result.typical)], shown[len(result.typical) :]
+    assert {example.defect for example in typical} == {GOOD, "disc", "stroke"}
+    assert typical[0].verdict == "found"
+    assert [example.error for example in rest] == sorted((example.error for example in rest), reverse=True)
+
+
+def test_slider_tells_what_each_setting_would_do(folders, result):
+    page = html.unescape((folders[True] / "report.html").read_text())
+    steps = json.loads(re.search(r'data-steps="(.*?\])"', page)[1])
+    defective = np.asarray([sample.is_defective for sample in result.samples])
+    for step in steps:
+        threshold = conformal_threshold(result.detector.calibration.scores, float(step["rate"])).value
+        assert step["value"] == threshold
+        flagged = result.detector.scores.scores.astype(float) > threshold
+        assert (step["missed"], step["alarms"]) == ((~flagged & defective).sum(), (flagged & ~defective).sum())
+    chosen = steps[int(re.search(r'id="slider".*? value="(\d+)"', page)[1])]
+    assert (chosen["value"], chosen["rate"]) == (result.detector.threshold.value, "0.05")
+    assert [step["note"] != "" for step in steps].count(True) == 1
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here: what the report's script does is NOT tested")
+def test_report_slides_filters_and_enlarges_in_a_browser(folders, tmp_path):
+    hands = """<script>
+    slider.value = slider.max; slider.dispatchEvent(new Event("input"));
+    document.querySelector("input[value=missed]").click();
+    const missed = inGallery.filter(card => !card.hidden);
+    missed[0].querySelector("button").click();
+    viewer.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+    document.title = JSON.stringify([missed.length, missed.every(card => card.matches(".missed.wrong")), viewer.open,
+      viewer.querySelectorAll("img").length, missed.indexOf(enlarged),
+      document.querySelector("[data-step=missed]").value]);
+    </script>"""
+    page = tmp_path / "page.html"
+    page.write_text((folders[True] / "report.html").read_text().replace("</body>", f"{hands}</body>"))
+    call = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    dumped = subprocess.run([*call, page.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
+    count, wrong, is_open, panes, place, told = json.loads(html.unescape(re.search("<title>(.*?)</title>", dumped)[1]))
+    assert count == int(told) > 1  # all images of this small set stand in the gallery
+    assert (wrong, is_open, panes, place) == (True, True, 3, 1)
 
 
 def test_report_escapes_what_a_folder_is_called(result, tmp_path):
     figures = dict.fromkeys(("scores", "curves", "pixel_curves"), ("data:,", "data:,"))
     write_html(tmp_path / "report.html", result, header(result, category="<script>x</script>"), figures)
     text = (tmp_path / "report.html").read_text()
-    assert "<script>" not in text
+    assert "<script>x" not in text
     assert "&lt;script&gt;x&lt;/script&gt;" in text
 
 

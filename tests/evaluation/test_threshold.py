@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flawsmith.errors import UserError
-from flawsmith.evaluation.threshold import conformal_threshold
+from flawsmith.evaluation.threshold import conformal_threshold, reachable_thresholds
 
 
 @given(st.integers(1, 400), st.floats(0.001, 0.5))
@@ -24,6 +24,18 @@ def test_rank_is_the_conformal_one_or_the_last(count, rate):
     else:
         assert found.rank == count
         assert 1 / (count + 1) > rate
+
+
+@given(st.integers(1, 1200))
+def test_each_reachable_threshold_is_what_its_own_rate_gives(count):
+    scores = np.random.default_rng(count).standard_normal(count)
+    found = reachable_thresholds(scores)
+    assert [one.rank for one in found] == list(range(count + 1 - max((count + 1) // 2, 1), count + 1))
+    for one in (found[0], found[len(found) // 2], found[-1]):
+        assert one.is_reachable
+        assert one == conformal_threshold(scores, one.target_rate)
+        assert one.target_rate <= 0.5 or count == 1
+        assert len(f"{one.target_rate:g}") <= 6
 
 
 def test_rates_that_divide_evenly_are_not_rounded_up():

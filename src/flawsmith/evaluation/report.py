@@ -8,20 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flawsmith.config import Settings
 from flawsmith.data.dataset import GOOD
 from flawsmith.data.images import write_png
-from flawsmith.evaluation.assess import Assessment
+from flawsmith.evaluation.assess import Assessment, Example
 from flawsmith.evaluation.figures import draw_detection, draw_histogram, draw_image_curves, draw_pixel_curves
 from flawsmith.evaluation.gallery import HeatScale, failures_sheet, panels, sheet
 from flawsmith.evaluation.intervals import Estimate
 from flawsmith.evaluation.measure import Performance
 from flawsmith.evaluation.metrics import HEADLINE, METRICS
 from flawsmith.evaluation.samples import EvaluationSet
+from flawsmith.evaluation.threshold import Threshold, reachable_thresholds
 from flawsmith.files import atomic_file
 from flawsmith.pages import DARK, LIGHT, Drawing, data_uri, figure_png, jpeg_uri, listed, percent, signed, write_page
 
-PANE_SIDE = 256  # pixels; the lossless ones stay in the data folder
+PANE_SIDE = 512  # pixels; the lossless ones stay in the data folder
 SHEET_EXAMPLES = 16
 
 
@@ -102,6 +105,7 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
     detector, baseline, scale = result.detector, result.baseline, HeatScale.of(result.detector)
     counts = Counter(sample.defect for sample in result.samples)
     headline = [key for key in HEADLINE if key in detector.measured]
+    gallery, thresholds = gallery_order(result), slider_thresholds(detector)
     lowest = min((one.values[key].low for one in (detector, baseline) for key in headline), default=1.0)
     write_page(
         path,
@@ -128,10 +132,42 @@ def write_html(path: Path, result: Assessment, header: ReportHeader, figures: di
         alarm_warning=alarm_warning(detector),
         figures=figures,
         panes=lambda example: [jpeg_uri(pane, PANE_SIDE) for pane in panels(example, scale)],
-        wrong=sum(example.is_wrong for example in result.gallery),
-        kinds=Counter(example.verdict for example in result.gallery),
+        gallery=gallery,
+        wrong=sum(example.is_wrong for example in gallery),
+        steps=[_step(result, threshold) for threshold in thresholds],
+        chosen=thresholds.index(detector.threshold),
         saturated=any(estimate.low == estimate.high for estimate in detector.values.values()),
     )
+
+
+def gallery_order(result: Assessment) -> list[Example]:
+    """The typical images, found defects first, then the other worst verdicts, worst first."""
+    typical = sorted(
+        result.typical, key=lambda example: ("found", "missed", "false alarm", "passed").index(example.verdict)
+    )
+    names = {example.name for example in typical}
+    return [*typical, *(example for example in result.gallery if example.name not in names)]
+
+
+def slider_thresholds(detector: Performance) -> list[Threshold]:
+    """The thresholds that a setting can give, lowest first, the detector's own among them."""
+    chosen = detector.threshold
+    others = reachable_thresholds(detector.calibration.scores)
+    return sorted([chosen, *(one for one in others if one.rank != chosen.rank)], key=lambda one: one.rank)
+
+
+def _step(result: Assessment, threshold: Threshold) -> dict[str, Any]:
+    """What the slider shows at one threshold."""
+    defective = np.asarray([sample.is_defective for sample in result.samples])
+    flagged = result.detector.scores.scores.astype(np.float64) > threshold.value
+    return {
+        "value": threshold.value,
+        "threshold": f"{threshold.value:.4g}",
+        "rate": f"{threshold.target_rate:g}",
+        "missed": int((defective & ~flagged).sum()),
+        "alarms": int((flagged & ~defective).sum()),
+        "note": "the one of this model" if threshold == result.detector.threshold else "",
+    }
 
 
 def summary(result: Assessment, judged: EvaluationSet) -> str:

@@ -80,6 +80,30 @@ def conformal_threshold(scores: NDArray[np.floating], false_alarm_rate: float) -
     )
 
 
+def reachable_thresholds(scores: NDArray[np.floating]) -> list[Threshold]:
+    """Every threshold that a `false_alarm_rate` up to a half gives on `scores` `(n,)`, lowest first.
+
+    Each `target_rate` is the shortest decimal that stands for its threshold.
+
+    Raises:
+        UserError: there is no calibration score.
+    """
+    return [
+        conformal_threshold(scores, _short_rate(above, len(scores) + 1))
+        for above in range(max((len(scores) + 1) // 2, 1), 0, -1)
+    ]
+
+
+def _short_rate(above: int, count: int) -> float:
+    """The decimal of fewest digits in [above / count, (above + 1) / count)."""
+    for digits in range(1, 16):
+        scale = 10**digits
+        numerator = -(-above * scale // count)  # rounded up, exactly
+        if numerator * count < (above + 1) * scale:
+            break
+    return numerator / scale
+
+
 def _percent(rate: float) -> str:
     return f"{100 * rate:.3g} %"
 
