@@ -166,7 +166,7 @@ def _step(result: Assessment, threshold: Threshold) -> dict[str, Any]:
         "rate": f"{threshold.target_rate:g}",
         "missed": int((defective & ~flagged).sum()),
         "alarms": int((flagged & ~defective).sum()),
-        "note": "the one of this model" if threshold == result.detector.threshold else "",
+        "note": "of this model" if threshold == result.detector.threshold else "",
     }
 
 
