@@ -8,10 +8,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LINES = {  # of Python, a folder
-    "src/flawsmith": 23_100,
+    "src/flawsmith": 23_150,
     "src/flawsmith_lab": 3_300,
     "flows": 1_850,
-    "tests": 23_320,
+    "tests": 23_380,
 }
 KEYS = 50  # in params.yaml
 DOCS = 85_800  # bytes of Markdown in docs/
