@@ -8,13 +8,13 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LINES = {  # of Python, a folder
-    "src/flawsmith": 23_150,
+    "src/flawsmith": 23_570,
     "src/flawsmith_lab": 3_300,
     "flows": 1_850,
-    "tests": 23_380,
+    "tests": 23_710,
 }
 KEYS = 50  # in params.yaml
-DOCS = 85_800  # bytes of Markdown in docs/
+DOCS = 87_700  # bytes of Markdown in docs/
 README = 150  # lines
 FILE = 400  # lines of a module of src/ or flows/
 PARAMETERS = 7  # of a function there, but for commands: their options are the command line

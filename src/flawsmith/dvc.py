@@ -240,10 +240,7 @@ def pull(root: Path, category: str, data_root: str, targets: Sequence[str], on_l
     """
     data = f"{data_root}/{category}.dvc"
     if (root / data).is_file():
-        command = ["dvc", "pull" if remote else "checkout", data]
-        finished = stream(command, root, on_line)
-        if finished.status != 0:
-            raise failure(f"`{' '.join(command)}`", finished)
+        run(["dvc", "pull" if remote else "checkout", data], root, on_line)
     if remote:
         finished = stream(["dvc", "fetch", "--run-cache", *targets], root, on_line)
         if finished.status != 0 and not _incomplete(finished):
@@ -345,9 +342,14 @@ def push(root: Path, category: str, data_root: str, targets: Sequence[str], on_l
     """
     data = f"{data_root}/{category}.dvc"
     added = [data] if (root / data).is_file() else []
-    finished = stream(["dvc", "push", "--run-cache", *added, *targets], root, on_line)
+    run(["dvc", "push", "--run-cache", *added, *targets], root, on_line)
+
+
+def run(command: Sequence[str], root: Path, on_line: OnLine) -> None:
+    """Run a command of DVC's; raises as `push`."""
+    finished = stream(command, root, on_line)
     if finished.status != 0:
-        raise failure("`dvc push`", finished)
+        raise failure(f"`{' '.join(command[:3])}`", finished)
 
 
 def lock_digest(root: Path) -> str | None:

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,6 +14,7 @@ from flawsmith.cli.common import (
     DEFAULT_PARAMS,
     USE_PANEL,
     CategoryOption,
+    DryRunOption,
     MqttCredentialsOption,
     MqttOption,
     MqttTopicOption,
@@ -268,6 +270,46 @@ def monitor(
     else:
         print(*[outcome.report.reason, *outcome.report.notes, f"Results: {outcome.out}"], sep="\n")
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command("learn", rich_help_panel=USE_PANEL)
+def learn_verdicts(
+    verdicts: Annotated[Path, typer.Argument(metavar="VERDICTS", help="What people said: JSON lines.")],
+    category: OneCategoryOption = None,
+    defect: Annotated[
+        str, typer.Option("--defect", metavar="NAME", help="Folder in test for defective images.")
+    ] = "reviewed",
+    dry_run: DryRunOption = False,
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+) -> None:
+    """Copy images whose verdict people agree on into the data: good ones to train/good, defective ones to test.
+
+    Example: flawsmith learn verdicts.jsonl --category screw --dry-run
+    """
+    from flawsmith.dvc import run
+    from flawsmith.review.learn import learn, readers
+    from flawsmith.review.verdicts import opinions, read_verdicts
+
+    layout = read_layout(params, category, overrides)
+    plan = learn(layout, opinions(read_verdicts(verdicts)), defect, dry_run)
+    print(*(f"left out: {sentence}" for sentence in plan.left_out), sep="\n", end="\n" if plan.left_out else "")
+    print(
+        f"{layout.category}: {len(plan.fit)} good image(s) {'would be' if dry_run else 'were'} copied for fit, "
+        f"{len(plan.calibration)} for calibration, {len(plan.defects)} defective one(s) for test; "
+        f"{len(plan.left_out)} left out."
+    )
+    if not plan.copies or dry_run:
+        return
+    folder = layout.surface().folder
+    tracked = folder.with_name(f"{folder.name}.dvc")
+    if tracked.is_file() and find_spec("dvc"):
+        run(["dvc", "add", str(folder.resolve())], layout.root, lambda line: None)
+        print(f"Recorded in {tracked}; commit it.")
+    else:
+        print(f"`dvc add {folder}` would keep this state of the data.")
+    if (layout.root / "dvc.yaml").is_file():
+        print(f"`dvc repro` will run again: {', '.join(readers(layout, plan))}, and what depends on them.")
 
 
 @app.command(rich_help_panel=USE_PANEL)

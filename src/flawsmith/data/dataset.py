@@ -176,7 +176,7 @@ class Dataset:
         """
         found = self.find_normals()
         normals = found.images
-        ranked = sorted(normals, key=lambda path: _split_rank(path, seed))
+        ranked = sorted(normals, key=lambda path: split_rank(path, seed))
         rank = {path: place for place, path in enumerate(ranked)}
         groups = tuple(tuple(sorted(group, key=rank.__getitem__)) for group in copies)
         repeated = {path for group in groups for path in group[1:]}
@@ -268,7 +268,8 @@ def normal_name(path: Path) -> str:
     return "/".join(parts[ends[0] :]) if ends else path.name
 
 
-def _split_rank(path: Path, seed: int) -> bytes:
+def split_rank(path: Path, seed: int) -> bytes:
+    """What the split sorts a normal image by: the lowest ones calibrate."""
     return hashlib.sha256(os.fsencode(f"{seed}/{normal_name(path)}")).digest()
 
 
