@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LINES = {  # of Python, a folder
-    "src/flawsmith": 23_570,
+    "src/flawsmith": 23_580,
     "src/flawsmith_lab": 3_300,
     "flows": 1_850,
     "tests": 23_710,
