@@ -22,8 +22,8 @@ from flawsmith_lab.study.plan import METHODS
 
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = (
-    "demo-data", *pipeline.STAGES, "predict", "serve", "monitor", "result", "explain", "lineage",
-    "register", "promote", "rollback", "history", "study", "check", "doctor", "fetch", "params",
+    "demo-data", *pipeline.STAGES, "quick", "study", "predict", "serve", "monitor", "learn", "result", "explain",
+    "lineage", "register", "promote", "rollback", "history", "check", "doctor", "fetch", "params",
 )  # fmt: skip
 Calls = list[tuple[str, Any]]
 Fail = Callable[[BaseException], None]
