@@ -37,6 +37,15 @@ def test_one_long_step_is_no_silence(stderr: io.StringIO) -> None:
     assert not progress._speakers
 
 
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("", "0 of 2 "), ("B", "0 of 2 B "), ("step", "0 of 2 steps "), ("patch", "0 of 2 patches ")]
+)
+def test_things_are_counted_in_the_plural(stderr: io.StringIO, unit: str, shown: str) -> None:
+    for _ in bar(range(2), "memory", unit=unit):
+        time.sleep(0.05)
+    assert f"memory {shown}" in lines(stderr)[0]
+
+
 def test_a_stage_names_itself_in_every_line_with_a_loop_or_without_and_ends_with_its_time(stderr: io.StringIO) -> None:
     with stage("distill", "bottle", (4, 6)):
         time.sleep(0.1)

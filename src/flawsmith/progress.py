@@ -122,7 +122,8 @@ class _Lines(Generic[Item]):
 
     def _describe(self) -> str:
         """How far it is, and how long the rest takes at the pace so far."""
-        unit = f" {self._unit}{'' if self._unit == 'B' else 's'}" if self._unit else ""
+        plural = "" if self._unit in ("", "B") else "es" if self._unit.endswith("ch") else "s"  # patches
+        unit = f" {self._unit}{plural}" if self._unit else ""
         if not self._total:
             return f"{self._what} {self._done}{unit} so far{self._postfix}"
         new, seconds = self._done - self._first, time.monotonic() - self._began
