@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 from paho.mqtt.client import CallbackAPIVersion, Client
+from ports import free_port
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "result.schema.json"
 PATIENCE = 60.0  # seconds, on a busy machine
@@ -28,7 +29,7 @@ class Broker:
 
     def __init__(self, folder: Path, **settings: object) -> None:
         folder.mkdir()
-        self.port = unused_port()
+        self.port = free_port()
         lines: Mapping[str, object] = {
             "persistence": "true", "persistence_location": f"{folder}/", "autosave_interval": 1,
             "autosave_on_changes": "true", "listener": f"{self.port} 127.0.0.1", "allow_anonymous": "true", **settings,
@@ -124,10 +125,3 @@ def _validator() -> Draft202012Validator:
     schema = json.loads(SCHEMA.read_text())
     Draft202012Validator.check_schema(schema)
     return Draft202012Validator(schema)
-
-
-def unused_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

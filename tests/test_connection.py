@@ -1,17 +1,11 @@
-import socket
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from flawsmith.connection import check_store, connect, tracking_uri
 from flawsmith.errors import UserError
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_checking_a_store_creates_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from flawsmith.config import Settings, load_settings
 from flawsmith.connection import check_store, tracking_uri
@@ -243,12 +244,6 @@ assert not [name for name in sys.modules if name.partition(".")[0] in ("mlflow",
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     assert not (tmp_path / "mlflow.db").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from certificates import write_certificates
 from line_samples import PATIENCE, json_lines, plate, start, wait_until
-from mqtt_broker import Broker, broker_in, needs_broker, reading, unused_port
+from mqtt_broker import Broker, broker_in, needs_broker, reading
+from ports import free_port
 
 import flawsmith.inference.mqtt as mqtt_module
 from flawsmith.errors import UserError
@@ -38,7 +39,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nowhere() -> str:
-    return f"mqtt://127.0.0.1:{unused_port()}"
+    return f"mqtt://127.0.0.1:{free_port()}"
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
+from ports import free_port
 from toy_onnx import SIZE, write_toy
 
 from flawsmith.data.images import read_image
@@ -141,12 +141,6 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 return Answer(error.code, json.load(error))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
